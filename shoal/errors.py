@@ -1,0 +1,57 @@
+"""The exception tree. Every error a user can meet derives from ShoalError and says what was found and what would work."""
+
+from __future__ import annotations
+
+
+class ShoalError(Exception):
+    """Base of all errors that Shoal raises on purpose."""
+
+
+class ConfigError(ShoalError, ValueError):
+    """A flag, a key of a config file, an environment variable or a combination of them is wrong."""
+
+
+class ModelError(ShoalError):
+    """The model directory is missing, broken, or of a kind that is not supported."""
+
+
+class InvalidRequestError(ShoalError, ValueError):
+    """A request is wrong in itself (HTTP 400). `param` names the offending field where there is one."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class AuthenticationError(ShoalError):
+    """The API key is missing or wrong (HTTP 401)."""
+
+
+class NotFoundError(ShoalError):
+    """The named model or path does not exist (HTTP 404)."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class RequestTooLargeError(ShoalError):
+    """The body is larger than the server takes (HTTP 413)."""
+
+
+class UnavailableError(ShoalError):
+    """The server does not admit requests now: starting, draining or overloaded (HTTP 503)."""
+
+
+class EngineError(ShoalError):
+    """The engine failed while it worked on a request (HTTP 500)."""
+
+
+class EngineDeadError(EngineError):
+    """The engine core ended or stopped answering; requests in flight cannot go on here."""
+
+
+class StartupError(ShoalError):
+    """The engine did not come up: which phase failed, and why."""

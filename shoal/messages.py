@@ -1,0 +1,186 @@
+"""What crosses Shoal's processes: API server <-> engine core, engine core <-> worker. msgspec only, never pickle.
+
+Every message that an engine sends or receives carries its `generation`: a message of an older generation is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from shoal.types.outputs import FinishReason, TokenLogprobs
+from shoal.types.request import EngineRequest
+from shoal.types.sampling_params import SamplingParams
+
+# --- API server -> engine core ---------------------------------------------------------------------------------
+
+
+class AddRequest(msgspec.Struct, tag="add"):
+    """Queue one request. It is answered by TokenDeltas, the last of which has a finish_reason."""
+
+    request: EngineRequest
+
+
+class AbortRequests(msgspec.Struct, tag="abort"):
+    """End these requests; unknown or finished ids are ignored (they crossed on the way)."""
+
+    request_ids: list[str]
+    # The end that the caller already reported (a stop string): no TokenDelta answers it then.
+    silent: bool = False
+
+
+class Utility(msgspec.Struct, tag="utility"):
+    """A question outside the token path. `call` is one of: "ping", "stats", "reset_prefix_cache"."""
+
+    call_id: int
+    call: str
+
+
+class Shutdown(msgspec.Struct, tag="shutdown"):
+    """End the engine. Requests still running are aborted after `drain_seconds`."""
+
+    drain_seconds: float = 0.0
+
+
+ClientMessage = AddRequest | AbortRequests | Utility | Shutdown
+
+# --- engine core -> API server ---------------------------------------------------------------------------------
+
+
+class TokenDelta(msgspec.Struct, omit_defaults=True):
+    """0..k new tokens of one request. With a finish_reason it is the last message of that request."""
+
+    request_id: str
+    token_ids: list[int] = []
+    logprobs: list[TokenLogprobs] | None = None
+    # Of the whole prompt (position 0 has none), sent once, with or before the first token.
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: FinishReason | None = None
+    # The stop token id where one ended the request.
+    stop_reason: int | None = None
+    # Prompt tokens taken from the prefix cache; sent with the first delta.
+    num_cached_tokens: int = 0
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct):
+    """Numbers of one moment, and counters since the start (`*_total`)."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    num_blocks: int = 0
+    num_free_blocks: int = 0
+    num_steps_total: int = 0
+    num_preemptions_total: int = 0
+    prompt_tokens_total: int = 0
+    generation_tokens_total: int = 0
+    prefix_cache_queries_total: int = 0
+    prefix_cache_hits_total: int = 0
+    # time.monotonic() of the core at its last finished step: what `progressing` is judged by.
+    seconds_since_last_step: float = 0.0
+
+
+class CoreReady(msgspec.Struct, tag="ready"):
+    """The engine core is up: the model is loaded and the KV cache is sized."""
+
+    generation: int
+    max_model_len: int
+    num_blocks: int
+    block_size: int
+    # Facts for the start-up message and /version: dtype, device, seconds to load, bytes of weights and cache …
+    info: dict[str, Any]
+
+
+class StartupProgress(msgspec.Struct, tag="progress"):
+    """What the engine does while it comes up: a phase ("load weights"), done of total (bytes, layers …)."""
+
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+class CoreOutputs(msgspec.Struct, tag="outputs"):
+    """The deltas of one step, and now and then the stats."""
+
+    generation: int
+    deltas: list[TokenDelta]
+    stats: EngineStats | None = None
+
+
+class UtilityResult(msgspec.Struct, tag="utility_result"):
+    call_id: int
+    result: Any = None
+    error: str | None = None
+
+
+class CoreFailed(msgspec.Struct, tag="failed"):
+    """The engine core cannot start or go on. `kind` is the name of the ShoalError class to raise."""
+
+    kind: str
+    message: str
+
+
+CoreMessage = CoreReady | StartupProgress | CoreOutputs | UtilityResult | CoreFailed
+
+# --- engine core -> workers ------------------------------------------------------------------------------------
+
+
+class SlotAssignment(msgspec.Struct, array_like=True):
+    """A request enters a slot of the workers' input batch: new, or back from a preemption.
+
+    token_ids: all ids known to the host: prompt, then `len(token_ids) - num_prompt_tokens` output ids.
+    """
+
+    slot: int
+    request_id: str
+    token_ids: list[int]
+    num_prompt_tokens: int
+    sampling: SamplingParams
+
+
+class SlotWork(msgspec.Struct, array_like=True):
+    """What one slot does in this step.
+
+    Computes positions [num_computed_tokens, num_computed_tokens + num_new_tokens). A position below the number of
+    ids that the worker was given reads them; the next one reads the token that this slot sampled last, on the device.
+    new_block_ids are appended to the slot's block table. `sample`: the last position's logits choose a token.
+    """
+
+    slot: int
+    num_computed_tokens: int
+    num_new_tokens: int
+    new_block_ids: list[int]
+    sample: bool
+
+
+class ScheduledBatch(msgspec.Struct, array_like=True):
+    """One step. Order inside a worker: release slots, assign slots, then work."""
+
+    step_id: int
+    generation: int
+    released_slots: list[int]
+    assigned: list[SlotAssignment]
+    work: list[SlotWork]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(item.num_new_tokens for item in self.work)
+
+
+class SlotResult(msgspec.Struct, array_like=True):
+    """What one slot sampled: 0..k token ids; prompt_logprobs for the prompt positions computed in this step."""
+
+    slot: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class BatchResult(msgspec.Struct, array_like=True):
+    """The results of one step, one entry for each SlotWork with `sample` or with prompt log-probabilities."""
+
+    step_id: int
+    generation: int
+    results: list[SlotResult]

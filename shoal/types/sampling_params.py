@@ -1,0 +1,131 @@
+"""SamplingParams: how tokens are chosen and when a request ends. Names and meaning as in vLLM and the OpenAI API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from shoal.errors import InvalidRequestError
+
+MAX_LOGPROBS = 20
+_SAMPLING_EPSILON = 1e-5
+_INTEGER_FIELDS = ("n", "top_k", "seed", "min_tokens", "max_tokens", "logprobs", "prompt_logprobs")
+_NUMBER_FIELDS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Parameters of one request.
+
+    n: answers per prompt; answer i draws from hash(seed, i).
+    temperature: 0 is greedy; above, logits are divided by it.
+    top_p: nucleus mass in (0, 1]; top_k: 0 or -1 is off; min_p: relative to the top probability, in [0, 1].
+    repetition_penalty: > 0, over prompt and output (Keskar et al. 2019, CTRL); presence_penalty and
+    frequency_penalty: in [-2, 2], over the output (OpenAI API).
+    logit_bias: token id -> value in [-100, 100], added to the logits.
+    seed: any integer; None draws one.
+    stop: strings that end the request, cut from the text unless include_stop_str_in_output.
+    stop_token_ids: ids that end it; ignore_eos: the model's own end tokens do not end it.
+    min_tokens: no end token or stop before that many; max_tokens: None is what fits in max_model_len.
+    logprobs: number of top log-probabilities per output token (0: of the sampled one only; -1: the vocabulary);
+    prompt_logprobs: the same for the prompt.
+    allowed_token_ids: nothing else may be sampled; bad_words_token_ids: single tokens that may not.
+    detokenize / skip_special_tokens / spaces_between_special_tokens: how text is made of ids.
+    Raises InvalidRequestError, naming the field, for a value out of range.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    seed: int | None = None
+    stop: list[str] | str | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    max_tokens: int | None = 16
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    allowed_token_ids: list[int] | None = None
+    bad_words_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool = False
+    detokenize: bool = True
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    # Filled by whoever accepts the request: the model's own end tokens (empty with ignore_eos).
+    eos_token_ids: list[int] = []
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    def clone(self, **changes: Any) -> SamplingParams:
+        """A copy with some fields changed, validated again."""
+        return msgspec.structs.replace(self, **changes)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < _SAMPLING_EPSILON
+
+    @property
+    def stop_strings(self) -> list[str]:
+        if self.stop is None:
+            return []
+        return [self.stop] if isinstance(self.stop, str) else list(self.stop)
+
+    @property
+    def uses_penalties(self) -> bool:
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
+
+    def validate(self) -> None:
+        """Raise InvalidRequestError for the first field of a wrong type or out of range."""
+        for field in _INTEGER_FIELDS:
+            value = getattr(self, field)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+                raise InvalidRequestError(f"{field} must be an integer; got {value!r}", param=field)
+        for field in _NUMBER_FIELDS:
+            value = getattr(self, field)
+            if not isinstance(value, (int, float)) or isinstance(value, bool):
+                raise InvalidRequestError(f"{field} must be a number; got {value!r}", param=field)
+        _check(1 <= self.n <= 128, "n", self.n, "an integer from 1 to 128")
+        _check(_finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or a positive integer")
+        _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
+        _check(
+            _finite(self.repetition_penalty) and self.repetition_penalty > 0,
+            "repetition_penalty", self.repetition_penalty, "above 0",
+        )
+        _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "from -2 to 2")
+        _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "from -2 to 2")
+        for token_id, bias in (self.logit_bias or {}).items():
+            _check(token_id >= 0 and -100 <= bias <= 100, "logit_bias", {token_id: bias}, "values from -100 to 100")
+        _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
+        if self.max_tokens is not None:
+            _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
+        if self.logprobs is not None:
+            _check(-1 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"from 0 to {MAX_LOGPROBS}, or -1 for all")
+        if self.prompt_logprobs is not None:
+            _check(
+                -1 <= self.prompt_logprobs <= MAX_LOGPROBS,
+                "prompt_logprobs", self.prompt_logprobs, f"from 0 to {MAX_LOGPROBS}, or -1 for all",
+            )
+        _check(all(self.stop_strings) or not self.stop_strings, "stop", self.stop, "strings that are not empty")
+        if self.allowed_token_ids is not None:
+            _check(len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "at least one token id")
+
+
+def _finite(value: float) -> bool:
+    return value == value and value not in (float("inf"), float("-inf"))
+
+
+def _check(condition: bool, field: str, found: object, wanted: str) -> None:
+    if not condition:
+        raise InvalidRequestError(f"{field} must be {wanted}; got {found!r}", param=field)
