@@ -1,0 +1,41 @@
+"""The queue of requests that wait for a slot, by key: (priority, arrival). Preempted ones keep their place."""
+
+from __future__ import annotations
+
+import heapq
+
+from shoal.scheduling.request_state import RequestState, RequestStatus
+
+
+class WaitingQueue:
+    """A heap with lazy removal: a finished request is skipped when it comes up."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[tuple[int, int], RequestState]] = []
+        self._num_waiting = 0
+
+    def __len__(self) -> int:
+        return self._num_waiting
+
+    def push(self, request: RequestState) -> None:
+        heapq.heappush(self._heap, (request.key, request))
+        self._num_waiting += 1
+
+    def peek(self) -> RequestState | None:
+        while self._heap:
+            request = self._heap[0][1]
+            if request.status is not RequestStatus.FINISHED:
+                return request
+            heapq.heappop(self._heap)
+        return None
+
+    def pop(self) -> RequestState:
+        request = self.peek()
+        assert request is not None
+        heapq.heappop(self._heap)
+        self._num_waiting -= 1
+        return request
+
+    def forget(self) -> None:
+        """A waiting request has just been finished: it no longer counts."""
+        self._num_waiting -= 1
