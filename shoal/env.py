@@ -1,0 +1,131 @@
+"""The only reader of os.environ. Every variable that Shoal heeds has one typed accessor here; a bad value is an error.
+
+Options (flags) have a variable each, SHOAL_ and the option's name: `option_values` hands them to the config floor raw.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from shoal.errors import ConfigError
+
+PREFIX = "SHOAL_"
+_OWN_NAMES = ("SHOAL_HOST_IP", "SHOAL_LOG_LEVEL", "SHOAL_API_KEY")
+_TRUE = ("1", "true", "yes", "on")
+_FALSE = ("0", "false", "no", "off", "")
+_LOG_LEVELS = ("debug", "info", "warning", "error")
+# Kubernetes puts these into every pod beside a Service named "shoal"; they are no settings.
+_SERVICE_LINK = re.compile(r"SHOAL_(.+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)")
+
+
+def api_key() -> str | None:
+    """SHOAL_API_KEY: the key that `shoal chat` and `shoal complete` present, and that a server asks for."""
+    return _text("SHOAL_API_KEY")
+
+
+def log_level() -> str | None:
+    """SHOAL_LOG_LEVEL: debug, info, warning or error."""
+    value = _text("SHOAL_LOG_LEVEL")
+    if value is None:
+        return None
+    if value.lower() not in _LOG_LEVELS:
+        raise ConfigError(f"SHOAL_LOG_LEVEL must be one of {', '.join(_LOG_LEVELS)}; got {value!r}")
+    return value.lower()
+
+
+def host_ip() -> str | None:
+    """SHOAL_HOST_IP (or VLLM_HOST_IP): the address under which the other machines reach this one."""
+    return _text("SHOAL_HOST_IP") or _text("VLLM_HOST_IP")
+
+
+def hub_cache() -> Path:
+    """Where downloaded Hugging Face models lie: HF_HUB_CACHE, else HF_HOME/hub, else ~/.cache/huggingface/hub."""
+    explicit = _text("HF_HUB_CACHE") or _text("HUGGINGFACE_HUB_CACHE")
+    if explicit:
+        return Path(explicit).expanduser()
+    cache_home = _text("XDG_CACHE_HOME") or "~/.cache"
+    return Path(_text("HF_HOME") or f"{cache_home}/huggingface").expanduser() / "hub"
+
+
+def hub_offline() -> bool:
+    """HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE: nothing may be asked of the Hugging Face hub."""
+    return _flag("HF_HUB_OFFLINE") or _flag("TRANSFORMERS_OFFLINE")
+
+
+def cuda_visible_devices() -> list[str] | None:
+    """CUDA_VISIBLE_DEVICES: the devices named, [] when it is set but empty (or -1), None when it is not set."""
+    value = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None:
+        return None
+    devices = [device.strip() for device in value.split(",") if device.strip()]
+    # CUDA itself stops at the first id that is not valid; -1 is the customary way to hide all.
+    return devices[: devices.index("-1")] if "-1" in devices else devices
+
+
+def no_color() -> bool:
+    """NO_COLOR, set to anything but nothing (no-color.org), or TERM=dumb."""
+    return bool(_text("NO_COLOR")) or os.environ.get("TERM") == "dumb"
+
+
+def omp_num_threads() -> int | None:
+    """OMP_NUM_THREADS: threads of one process's computations. A list counts by its first."""
+    value = _text("OMP_NUM_THREADS")
+    if value is None:
+        return None
+    first = value.split(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise ConfigError(f"OMP_NUM_THREADS must be a number of threads, 1 or more; got {value!r}")
+    return int(first)
+
+
+def option_values() -> dict[str, str]:
+    """The SHOAL_* variables by option name ("SHOAL_MAX_MODEL_LEN" -> "max_model_len"), unparsed, no service links."""
+    values = {}
+    for name, value in os.environ.items():
+        if not name.startswith(PREFIX) or name == "SHOAL_HOST_IP" or _is_service_link(name, value):
+            continue
+        values[name.removeprefix(PREFIX).lower()] = value
+    return values
+
+
+def unknown_names(option_names: Iterable[str]) -> list[str]:
+    """One warning for each SHOAL_* variable that is neither an option's nor one of Shoal's own."""
+    known = {*_OWN_NAMES, *(PREFIX + name.upper() for name in option_names)}
+    warnings = []
+    for name, value in sorted(os.environ.items()):
+        if not name.startswith(PREFIX) or name in known or _is_service_link(name, value):
+            continue
+        near = difflib.get_close_matches(name, sorted(known), n=1)
+        hint = f"did you mean {near[0]}?" if near else "Shoal does not know this name."
+        warnings.append(f"environment variable {name} is not used: {hint}")
+    return warnings
+
+
+def subprocess_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
+    """A copy of the whole environment with `changes`: what a process that Shoal starts is given."""
+    return {**os.environ, **(changes or {})}
+
+
+def set_default(name: str, value: str) -> None:
+    """Set a variable for this process and its children unless the user set it: for libraries that read their own."""
+    os.environ.setdefault(name, value)
+
+
+def _text(name: str) -> str | None:
+    value = os.environ.get(name, "").strip()
+    return value or None
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value not in _TRUE + _FALSE:
+        raise ConfigError(f"{name} must be 1 or 0 (or true/false, yes/no, on/off); got {os.environ[name]!r}")
+    return value in _TRUE
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return bool(_SERVICE_LINK.fullmatch(name)) or (name.endswith("_PORT") and value.startswith(("tcp://", "udp://")))
