@@ -6,6 +6,8 @@ import contextlib
 import errno
 import socket
 
+import psutil
+
 from shoal.errors import ConfigError, StartupError
 
 _BACKLOG = 2048
@@ -75,13 +77,11 @@ def _why_not(host: str, port: int, error: OSError) -> str:
 def _holder(port: int) -> str:
     """ " by python3 (pid 4711)" where the system lets us see it."""
     try:
-        import psutil
-
         for connection in psutil.net_connections(kind="tcp"):
             if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.laddr.port == port:
                 if connection.pid is None:
                     break
                 return f" by {psutil.Process(connection.pid).name()} (pid {connection.pid})"
-    except (ImportError, OSError, psutil.Error):
+    except (OSError, psutil.Error):
         pass
     return ""

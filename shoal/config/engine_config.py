@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
+
 from shoal.config.model_config import ModelConfig
+from shoal.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Resolved settings of one engine. `device` and what depends on memory are settled where torch is: in the worker.
+    """Resolved settings of one engine; `config.resolve` makes it, and the engine core's process gets it as JSON.
 
-    dtype: "float32", "bfloat16" or "float16". kv_cache_memory: bytes or None (from what is free).
-    max_num_seqs, max_num_batched_tokens: None until the device is known (then `with_device_defaults`).
+    device: "cpu" or "cuda". dtype: "float32", "bfloat16" or "float16".
+    kv_cache_memory: bytes, or None: from what is free, which the worker finds out.
+    num_blocks_override: number of KV cache blocks whatever the memory says. generation: of the engine, see messages.
     """
 
     model: ModelConfig
@@ -35,3 +39,14 @@ class EngineConfig:
     scheduling_policy: str
     async_scheduling: bool
     generation: int = 0
+
+    def to_json(self) -> bytes:
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> EngineConfig:
+        """Raises ConfigError for anything that `to_json` of this version did not write."""
+        try:
+            return msgspec.json.decode(data, type=cls)
+        except (msgspec.ValidationError, msgspec.DecodeError) as error:
+            raise ConfigError(f"this is no EngineConfig of this version of Shoal: {error}") from error

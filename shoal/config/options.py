@@ -8,9 +8,28 @@ from typing import Any
 EMBEDDED_MODEL = "shoal-tiny"
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, short: str | None = None, aliases: tuple[str, ...] = ()) -> Any:
-    """A field of an options class. The flag is the field's name with dashes; `short` and `aliases` are more spellings."""
-    metadata = {"help": help, "choices": choices, "short": short, "aliases": aliases}
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    short: str | None = None,
+    aliases: tuple[str, ...] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+) -> Any:
+    """A field of an options class. The flag is the field's name with dashes; `short` and `aliases` are more spellings.
+
+    Numbers below `minimum` or above `maximum` are refused.
+    """
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "short": short,
+        "aliases": aliases,
+        "minimum": minimum,
+        "maximum": maximum,
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -23,30 +42,47 @@ class ModelOptions:
     model: str = option(EMBEDDED_MODEL, "A Hugging Face model directory, or shoal-tiny (embedded).")
     tokenizer: str | None = option(None, "Directory of the tokenizer; default: the model's.")
     skip_tokenizer_init: bool = option(False, "Offline use with token ids only: load no tokenizer.")
-    dtype: str = option("auto", "Data type of weights and activations.", choices=("auto", "float32", "float", "bfloat16", "float16", "half"))
+    dtype: str = option(
+        "auto",
+        "Data type of weights and activations.",
+        choices=("auto", "float32", "float", "bfloat16", "float16", "half"),
+    )
     device: str = option("auto", "Where the model runs.", choices=("auto", "cpu", "cuda"))
-    max_model_len: int | None = option(None, "Longest sequence, prompt and output; default: the model's own.")
-    seed: int = option(0, "Seed of dummy weights and of the seeds drawn for requests that bring none.")
+    max_model_len: int | None = option(
+        None, "Longest sequence, prompt and output; default: the model's own.", minimum=1
+    )
+    seed: int = option(0, "Seed of dummy weights and of the seeds drawn for requests that bring none.", minimum=0)
     trust_remote_code: bool = option(False, "Let a tokenizer's own Python code from the model directory run.")
     load_format: str = option(
-        "auto", "auto: safetensors; pt: also .bin files (pickle: only from a source you trust); dummy: random weights.",
+        "auto",
+        "auto: safetensors; pt: also .bin files (pickle: only from a source you trust); dummy: random weights.",
         choices=("auto", "safetensors", "pt", "dummy"),
     )
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
     deterministic: bool | None = option(
         None, "A request's tokens do not depend on what it is batched with; default: on for shoal-tiny on CPU."
     )
-    generation_config: str = option("auto", "auto: defaults from the model's generation_config.json; shoal: none of it.", choices=("auto", "shoal"))
+    generation_config: str = option(
+        "auto", "auto: defaults from the model's generation_config.json; shoal: none of it.", choices=("auto", "shoal")
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheOptions:
     """The KV cache."""
 
-    block_size: int = option(16, "Tokens per block of the KV cache.")
-    gpu_memory_utilization: float = option(0.9, "Share of the GPU's memory for weights, activations and KV cache.")
-    kv_cache_memory: str | None = option(None, "KV cache size, such as 512MiB or 4GiB; default on CPU: a share of the free memory.")
-    num_gpu_blocks_override: int | None = option(None, "Number of KV cache blocks, whatever the memory says (for tests).")
+    block_size: int = option(16, "Tokens per block of the KV cache: 8, 16, 32, 64, 128 or 256.", minimum=8, maximum=256)
+    gpu_memory_utilization: float = option(
+        0.9, "Share of the GPU's memory for weights, activations and KV cache.", minimum=0.01, maximum=1
+    )
+    kv_cache_memory: str | int | None = option(
+        None,
+        "KV cache size, such as 512MiB, 4GiB or a number of bytes; default on CPU: a share of the free memory.",
+        aliases=("kv_cache_memory_bytes",),
+    )
+    num_gpu_blocks_override: int | None = option(
+        None, "Number of KV cache blocks, whatever the memory says (for tests).", minimum=1
+    )
     enable_prefix_caching: bool = option(True, "Reuse the KV cache of equal prompt beginnings.")
 
 
@@ -54,11 +90,17 @@ class CacheOptions:
 class SchedulerOptions:
     """How requests share the steps."""
 
-    max_num_seqs: int | None = option(None, "Most requests in one step; default 256 on GPU, 64 on CPU.")
-    max_num_batched_tokens: int | None = option(None, "Most tokens in one step; default 8192 on GPU, 2048 on CPU.")
+    max_num_seqs: int | None = option(None, "Most requests in one step; default 256 on GPU, 64 on CPU.", minimum=1)
+    max_num_batched_tokens: int | None = option(
+        None, "Most tokens in one step; default 8192 on GPU, 2048 on CPU.", minimum=1
+    )
     enable_chunked_prefill: bool = option(True, "Split long prompts over steps, mixed with decodes.")
-    long_prefill_token_threshold: int = option(0, "Longest piece of one prompt in a step; 0: up to max_num_batched_tokens.")
-    scheduling_policy: str = option("fcfs", "fcfs: by arrival; priority: by the request's priority, then arrival.", choices=("fcfs", "priority"))
+    long_prefill_token_threshold: int = option(
+        0, "Longest piece of one prompt in a step; 0: up to max_num_batched_tokens.", minimum=0
+    )
+    scheduling_policy: str = option(
+        "fcfs", "fcfs: by arrival; priority: by the request's priority, then arrival.", choices=("fcfs", "priority")
+    )
     async_scheduling: bool = option(True, "Schedule the next step while this one runs.")
 
 
@@ -67,17 +109,21 @@ class ServerOptions:
     """The HTTP server."""
 
     host: str = option("127.0.0.1", "Address to listen on.")
-    port: int = option(8000, "Port to listen on.")
+    port: int = option(8000, "Port to listen on; 0 takes any free one.", minimum=0, maximum=65535)
     served_model_name: list[str] = option([], "Names of the model in the API; default: the model argument.")
     api_key: list[str] = option([], "Keys that clients may present; default: none is asked for (or SHOAL_API_KEY).")
     allowed_origins: list[str] = option(["*"], "CORS: origins of web pages that may call.")
-    max_request_bytes: int = option(16 * 1024 * 1024, "Largest request body.")
-    max_num_waiting: int = option(4096, "Most requests queued; above, new ones get 503.")
+    max_request_bytes: int = option(16 * 1024 * 1024, "Largest request body.", minimum=1)
+    max_num_waiting: int = option(4096, "Most requests queued; above, new ones get 503.", minimum=1)
     ssl_keyfile: str | None = option(None, "TLS key file (PEM).")
     ssl_certfile: str | None = option(None, "TLS certificate file (PEM).")
     chat_template: str | None = option(None, "File with a Jinja chat template; default: the model's.")
     response_role: str = option("assistant", "Role of the answers in chat completions.")
-    shutdown_timeout: float = option(30.0, "Seconds that running requests have to finish after Ctrl-C or SIGTERM.")
-    startup_timeout: float = option(600.0, "Seconds that the engine may take to come up.")
-    log_level: str = option("info", "How much is logged.", choices=("debug", "info", "warning", "error"))
+    shutdown_timeout: float = option(
+        30.0, "Seconds that running requests have to finish after Ctrl-C or SIGTERM.", minimum=0
+    )
+    startup_timeout: float = option(600.0, "Seconds that the engine may take to come up.", minimum=1)
+    log_level: str = option(
+        "info", "How much is logged.", choices=("debug", "info", "warning", "error"), aliases=("uvicorn_log_level",)
+    )
     disable_log_requests: bool = option(False, "Do not log a line for each request.")

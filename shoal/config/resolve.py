@@ -1,0 +1,140 @@
+"""From options to an EngineConfig: the model's files are read, defaults settled, contradictions refused. No torch."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from typing import Any
+
+from shoal import env
+from shoal.config.engine_config import EngineConfig
+from shoal.config.model_config import ModelConfig, load_model_config
+from shoal.config.model_path import resolve_model_path
+from shoal.config.options import EMBEDDED_MODEL, CacheOptions, ModelOptions, SchedulerOptions
+from shoal.config.sizes import parse_size
+from shoal.config.sources import options_from_kwargs
+from shoal.errors import ConfigError
+from shoal.log import get_logger
+
+_DTYPE_ALIASES = {"float": "float32", "half": "float16"}
+_MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
+_MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+
+_logger = get_logger(__name__)
+
+
+def make_engine_config(**kwargs: Any) -> EngineConfig:
+    """The EngineConfig of keyword arguments named as the flags (`model=`, `max_model_len=` …), as LLM takes them."""
+    model, cache, scheduler = options_from_kwargs(kwargs)
+    return resolve(model, cache, scheduler)
+
+
+def resolve(model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOptions) -> EngineConfig:
+    """Settle every option.
+
+    Raises ModelError for a model that is missing or broken, ConfigError for options that do not go together or
+    that the model or the device cannot do.
+    """
+    model_config = load_model_config(resolve_model_path(model.model))
+    device = resolve_device(model.device)
+    deterministic = model.deterministic
+    if deterministic is None:
+        deterministic = device == "cpu" and model.model == EMBEDDED_MODEL
+    max_model_len = _resolve_max_model_len(model.max_model_len, model_config)
+    max_num_seqs, max_num_batched_tokens = _resolve_limits(scheduler, device, max_model_len)
+    if cache.block_size & (cache.block_size - 1):
+        raise ConfigError(f"block_size must be 8, 16, 32, 64, 128 or 256; got {cache.block_size}")
+    return EngineConfig(
+        model=model_config,
+        device=device,
+        dtype=_resolve_dtype(model, model_config, device, deterministic),
+        load_format=model.load_format,
+        seed=model.seed,
+        deterministic=deterministic,
+        enforce_eager=model.enforce_eager,
+        max_model_len=max_model_len,
+        block_size=cache.block_size,
+        gpu_memory_utilization=cache.gpu_memory_utilization,
+        kv_cache_memory=None if cache.kv_cache_memory is None else parse_size(cache.kv_cache_memory, "kv_cache_memory"),
+        num_blocks_override=cache.num_gpu_blocks_override,
+        enable_prefix_caching=cache.enable_prefix_caching,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        enable_chunked_prefill=scheduler.enable_chunked_prefill,
+        long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
+        scheduling_policy=scheduler.scheduling_policy,
+        async_scheduling=scheduler.async_scheduling,
+    )
+
+
+def resolve_device(device: str) -> str:
+    """ "auto" is a GPU where a driver and a torch that can use it are found, without importing torch."""
+    if device != "auto":
+        return device
+    if not os.path.exists("/dev/nvidiactl") or env.cuda_visible_devices() == []:
+        return "cpu"
+    try:
+        torch_version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "cpu"
+    if torch_version.endswith("+cpu"):
+        _logger.warning("there is a GPU, but torch %s is built for CPUs: running on the CPU", torch_version)
+        return "cpu"
+    return "cuda"
+
+
+def _resolve_dtype(options: ModelOptions, model: ModelConfig, device: str, deterministic: bool) -> str:
+    dtype = _DTYPE_ALIASES.get(options.dtype, options.dtype)
+    if dtype == "float16" and device == "cpu":
+        raise ConfigError("dtype float16 does not run on the CPU; bfloat16 and float32 do")
+    if dtype != "auto":
+        return dtype
+    if deterministic and device == "cpu" and options.model == EMBEDDED_MODEL:
+        return "float32"
+    if model.dtype == "float16" and device == "cpu":
+        _logger.info("the checkpoint is float16, which does not run on the CPU: running in bfloat16")
+        return "bfloat16"
+    return model.dtype
+
+
+def longest_sequence(model: ModelConfig) -> int:
+    """Positions that the model can tell apart, rope scaling counted in.
+
+    config.json gives the length before scaling for "linear" and "yarn" and after it for "llama3".
+    """
+    rope = model.rope
+    if rope is None or rope.scaling not in ("linear", "yarn"):
+        return model.max_position_embeddings
+    unscaled = rope.parameters.get("original_max_position_embeddings") or model.max_position_embeddings
+    return max(int(unscaled * float(rope.parameters.get("factor", 1.0))), model.max_position_embeddings)
+
+
+def _resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:
+    longest = longest_sequence(model)
+    if wanted is None:
+        return longest
+    if wanted > longest:
+        raise ConfigError(f"max_model_len {wanted} is longer than the model's own limit; up to {longest} works")
+    return wanted
+
+
+def _resolve_limits(options: SchedulerOptions, device: str, max_model_len: int) -> tuple[int, int]:
+    """max_num_seqs and max_num_batched_tokens. What is not given adapts to what is given; what is given must fit."""
+    num_seqs, num_tokens = options.max_num_seqs, options.max_num_batched_tokens
+    if num_tokens is None:
+        num_tokens = max(_MAX_NUM_BATCHED_TOKENS[device], num_seqs or 0)
+        if not options.enable_chunked_prefill:
+            num_tokens = max(num_tokens, max_model_len)
+    if num_seqs is None:
+        num_seqs = min(_MAX_NUM_SEQS[device], num_tokens)
+    if num_tokens < num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens ({num_tokens}) must be at least max_num_seqs ({num_seqs}): each running request "
+            "takes one token of a step or more"
+        )
+    if not options.enable_chunked_prefill and num_tokens < max_model_len:
+        raise ConfigError(
+            f"without chunked prefill a whole prompt must fit one step: max_num_batched_tokens ({num_tokens}) must be at "
+            f"least max_model_len ({max_model_len}); raise the one, lower the other, or leave chunked prefill on"
+        )
+    return num_seqs, num_tokens
