@@ -1,0 +1,107 @@
+"""The engine core's process: `python -m shoal.engine --input ENDPOINT --output ENDPOINT`, started by engine/client.
+
+The first line of standard input is the EngineConfig as JSON; its end means that the parent is gone, and so is this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import traceback
+
+import msgspec
+import zmq
+
+from shoal.config.engine_config import EngineConfig
+from shoal.engine.core import EngineCore
+from shoal.errors import ShoalError
+from shoal.executor.registry import make_executor
+from shoal.log import configure, get_logger
+from shoal.messages import ClientMessage, CoreFailed, CoreMessage, Shutdown
+
+logger = get_logger(__name__)
+
+
+class SocketChannel:
+    """The core's end of the two sockets."""
+
+    def __init__(self, input_endpoint: str, output_endpoint: str) -> None:
+        self._context = zmq.Context()
+        self._input = self._context.socket(zmq.PULL)
+        self._output = self._context.socket(zmq.PUSH)
+        for socket in (self._input, self._output):
+            socket.set_hwm(0)  # the client bounds what it queues; nothing is dropped here
+        self._input.connect(input_endpoint)
+        self._output.connect(output_endpoint)
+        self._decoder = msgspec.msgpack.Decoder(ClientMessage)
+        self._encoder = msgspec.msgpack.Encoder()
+        self.stop_requested = False
+
+    def receive(self, block: bool) -> list[ClientMessage]:
+        messages: list[ClientMessage] = []
+        while block and not self.stop_requested and not self._input.poll(500):
+            pass  # looks up twice a second for a SIGTERM
+        while True:
+            try:
+                messages.append(self._decoder.decode(self._input.recv(zmq.NOBLOCK)))
+            except zmq.Again:
+                break
+        if self.stop_requested:
+            self.stop_requested = False
+            messages.append(Shutdown())
+        return messages
+
+    def send(self, message: CoreMessage) -> None:
+        self._output.send(self._encoder.encode(message))
+
+    def close(self) -> None:
+        """Hand over what is still queued, for a second at most."""
+        self._context.destroy(linger=1000)
+
+
+def _end_with_parent() -> None:
+    """Read standard input to its end, which comes when the parent has closed it or died; then end at once."""
+    while os.read(sys.stdin.fileno(), 4096):
+        pass
+    os._exit(3)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m shoal.engine", description=__doc__)
+    parser.add_argument("--input", required=True, help="endpoint that brings requests")
+    parser.add_argument("--output", required=True, help="endpoint that takes tokens")
+    arguments = parser.parse_args()
+    config = EngineConfig.from_json(sys.stdin.buffer.readline())
+    configure(role="engine")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
+    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    channel = SocketChannel(arguments.input, arguments.output)
+
+    def stop(*_: object) -> None:
+        channel.stop_requested = True
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        core = EngineCore(config, make_executor(config), channel)
+        core.start()
+        core.run()
+    except Exception as error:
+        known = isinstance(error, ShoalError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        if not known:
+            traceback.print_exc()
+        channel.send(CoreFailed(type(error).__name__ if known else "EngineError", text))
+        return 1
+    finally:
+        channel.close()
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # threads of a failed step may never end

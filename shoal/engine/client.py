@@ -1,0 +1,267 @@
+"""EngineClient: the API server's end of an engine core. SubprocessClient starts the core and speaks to it over ipc."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from shoal import errors
+from shoal.config.engine_config import EngineConfig
+from shoal.errors import EngineDeadError, EngineError, ShoalError, StartupError
+from shoal.messages import (
+    ClientMessage,
+    CoreFailed,
+    CoreMessage,
+    CoreOutputs,
+    CoreReady,
+    Shutdown,
+    StartupProgress,
+    Utility,
+    UtilityResult,
+)
+
+ProgressCallback = Callable[[StartupProgress], None]
+_LAST_MESSAGES_SECONDS = 0.5
+_KILL_AFTER_SECONDS = 10.0
+
+
+class EngineClient(ABC):
+    """Sends messages to one engine core and hands out what it answers. Used from one event loop."""
+
+    @property
+    @abstractmethod
+    def ready(self) -> CoreReady:
+        """What the core said when it came up."""
+
+    @abstractmethod
+    async def start(self, on_progress: ProgressCallback | None = None) -> CoreReady:
+        """Bring the core up. Raises StartupError, ModelError or ConfigError with the core's own words."""
+
+    @abstractmethod
+    async def send(self, message: ClientMessage) -> None:
+        """Queue a message. Raises EngineDeadError when the core is gone."""
+
+    @abstractmethod
+    async def receive(self) -> CoreOutputs:
+        """The next outputs. Raises EngineDeadError when the core is gone and all it sent was handed out."""
+
+    @abstractmethod
+    async def utility(self, call: str) -> Any:
+        """Ask the core something outside the token path ("ping", "stats", "reset_prefix_cache")."""
+
+    @abstractmethod
+    async def close(self, drain_seconds: float = 0.0) -> None:
+        """End the core; running requests have `drain_seconds` to finish. Nothing of it is left afterwards."""
+
+
+class SubprocessClient(EngineClient):
+    """The core as a subprocess of this process; it ends when this process ends, however that happens."""
+
+    def __init__(self, config: EngineConfig, startup_timeout: float = 600.0) -> None:
+        self._config = config
+        self._startup_timeout = startup_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._directory: str | None = None
+        self._context: zmq.asyncio.Context | None = None
+        self._encoder = msgspec.msgpack.Encoder()
+        self._ready: CoreReady | None = None
+        self._on_progress: ProgressCallback | None = None
+        self._outputs: deque[CoreOutputs] = deque()
+        self._news = asyncio.Event()
+        self._failure: ShoalError | None = None
+        self._exited = asyncio.Event()
+        self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._call_ids = itertools.count()
+        self._tasks: list[asyncio.Task[None]] = []
+        self._closing = False
+
+    @property
+    def ready(self) -> CoreReady:
+        assert self._ready is not None, "start has not returned"
+        return self._ready
+
+    @property
+    def process_id(self) -> int | None:
+        return self._process.pid if self._process is not None else None
+
+    async def start(self, on_progress: ProgressCallback | None = None) -> CoreReady:
+        self._on_progress = on_progress
+        self._spawn()
+        try:
+            async with asyncio.timeout(self._startup_timeout):
+                while self._ready is None and self._failure is None:
+                    await self._wait_for_news()
+        except TimeoutError:
+            self._failure = StartupError(
+                f"the engine core was not ready within {self._startup_timeout:g} s (--startup-timeout)"
+            )
+        except BaseException:
+            await self.close()
+            raise
+        if self._ready is None:
+            failure = self._failure
+            await self.close()
+            assert failure is not None
+            raise failure
+        return self._ready
+
+    def _spawn(self) -> None:
+        self._directory = tempfile.mkdtemp(prefix="shoal-")  # mode 0700: nobody else can connect
+        endpoints = [f"ipc://{Path(self._directory) / name}" for name in ("in", "out")]
+        self._context = zmq.asyncio.Context()
+        self._input = self._context.socket(zmq.PUSH)
+        self._output = self._context.socket(zmq.PULL)
+        for socket, endpoint in ((self._input, endpoints[0]), (self._output, endpoints[1])):
+            socket.set_hwm(0)
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.bind(endpoint)
+        command = [sys.executable, "-m", "shoal.engine", "--input", endpoints[0], "--output", endpoints[1]]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it died already: its exit is reported
+            self._process.stdin.write(self._config.to_json() + b"\n")
+            self._process.stdin.flush()
+        loop = asyncio.get_running_loop()
+        threading.Thread(target=self._watch, args=(self._process, loop), name="core-watch", daemon=True).start()
+        self._tasks = [asyncio.create_task(self._read()), asyncio.create_task(self._report_exit())]
+
+    def _watch(self, process: subprocess.Popen[bytes], loop: asyncio.AbstractEventLoop) -> None:
+        process.wait()
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(self._exited.set)
+
+    async def _read(self) -> None:
+        decoder = msgspec.msgpack.Decoder(CoreMessage)
+        while True:
+            self._take(decoder.decode(await self._output.recv()))
+
+    def _take(self, message: CoreMessage) -> None:
+        match message:
+            case CoreOutputs():
+                if message.generation == self._config.generation:
+                    self._outputs.append(message)
+            case UtilityResult(call_id, result, error):
+                future = self._calls.pop(call_id, None)
+                if future is not None and not future.done():
+                    if error is None:
+                        future.set_result(result)
+                    else:
+                        future.set_exception(EngineError(error))
+                return
+            case StartupProgress():
+                if self._on_progress is not None:
+                    self._on_progress(message)
+                return
+            case CoreReady():
+                self._ready = message
+            case CoreFailed(kind, text):
+                self._fail(_make_error(kind, text, started=self._ready is not None))
+        self._news.set()
+
+    async def _report_exit(self) -> None:
+        """When the process has ended, say so after the last messages that it may have sent."""
+        await self._exited.wait()
+        deadline = asyncio.get_running_loop().time() + _LAST_MESSAGES_SECONDS
+        while self._failure is None and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.02)
+        assert self._process is not None
+        how = describe_exit(self._process.returncode)
+        self._fail(EngineDeadError(f"the engine core {how}") if self._ready else StartupError(f"the engine core {how}"))
+
+    def _fail(self, failure: ShoalError) -> None:
+        if self._failure is None:
+            self._failure = failure
+        for future in self._calls.values():
+            if not future.done():
+                future.set_exception(EngineDeadError(str(self._failure)))
+        self._calls.clear()
+        self._news.set()
+
+    async def _wait_for_news(self) -> None:
+        await self._news.wait()
+        self._news.clear()
+
+    async def send(self, message: ClientMessage) -> None:
+        self._check_alive()
+        await self._input.send(self._encoder.encode(message))
+
+    async def receive(self) -> CoreOutputs:
+        while not self._outputs:
+            self._check_alive()
+            await self._wait_for_news()
+        return self._outputs.popleft()
+
+    async def utility(self, call: str) -> Any:
+        self._check_alive()
+        call_id = next(self._call_ids)
+        self._calls[call_id] = asyncio.get_running_loop().create_future()
+        await self.send(Utility(call_id, call))
+        return await self._calls[call_id]
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(str(self._failure))
+        if self._closing:
+            raise EngineDeadError("the engine has been shut down")
+
+    async def close(self, drain_seconds: float = 0.0) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        if self._process is not None:
+            await self._end_process(self._process, drain_seconds)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._fail(EngineDeadError("the engine has been shut down"))
+        if self._context is not None:
+            self._context.destroy(linger=0)
+        if self._directory is not None:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _end_process(self, process: subprocess.Popen[bytes], drain_seconds: float) -> None:
+        """Ask it to end, then make it: by message, by SIGTERM's big brother after a deadline."""
+        if self._ready is not None and process.poll() is None:
+            with contextlib.suppress(zmq.ZMQError):
+                await self._input.send(self._encoder.encode(Shutdown(drain_seconds)))
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._exited.wait(), drain_seconds + _KILL_AFTER_SECONDS)
+        if process.poll() is None:
+            process.kill()
+        await self._exited.wait()
+        if process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+def describe_exit(returncode: int) -> str:
+    """How a process ended, in words."""
+    if returncode >= 0:
+        return f"ended with exit code {returncode}; its own output says more"
+    hint = "; the kernel may have ended it for want of memory" if returncode == -9 else ""
+    return f"was killed by signal {-returncode}{hint}"
+
+
+def _make_error(kind: str, text: str, *, started: bool) -> ShoalError:
+    """The error of our tree that the core named; while it starts, anything unforeseen is a StartupError."""
+    error_class = getattr(errors, kind, EngineError)
+    if not (isinstance(error_class, type) and issubclass(error_class, ShoalError)):
+        error_class = EngineError
+    if started:
+        return EngineDeadError(f"the engine core failed: {text}")
+    return StartupError(text) if error_class is EngineError else error_class(text)

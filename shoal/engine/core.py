@@ -1,0 +1,184 @@
+"""The engine core: schedule -> execute -> update, one step ahead of the results. Runs as `python -m shoal.engine`.
+
+It owns the scheduler and the executor. Requests come in and deltas go out through two sockets of messages.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from shoal.config.engine_config import EngineConfig
+from shoal.errors import ConfigError
+from shoal.executor.base import Executor
+from shoal.log import get_logger
+from shoal.messages import (
+    AbortRequests,
+    AddRequest,
+    BatchResult,
+    ClientMessage,
+    CoreMessage,
+    CoreOutputs,
+    CoreReady,
+    EngineStats,
+    Shutdown,
+    TokenDelta,
+    Utility,
+    UtilityResult,
+)
+from shoal.scheduling import Scheduler, SchedulerConfig
+
+_STATS_INTERVAL_SECONDS = 0.2
+_WAITING_SECONDS = 0.001
+
+logger = get_logger(__name__)
+
+
+class CoreChannel(Protocol):
+    """The core's end of the sockets to the API server."""
+
+    def receive(self, block: bool) -> list[ClientMessage]:
+        """All messages that have come; with `block` at least one."""
+        ...
+
+    def send(self, message: CoreMessage) -> None: ...
+
+
+class EngineCore:
+    """One engine: requests in, token deltas out."""
+
+    def __init__(self, config: EngineConfig, executor: Executor, channel: CoreChannel) -> None:
+        self.config = config
+        self._executor = executor
+        self._channel = channel
+        self._max_in_flight = 2 if config.async_scheduling else 1
+        self._in_flight: deque[Future[BatchResult]] = deque()
+        self._num_steps = 0
+        self._last_step_time = time.monotonic()
+        self._last_stats_time = 0.0
+        self._stop_at: float | None = None
+        self._scheduler: Scheduler
+
+    def start(self) -> None:
+        """Bring the workers up and tell the client. Raises what the executor raises."""
+        started = time.monotonic()
+        info = self._executor.start(self._channel.send)
+        num_blocks = info["num_blocks"]
+        self._scheduler = Scheduler(make_scheduler_config(self.config, num_blocks))
+        info["startup_seconds"] = round(time.monotonic() - started, 2)
+        self._channel.send(
+            CoreReady(self.config.generation, self.config.max_model_len, num_blocks, self.config.block_size, info)
+        )
+
+    def run(self) -> None:
+        """Serve until a Shutdown message has come and what it lets finish has finished."""
+        while True:
+            self._take_messages()
+            if self._stop_at is not None and self._drained():
+                break
+            self._step()
+        self._executor.shutdown()
+
+    def _take_messages(self) -> None:
+        idle = not self._in_flight and not self._scheduler.has_work() and self._stop_at is None
+        deltas: list[TokenDelta] = []
+        for message in self._channel.receive(block=idle):
+            match message:
+                case AddRequest(request):
+                    self._scheduler.add(request)
+                case AbortRequests(request_ids, silent):
+                    deltas += self._scheduler.abort(request_ids, silent=silent)
+                case Utility(call_id, call):
+                    self._channel.send(self._answer(call_id, call))
+                case Shutdown(drain_seconds):
+                    self._stop_at = time.monotonic() + drain_seconds
+        deltas += self._scheduler.take_early_deltas()
+        if idle:
+            self._last_step_time = time.monotonic()
+        if deltas:
+            self._send(deltas)
+
+    def _step(self) -> None:
+        """Launch the next step if there is one; take in the oldest result when no more may be in flight."""
+        batch = self._scheduler.schedule()
+        if batch is not None:
+            self._executor.execute(batch)
+            self._in_flight.append(self._executor.sample(batch.step_id))
+        if self._in_flight and (batch is None or len(self._in_flight) >= self._max_in_flight):
+            result = self._in_flight.popleft().result()
+            self._num_steps += 1
+            self._last_step_time = time.monotonic()
+            self._send(self._scheduler.update(result))
+        elif batch is None and self._scheduler.has_work():
+            time.sleep(_WAITING_SECONDS)  # all there is waits for KV from outside
+
+    def _send(self, deltas: list[TokenDelta]) -> None:
+        now = time.monotonic()
+        stats = None
+        if now - self._last_stats_time >= _STATS_INTERVAL_SECONDS or not self._scheduler.num_unfinished:
+            self._last_stats_time = now
+            stats = self.stats()
+        if deltas or stats is not None:
+            self._channel.send(CoreOutputs(self.config.generation, deltas, stats))
+
+    def _drained(self) -> bool:
+        """Whether nothing runs any more; past the deadline what still runs is aborted first."""
+        assert self._stop_at is not None
+        if self._scheduler.num_unfinished and time.monotonic() >= self._stop_at:
+            self._send(self._scheduler.abort_all())
+        return not self._scheduler.num_unfinished and not self._in_flight
+
+    def _answer(self, call_id: int, call: str) -> UtilityResult:
+        result: Any = None
+        match call:
+            case "ping":
+                result = "pong"
+            case "stats":
+                result = self.stats()
+            case "reset_prefix_cache":
+                self._scheduler.reset_prefix_cache()
+            case _:
+                return UtilityResult(call_id, error=f"unknown call {call!r}; known: ping, stats, reset_prefix_cache")
+        return UtilityResult(call_id, result)
+
+    def stats(self) -> EngineStats:
+        scheduler = self._scheduler
+        pool, counters = scheduler.pool, scheduler.counters
+        return EngineStats(
+            num_requests_running=scheduler.num_running,
+            num_requests_waiting=scheduler.num_waiting,
+            kv_cache_usage=1.0 - pool.num_free / pool.num_usable,
+            num_blocks=pool.num_usable,
+            num_free_blocks=pool.num_free,
+            num_steps_total=self._num_steps,
+            num_preemptions_total=counters.num_preemptions,
+            prompt_tokens_total=counters.prompt_tokens,
+            generation_tokens_total=counters.generation_tokens,
+            prefix_cache_queries_total=counters.prefix_cache_queries,
+            prefix_cache_hits_total=counters.prefix_cache_hits,
+            seconds_since_last_step=time.monotonic() - self._last_step_time,
+        )
+
+
+def make_scheduler_config(config: EngineConfig, num_blocks: int) -> SchedulerConfig:
+    """The scheduler's limits; the cache must hold one request of full length, or it could never run to its end."""
+    capacity = (num_blocks - 1) * config.block_size
+    if capacity < config.max_model_len:
+        raise ConfigError(
+            f"the KV cache holds {capacity} tokens, less than max_model_len {config.max_model_len}; "
+            f"give it more memory (--kv-cache-memory, --gpu-memory-utilization) or set --max-model-len {capacity} or less"
+        )
+    return SchedulerConfig(
+        num_blocks=num_blocks,
+        block_size=config.block_size,
+        max_model_len=config.max_model_len,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        enable_chunked_prefill=config.enable_chunked_prefill,
+        long_prefill_token_threshold=config.long_prefill_token_threshold,
+        by_priority=config.scheduling_policy == "priority",
+        generation=config.generation,
+    )

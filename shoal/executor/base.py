@@ -1,0 +1,38 @@
+"""Executor: how the engine core reaches its workers. Implementations: in-process; others stand beside it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
+
+
+class Executor(ABC):
+    """Runs steps on all workers of one engine, in the order in which they are given."""
+
+    @abstractmethod
+    def start(self, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
+        """Bring the workers up: load the model, size the KV cache.
+
+        Returns facts about the engine, among them `num_blocks` (the null block counted).
+        Raises ModelError, ConfigError or StartupError.
+        """
+
+    @abstractmethod
+    def execute(self, batch: ScheduledBatch) -> None:
+        """Start the forward pass of a step; returns at once. Errors come with the step's `sample`."""
+
+    @abstractmethod
+    def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Future[BatchResult]:
+        """Choose tokens for the step that was given to `execute`; returns at once.
+
+        grammar_masks: slot -> bit mask over the vocabulary (bit 1: allowed), little-endian, for constrained requests;
+        they may be made while the forward pass runs.
+        """
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """End the workers and give their memory back. May be called twice."""

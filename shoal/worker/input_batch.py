@@ -1,0 +1,137 @@
+"""InputBatch: what every slot of this rank knows between steps, and the tensors that one step feeds to the model.
+
+T tokens of a step, R requests (rows) of a step, B blocks of the longest sequence. Called by the model runner.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+
+from shoal.messages import ScheduledBatch, SlotAssignment
+
+_INT = np.int64
+
+
+@dataclasses.dataclass(slots=True)
+class StepInputs:
+    """One step, flattened. Host arrays are numpy, tensors are on the device.
+
+    slots, starts, counts: per row, in the batch's order: slot, first position, number of tokens.
+    token_ids [T], positions [T], slot_mapping [T]: int64; slot_mapping is block * block_size + offset.
+    block_tables [R, B]: int32. sample_rows: rows that sample; last_tokens [len(sample_rows)]: their last token's index.
+    """
+
+    step_id: int
+    generation: int
+    slots: np.ndarray
+    starts: np.ndarray
+    counts: np.ndarray
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slot_mapping: torch.Tensor
+    block_tables: torch.Tensor
+    sample_rows: np.ndarray
+    last_tokens: torch.Tensor
+
+    @property
+    def seq_lens(self) -> list[int]:
+        return (self.starts + self.counts).tolist()
+
+    @property
+    def query_lens(self) -> list[int]:
+        return self.counts.tolist()
+
+
+class InputBatch:
+    """Per-slot state: ids that the host gave, the block table, and on the device the token sampled last."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+        self.block_size = block_size
+        self.device = device
+        max_blocks = -(-max_model_len // block_size)
+        self.assignments: list[SlotAssignment | None] = [None] * max_num_seqs
+        self._given_ids: list[np.ndarray] = [np.empty(0, _INT)] * max_num_seqs
+        self._num_given = np.zeros(max_num_seqs, _INT)
+        self._block_table = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self._num_blocks = np.zeros(max_num_seqs, _INT)
+        self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+
+    def release(self, slot: int) -> None:
+        self.assignments[slot] = None
+        self._given_ids[slot] = np.empty(0, _INT)
+
+    def assign(self, assignment: SlotAssignment) -> None:
+        slot = assignment.slot
+        self.assignments[slot] = assignment
+        self._given_ids[slot] = np.asarray(assignment.token_ids, _INT)
+        self._num_given[slot] = len(assignment.token_ids)
+        self._num_blocks[slot] = 0
+
+    def prepare(self, batch: ScheduledBatch) -> StepInputs:
+        """Take new blocks in and lay the step out. Costs a few microseconds a row, independent of context lengths."""
+        for item in batch.work:
+            if item.new_block_ids:
+                first = self._num_blocks[item.slot]
+                self._block_table[item.slot, first : first + len(item.new_block_ids)] = item.new_block_ids
+                self._num_blocks[item.slot] = first + len(item.new_block_ids)
+        slots = np.array([item.slot for item in batch.work], _INT)
+        starts = np.array([item.num_computed_tokens for item in batch.work], _INT)
+        counts = np.array([item.num_new_tokens for item in batch.work], _INT)
+        sample_rows = np.flatnonzero(np.array([item.sample for item in batch.work]))
+
+        ends = np.cumsum(counts)
+        row_of_token = np.repeat(np.arange(len(slots)), counts)
+        positions = np.arange(ends[-1]) - (ends - counts - starts)[row_of_token]
+        slot_of_token = slots[row_of_token]
+        blocks = self._block_table[slot_of_token, positions // self.block_size].astype(_INT)
+        slot_mapping = blocks * self.block_size + positions % self.block_size
+        max_blocks = int(-(-(starts + counts).max() // self.block_size))
+        return StepInputs(
+            step_id=batch.step_id,
+            generation=batch.generation,
+            slots=slots,
+            starts=starts,
+            counts=counts,
+            token_ids=self._token_ids(slots, starts, counts, ends, slot_of_token, positions),
+            positions=self._to_device(positions),
+            slot_mapping=self._to_device(slot_mapping),
+            block_tables=self._to_device(self._block_table[slots, :max_blocks]),
+            sample_rows=sample_rows,
+            last_tokens=self._to_device(ends[sample_rows] - 1),
+        )
+
+    def _token_ids(
+        self,
+        slots: np.ndarray,
+        starts: np.ndarray,
+        counts: np.ndarray,
+        ends: np.ndarray,
+        slot_of_token: np.ndarray,
+        positions: np.ndarray,
+    ) -> torch.Tensor:
+        """Ids of the step's tokens: those given by the host, else the one that the slot sampled last."""
+        on_device = positions >= self._num_given[slot_of_token]
+        if on_device.all():
+            return self._last_token.index_select(0, self._to_device(slots))
+        host_ids = np.zeros(len(positions), _INT)
+        for row in np.flatnonzero(starts < self._num_given[slots]):
+            first, count, end = starts[row], counts[row], ends[row]
+            host_ids[end - count : end] = self._given_ids[slots[row]][first : first + count]
+        token_ids = self._to_device(host_ids)
+        if on_device.any():
+            sampled = self._last_token.index_select(0, self._to_device(slot_of_token))
+            token_ids = torch.where(self._to_device(on_device), sampled, token_ids)
+        return token_ids
+
+    def store_sampled(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Keep what these slots sampled for their next step, on the device: both int64 [R]."""
+        self._last_token.index_copy_(0, slots, token_ids)
+
+    def _to_device(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)

@@ -1,0 +1,233 @@
+"""ModelRunner: one rank's steps. Lays out the inputs, runs the model, samples; tokens stay on the device.
+
+Called by the worker, from one thread. T tokens, R rows (requests) of a step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from shoal.attention.base import AttentionBackend, AttentionMetadata
+from shoal.config.engine_config import EngineConfig
+from shoal.kv_transfer.hooks import LayerHooks
+from shoal.messages import BatchResult, ScheduledBatch, SlotResult
+from shoal.models.base import CausalLM
+from shoal.sampling.logprobs import prompt_logprobs, to_host
+from shoal.sampling.sampler import SampledTokens, Sampler
+from shoal.sampling.state import SamplingState
+from shoal.types.outputs import TokenLogprobs
+from shoal.worker.input_batch import InputBatch, StepInputs
+
+# Rows of logits made at once for prompt log-probabilities: 256 x 152,000 fp32 are 150 MB.
+_PROMPT_LOGITS_ROWS = 256
+
+
+@dataclasses.dataclass(slots=True)
+class _Executed:
+    """A step whose forward pass is under way: what sampling it needs."""
+
+    inputs: StepInputs
+    hidden: torch.Tensor
+
+
+@dataclasses.dataclass(slots=True)
+class _PromptRows:
+    """Prompt positions of one row whose next token's log-probability is wanted."""
+
+    row: int
+    first_token: int
+    targets: list[int]
+    num_top: int
+
+
+class ModelRunner:
+    """Owns the input batch, the sampling state and the KV cache tensors of one rank."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: CausalLM,
+        backend: AttentionBackend,
+        device: torch.device,
+        hooks: LayerHooks | None = None,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.backend = backend
+        self.device = device
+        self.hooks = hooks
+        self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, device)
+        self.sampling = SamplingState(config.max_num_seqs, config.model.vocab_size, device)
+        self.sampler = Sampler()
+        self.kv_caches: list[torch.Tensor] = []
+        self._executed: dict[int, _Executed] = {}
+
+    def set_kv_caches(self, kv_caches: list[torch.Tensor]) -> None:
+        """One tensor a layer, in the attention backend's shape."""
+        self.kv_caches = kv_caches
+
+    @torch.inference_mode()
+    def execute(self, batch: ScheduledBatch) -> None:
+        """Take slot changes in and start the forward pass."""
+        for slot in batch.released_slots:
+            self.batch.release(slot)
+            self.sampling.release(slot)
+        for assignment in batch.assigned:
+            self.batch.assign(assignment)
+            self.sampling.assign(
+                assignment.slot, assignment.sampling, assignment.token_ids, assignment.num_prompt_tokens
+            )
+        inputs = self.batch.prepare(batch)
+        self._executed[batch.step_id] = _Executed(inputs, self._forward(inputs))
+
+    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+        metadata = AttentionMetadata(
+            query_lens=inputs.query_lens,
+            seq_lens=inputs.seq_lens,
+            block_tables=inputs.block_tables,
+            slot_mapping=inputs.slot_mapping,
+            block_size=self.config.block_size,
+        )
+        self.backend.prepare(metadata)
+        return self.model.forward(inputs.token_ids, inputs.positions, self.kv_caches, metadata, self.hooks)
+
+    @torch.inference_mode()
+    def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Callable[[], BatchResult]:
+        """Choose this step's tokens; returns what waits for the device and reads them."""
+        executed = self._executed.pop(step_id)
+        inputs = executed.inputs
+        prompts = self._prompt_results(executed)
+        sampled: SampledTokens | None = None
+        slots = inputs.slots[inputs.sample_rows].tolist()
+        if slots:
+            ends = (inputs.starts + inputs.counts)[inputs.sample_rows].tolist()
+            metadata = self.sampling.prepare(slots, ends)
+            hidden = executed.hidden
+            if len(slots) != hidden.shape[0]:
+                hidden = hidden.index_select(0, inputs.last_tokens)
+            mask = self._grammar_mask(slots, grammar_masks) if grammar_masks else None
+            sampled = self.sampler.sample(self.model.compute_logits(hidden), metadata, mask)
+            self.batch.store_sampled(torch.tensor(slots, device=self.device), sampled.token_ids)
+            self.sampling.commit(metadata, sampled.token_ids)
+        return self._collector(inputs, slots, sampled, prompts)
+
+    def _grammar_mask(self, slots: list[int], masks: dict[int, bytes]) -> torch.Tensor:
+        """Bool [R, V]: True where a token is allowed. Rows without a mask allow all."""
+        vocab_size = self.config.model.vocab_size
+        allowed = torch.ones((len(slots), vocab_size), dtype=torch.bool)
+        bits = torch.arange(8, dtype=torch.uint8)
+        for row, slot in enumerate(slots):
+            if slot in masks:
+                packed = torch.frombuffer(bytearray(masks[slot]), dtype=torch.uint8)
+                allowed[row] = ((packed[:, None] >> bits) & 1).flatten()[:vocab_size].bool()
+        return allowed.to(self.device)
+
+    def _prompt_results(self, executed: _Executed) -> dict[int, list[TokenLogprobs]]:
+        """Log-probabilities of the prompt tokens that follow the positions computed in this step, by slot."""
+        results = {}
+        for rows in self._prompt_rows(executed.inputs):
+            entries: list[TokenLogprobs] = []
+            for start in range(0, len(rows.targets), _PROMPT_LOGITS_ROWS):
+                targets = rows.targets[start : start + _PROMPT_LOGITS_ROWS]
+                first = rows.first_token + start
+                logits = self.model.compute_logits(executed.hidden[first : first + len(targets)])
+                tensors = prompt_logprobs(logits, torch.tensor(targets, device=self.device), rows.num_top)
+                entries += to_host(tensors, [rows.num_top] * len(targets))
+            results[int(executed.inputs.slots[rows.row])] = entries
+        return results
+
+    def _prompt_rows(self, inputs: StepInputs) -> list[_PromptRows]:
+        rows, first_token = [], 0
+        for row, slot in enumerate(inputs.slots.tolist()):
+            assignment, count = self.batch.assignments[slot], int(inputs.counts[row])
+            assert assignment is not None, "work for a slot that nobody holds"
+            num_top = assignment.sampling.prompt_logprobs
+            if num_top is not None:
+                start = int(inputs.starts[row])
+                end = min(start + count, assignment.num_prompt_tokens - 1)
+                targets = assignment.token_ids[start + 1 : end + 1] if end > start else []
+                if targets:
+                    rows.append(_PromptRows(row, first_token, targets, num_top))
+            first_token += count
+        return rows
+
+    def _collector(
+        self,
+        inputs: StepInputs,
+        slots: list[int],
+        sampled: SampledTokens | None,
+        prompts: dict[int, list[TokenLogprobs]],
+    ) -> Callable[[], BatchResult]:
+        """What reads the step's tokens back. On CUDA the copy to the host is queued here and awaited there."""
+        num_top = [self._num_top(slot) for slot in slots]
+        host = _HostCopy(sampled) if sampled is not None else None
+
+        def collect() -> BatchResult:
+            results = []
+            token_ids: list[int] = []
+            logprobs: list[TokenLogprobs | None] = [None] * len(slots)
+            if host is not None:
+                token_ids = host.token_ids()
+                logprobs = host.logprobs(num_top)
+            for slot, token_id, entry in zip(slots, token_ids, logprobs, strict=True):
+                results.append(SlotResult(slot, [token_id], [entry] if entry is not None else None, prompts.pop(slot, None)))
+            results += [SlotResult(slot, [], None, entries) for slot, entries in prompts.items()]
+            return BatchResult(inputs.step_id, inputs.generation, results)
+
+        return collect
+
+    def _num_top(self, slot: int) -> int | None:
+        assignment = self.batch.assignments[slot]
+        assert assignment is not None
+        return assignment.sampling.logprobs
+
+    @torch.inference_mode()
+    def warm_up(self, num_tokens: int) -> None:
+        """Run a step of `num_tokens` over the null block: libraries choose their kernels, memory peaks show."""
+        num_tokens = min(num_tokens, self.config.max_num_batched_tokens)
+        lengths = [min(self.config.max_model_len, num_tokens)]
+        positions = torch.arange(num_tokens, device=self.device) % self.config.max_model_len
+        while sum(lengths) < num_tokens:
+            lengths.append(min(self.config.max_model_len, num_tokens - sum(lengths)))
+        num_blocks = -(-max(lengths) // self.config.block_size)
+        metadata = AttentionMetadata(
+            query_lens=lengths,
+            seq_lens=lengths,
+            block_tables=torch.zeros((len(lengths), num_blocks), dtype=torch.int32, device=self.device),
+            slot_mapping=torch.zeros(num_tokens, dtype=torch.int64, device=self.device),
+            block_size=self.config.block_size,
+        )
+        self.backend.prepare(metadata)
+        token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        hidden = self.model.forward(token_ids, positions, self.kv_caches, metadata, None)
+        self.model.compute_logits(hidden[: self.config.max_num_seqs])
+
+
+class _HostCopy:
+    """Sampled tokens on their way to the host. On CUDA: pinned copies and an event; on CPU: the tensors themselves."""
+
+    def __init__(self, sampled: SampledTokens) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._token_ids = sampled.token_ids
+        self._logprobs = sampled.logprobs
+        if sampled.token_ids.is_cuda:
+            self._token_ids = sampled.token_ids.to("cpu", non_blocking=True)
+            if sampled.logprobs is not None:
+                self._logprobs = sampled.logprobs.to_cpu()
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def token_ids(self) -> list[int]:
+        if self._event is not None:
+            self._event.synchronize()
+        return self._token_ids.tolist()
+
+    def logprobs(self, num_top: list[int | None]) -> list[TokenLogprobs | None]:
+        """After `token_ids`. One entry a row; None for rows that asked for none."""
+        if self._logprobs is None:
+            return [None] * len(num_top)
+        entries = to_host(self._logprobs, [0 if count is None else count for count in num_top])
+        return [entry if count is not None else None for entry, count in zip(entries, num_top, strict=True)]

@@ -1,0 +1,122 @@
+"""The engine core's loop with a simulated executor: messages in, deltas out, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from shoal.config.engine_config import EngineConfig
+from shoal.config.resolve import make_engine_config
+from shoal.engine.core import EngineCore, make_scheduler_config
+from shoal.errors import ConfigError
+from shoal.messages import (
+    AbortRequests,
+    AddRequest,
+    CoreOutputs,
+    CoreReady,
+    Shutdown,
+    StartupProgress,
+    TokenDelta,
+    Utility,
+    UtilityResult,
+)
+from shoal.types import EngineRequest, FinishReason, SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.engine.simulated_executor import InMemoryChannel, SimulatedExecutor
+from tests.scheduling.simulated_worker import SimulatedWorker
+from tests.scheduling.test_scheduler import expected_output
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> EngineConfig:
+    path: Path = make_checkpoint(tmp_path_factory.mktemp("model"), "qwen2")
+    config = make_engine_config(model=str(path), max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32)
+    return dataclasses.replace(config, block_size=4, generation=3)
+
+
+def make_core(config: EngineConfig, **executor: object) -> tuple[EngineCore, InMemoryChannel, SimulatedExecutor]:
+    worker = SimulatedWorker(40, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+    channel, simulated = InMemoryChannel(), SimulatedExecutor(worker, **executor)  # type: ignore[arg-type]
+    channel.on_empty = Shutdown
+    return EngineCore(config, simulated, channel), channel, simulated
+
+
+def make_request(request_id: str, prompt: list[int], max_tokens: int = 6) -> EngineRequest:
+    return EngineRequest(request_id, prompt, SamplingParams(max_tokens=max_tokens, eos_token_ids=[0]))
+
+
+def deltas_of(channel: InMemoryChannel, request_id: str) -> list[TokenDelta]:
+    outputs = [message for message in channel.sent if isinstance(message, CoreOutputs)]
+    return [delta for message in outputs for delta in message.deltas if delta.request_id == request_id]
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+def test_serves_requests_and_ends(config: EngineConfig, async_scheduling: bool) -> None:
+    core, channel, executor = make_core(dataclasses.replace(config, async_scheduling=async_scheduling))
+    core.start()
+    requests = [make_request(f"r{i}", [i + 1, 2, 3]) for i in range(9)]
+    channel.push(*[AddRequest(request) for request in requests])
+    core.run()
+    assert isinstance(channel.sent[0], StartupProgress)
+    assert isinstance(channel.sent[1], CoreReady) and channel.sent[1].generation == 3
+    for request in requests:
+        deltas = deltas_of(channel, request.request_id)
+        output, reason = expected_output(request, 64)
+        assert [token for delta in deltas for token in delta.token_ids] == output
+        assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [reason]
+    assert executor.closed
+    assert core.stats().num_free_blocks == core.stats().num_blocks
+    assert all(message.generation == 3 for message in channel.sent if isinstance(message, CoreOutputs))
+
+
+def test_abort_ends_a_request_once_and_silently_where_asked(config: EngineConfig) -> None:
+    core, channel, _ = make_core(config)
+    core.start()
+    channel.push(AddRequest(make_request("a", [1], 50)), AddRequest(make_request("b", [1], 50)))
+    channel.push(AbortRequests(["a", "unknown"]), AbortRequests(["b"], silent=True))
+    core.run()
+    assert [delta.finish_reason for delta in deltas_of(channel, "a")] == [FinishReason.ABORT]
+    assert deltas_of(channel, "b") == []
+
+
+def test_shutdown_aborts_what_does_not_finish_in_time(config: EngineConfig) -> None:
+    core, channel, _ = make_core(config)
+    core.start()
+    channel.push(AddRequest(make_request("r", [1], 50)), Shutdown(drain_seconds=0.0))
+    core.run()
+    assert deltas_of(channel, "r")[-1].finish_reason is FinishReason.ABORT
+
+
+def test_shutdown_lets_requests_finish(config: EngineConfig) -> None:
+    core, channel, _ = make_core(config)
+    core.start()
+    request = make_request("r", [1], 50)
+    channel.push(AddRequest(request), Shutdown(drain_seconds=60.0))
+    core.run()
+    assert deltas_of(channel, "r")[-1].finish_reason is expected_output(request, 64)[1]
+
+
+def test_utility_calls(config: EngineConfig) -> None:
+    core, channel, _ = make_core(config)
+    core.start()
+    channel.push(Utility(1, "stats"), Utility(2, "reset_prefix_cache"), Utility(3, "sing"))
+    core.run()
+    results = {message.call_id: message for message in channel.sent if isinstance(message, UtilityResult)}
+    assert results[1].result.num_blocks == 39
+    assert results[2].error is None
+    assert "sing" in str(results[3].error)
+
+
+def test_a_failing_step_ends_the_core_with_its_error(config: EngineConfig) -> None:
+    core, channel, _ = make_core(config, fail_at_step=2)
+    core.start()
+    channel.push(AddRequest(make_request("r", [1], 50)))
+    with pytest.raises(RuntimeError, match="on fire"):
+        core.run()
+
+
+def test_a_cache_smaller_than_one_request_is_refused(config: EngineConfig) -> None:
+    with pytest.raises(ConfigError, match="--max-model-len 60"):
+        make_scheduler_config(config, 16)

@@ -1,0 +1,65 @@
+"""InputBatch against a plain computation of what a step must contain."""
+
+from __future__ import annotations
+
+import torch
+
+from shoal.messages import ScheduledBatch, SlotAssignment, SlotWork
+from shoal.types import SamplingParams
+from shoal.worker.input_batch import InputBatch
+
+BLOCK = 4
+
+
+def make_batch(work: list[SlotWork], step_id: int = 0) -> ScheduledBatch:
+    return ScheduledBatch(step_id, 0, [], [], work)
+
+
+def assign(batch: InputBatch, slot: int, token_ids: list[int]) -> None:
+    batch.assign(SlotAssignment(slot, f"r{slot}", token_ids, len(token_ids), SamplingParams()))
+
+
+def test_prefill_chunks_and_decodes_in_one_step() -> None:
+    batch = InputBatch(4, 64, BLOCK, torch.device("cpu"))
+    assign(batch, 2, [10, 11, 12, 13, 14, 15])
+    assign(batch, 0, [20, 21])
+    batch.prepare(make_batch([SlotWork(0, 0, 2, [7], True)]))
+    batch.store_sampled(torch.tensor([0]), torch.tensor([99]))
+    inputs = batch.prepare(make_batch([SlotWork(2, 0, 5, [3, 9], False), SlotWork(0, 2, 1, [], True)]))
+    assert inputs.token_ids.tolist() == [10, 11, 12, 13, 14, 99]
+    assert inputs.positions.tolist() == [0, 1, 2, 3, 4, 2]
+    assert inputs.slot_mapping.tolist() == [12, 13, 14, 15, 36, 30]
+    assert inputs.block_tables.tolist() == [[3, 9], [7, 0]]
+    assert (inputs.seq_lens, inputs.query_lens) == ([5, 3], [5, 1])
+    assert inputs.sample_rows.tolist() == [1] and inputs.last_tokens.tolist() == [5]
+
+
+def test_pure_decode_reads_the_device() -> None:
+    batch = InputBatch(3, 64, BLOCK, torch.device("cpu"))
+    for slot in range(3):
+        assign(batch, slot, [slot])
+    batch.prepare(make_batch([SlotWork(slot, 0, 1, [slot + 1], True) for slot in range(3)]))
+    batch.store_sampled(torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7]))
+    inputs = batch.prepare(make_batch([SlotWork(2, 1, 1, [], True), SlotWork(0, 1, 1, [], True)]))
+    assert inputs.token_ids.tolist() == [7, 5]
+    assert inputs.last_tokens.tolist() == [0, 1]
+
+
+def test_a_slot_that_is_assigned_again_forgets_its_blocks() -> None:
+    batch = InputBatch(1, 64, BLOCK, torch.device("cpu"))
+    assign(batch, 0, [1, 2, 3])
+    batch.prepare(make_batch([SlotWork(0, 0, 3, [5], True)]))
+    batch.release(0)
+    assign(batch, 0, [4, 5])
+    inputs = batch.prepare(make_batch([SlotWork(0, 0, 2, [6], True)]))
+    assert inputs.slot_mapping.tolist() == [24, 25]
+    assert inputs.token_ids.tolist() == [4, 5]
+
+
+def test_the_layout_of_a_step_survives_the_next_one() -> None:
+    batch = InputBatch(1, 64, BLOCK, torch.device("cpu"))
+    assign(batch, 0, [1, 2, 3, 4, 5])
+    first = batch.prepare(make_batch([SlotWork(0, 0, 4, [5], False)]))
+    batch.prepare(make_batch([SlotWork(0, 4, 1, [6], True)]))
+    assert first.block_tables.tolist() == [[5]]
+    assert first.slot_mapping.tolist() == [20, 21, 22, 23]
