@@ -17,6 +17,9 @@ PREFIX = "SHOAL_"
 _OWN_NAMES = ("SHOAL_HOST_IP", "SHOAL_LOG_LEVEL", "SHOAL_API_KEY")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off", "")
+_RELEVANT_PREFIXES = (PREFIX, "VLLM_", "CUDA_", "NCCL_", "GLOO_", "OMP_", "KMP_", "MKL_", "RAY_", "HF_", "TORCH")
+_RELEVANT_NAMES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "NVIDIA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM", "NO_COLOR")
+_SECRET = re.compile("KEY|TOKEN(?!IZER)|SECRET|PASSWORD")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 # Kubernetes puts these into every pod beside a Service named "shoal"; they are no settings.
 _SERVICE_LINK = re.compile(r"SHOAL_(.+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT_\d+_(TCP|UDP)(_\w+)?)")
@@ -103,6 +106,15 @@ def unknown_names(option_names: Iterable[str]) -> list[str]:
         hint = f"did you mean {near[0]}?" if near else "Shoal does not know this name."
         warnings.append(f"environment variable {name} is not used: {hint}")
     return warnings
+
+
+def relevant_variables() -> dict[str, str]:
+    """What is set of everything that changes how Shoal and its libraries work; secrets only say that they are set."""
+    found = {}
+    for name, value in sorted(os.environ.items()):
+        if name.startswith(_RELEVANT_PREFIXES) or name in _RELEVANT_NAMES:
+            found[name] = "(set)" if _SECRET.search(name) else value
+    return found
 
 
 def subprocess_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:

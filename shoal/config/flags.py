@@ -70,7 +70,7 @@ def _set_flag(token: str, rest: list[str], table: KnobTable, values: dict[str, A
 
 
 def _find_flag(key: str, table: KnobTable) -> Knob:
-    """As KnobTable.find; for what looks like a switch turned off ("--no-prefix-cache") the suggestion is negated too."""
+    """As KnobTable.find; what looks like a switch turned off ("--no-prefix-cache") gets a suggestion of its kind."""
     base = key.removeprefix("no_")
     if base == key or key in table.by_name:
         return table.find(key, spell_flag)

@@ -26,7 +26,8 @@ def resolve_model_path(model: str) -> Path:
         return path.resolve()
     if path.exists():
         raise ModelError(
-            f"the model {model} is a file; a Hugging Face directory (config.json, *.safetensors, tokenizer.json) would work"
+            f"the model {model} is a file; a Hugging Face directory (config.json, *.safetensors, tokenizer.json) "
+            "would work"
         )
     if _REPO_NAME.fullmatch(model):
         return _downloaded(model)
@@ -58,11 +59,13 @@ def _downloaded(repo: str) -> Path:
         return snapshots / found[0]
     if found:
         raise ModelError(
-            f"the cache holds {len(found)} snapshots of {repo} and no refs/main; name one by its path: {snapshots}/{found[0]}"
+            f"the cache holds {len(found)} snapshots of {repo} and no refs/main; name one by its path: "
+            f"{snapshots / found[0]}"
         )
     raise ModelError(
-        f"{repo} is neither a directory nor a model in the local Hugging Face cache ({env.hub_cache()}); Shoal downloads "
-        f"nothing by itself: `hf download {repo}` brings it, or name a directory, or {EMBEDDED_MODEL} (embedded)"
+        f"{repo} is neither a directory nor a model in the local Hugging Face cache ({env.hub_cache()}); Shoal "
+        f"downloads nothing by itself: `hf download {repo}` brings it; a directory or {EMBEDDED_MODEL} (embedded) "
+        "works too"
     )
 
 

@@ -97,20 +97,8 @@ def _resolve_dtype(options: ModelOptions, model: ModelConfig, device: str, deter
     return model.dtype
 
 
-def longest_sequence(model: ModelConfig) -> int:
-    """Positions that the model can tell apart, rope scaling counted in.
-
-    config.json gives the length before scaling for "linear" and "yarn" and after it for "llama3".
-    """
-    rope = model.rope
-    if rope is None or rope.scaling not in ("linear", "yarn"):
-        return model.max_position_embeddings
-    unscaled = rope.parameters.get("original_max_position_embeddings") or model.max_position_embeddings
-    return max(int(unscaled * float(rope.parameters.get("factor", 1.0))), model.max_position_embeddings)
-
-
 def _resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:
-    longest = longest_sequence(model)
+    longest = model.max_position_embeddings
     if wanted is None:
         return longest
     if wanted > longest:
@@ -134,7 +122,7 @@ def _resolve_limits(options: SchedulerOptions, device: str, max_model_len: int) 
         )
     if not options.enable_chunked_prefill and num_tokens < max_model_len:
         raise ConfigError(
-            f"without chunked prefill a whole prompt must fit one step: max_num_batched_tokens ({num_tokens}) must be at "
-            f"least max_model_len ({max_model_len}); raise the one, lower the other, or leave chunked prefill on"
+            f"without chunked prefill a whole prompt must fit one step: max_num_batched_tokens ({num_tokens}) must be "
+            f"at least max_model_len ({max_model_len}); raise the one, lower the other, or leave chunked prefill on"
         )
     return num_seqs, num_tokens

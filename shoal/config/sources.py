@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,11 +22,11 @@ _logger = get_logger(__name__)
 
 
 def options_from_arguments(
-    arguments: Sequence[str], sections: Sequence[type], positional: str | None = None
+    arguments: Sequence[str], sections: Sequence[type], positional: str | None = None, *, takes_config: bool = True
 ) -> list[Any]:
     """One instance per section from a command line, the YAML file that its --config names, and the environment."""
     table = KnobTable(sections)
-    rest, file = _split_config(arguments)
+    rest, file = _split_config(arguments) if takes_config else (arguments, None)
     flags = parse_flags(rest, table, positional)
     values = _from_environment(table) | (read_yaml(file, table) if file else {}) | flags
     if positional and positional not in values:
@@ -51,16 +52,18 @@ def options_from_kwargs(kwargs: Mapping[str, Any], sections: Sequence[type] = EN
 
 def warn_about_environment(sections: Sequence[type] = SERVE_SECTIONS) -> None:
     """Log a warning for each SHOAL_* variable that nothing reads, with the nearest name that something does."""
-    for warning in env.unknown_names(KnobTable(sections).by_name):
+    names = [field.name for section in sections for field in dataclasses.fields(section)]
+    for warning in env.unknown_names(names):
         _logger.warning("%s", warning)
 
 
 def _from_environment(table: KnobTable) -> dict[str, Any]:
+    texts = env.option_values()
     values = {}
-    for name, text in env.option_values().items():
-        knob = table.by_name.get(name)
-        if knob is not None and text.strip():
-            values[knob.name] = knob.from_text(text.strip(), env.PREFIX + name.upper())
+    for knob in table.knobs:
+        text = texts.get(knob.name, "").strip()
+        if text:
+            values[knob.name] = knob.from_text(text, env.PREFIX + knob.name.upper())
     return values
 
 

@@ -1,0 +1,37 @@
+"""`shoal serve`: options in, a running server out."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from shoal import log
+from shoal.cli.client_options import CLIENT_SECTIONS
+from shoal.cli.command import Command
+from shoal.config.options import CacheOptions, ModelOptions, SchedulerOptions, ServerOptions
+from shoal.config.resolve import resolve
+from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
+from shoal.errors import ConfigError
+from shoal.server.run import serve
+
+
+def _run(model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOptions, server: ServerOptions) -> int:
+    log.configure(server.log_level)
+    warn_about_environment((*SERVE_SECTIONS, *CLIENT_SECTIONS))
+    for package in ("torch", "transformers"):
+        if importlib.util.find_spec(package) is None:
+            raise ConfigError(
+                f"the engine is not installed ({package} is missing): pip install 'shoal[engine]' brings it"
+            )
+    serve(resolve(model, cache, scheduler), server, model)
+    return 0
+
+
+COMMAND = Command(
+    name="serve",
+    description="Serve a model behind the OpenAI API. Without MODEL it is shoal-tiny, which comes with Shoal. "
+    "Ctrl-C lets running requests finish.",
+    sections=SERVE_SECTIONS,
+    positional="model",
+    takes_config=True,
+    run=_run,
+)
