@@ -1,0 +1,190 @@
+"""Turns what a client sends into what the engine takes: renders, tokenizes, validates, resolves the parameters.
+
+Called by AsyncEngine.prepare and prepare_chat. Nothing is queued here and nothing waits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from shoal.config.engine_config import EngineConfig
+from shoal.engine.journal import RequestJournal
+from shoal.engine.tokenizer import Tokenizer
+from shoal.errors import InvalidRequestError
+from shoal.types.request import EngineRequest
+from shoal.types.sampling_params import SamplingParams
+from shoal.types.seeds import derive_seed
+from shoal.types.token_ids import validate_token_ids
+
+# "text", token ids, {"prompt": "text"} or {"prompt_token_ids": [ids]}
+Prompt = str | Sequence[int] | dict[str, Any]
+
+
+@dataclasses.dataclass(slots=True)
+class PreparedRequest:
+    """A valid request, not queued yet.
+
+    prompt: the text where there was one. params: resolved (seed drawn, max_tokens set, end tokens known).
+    stop_token_strings: stop strings that are special tokens, by token id. arrival_time: time.time().
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    priority: int
+    arrival_time: float
+    stop_token_strings: dict[int, str]
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.prompt_token_ids)
+
+    def journal(self, index: int) -> RequestJournal:
+        """The journal of answer `index`, which draws from a seed of its own."""
+        assert self.params.seed is not None, "prepare draws a seed"
+        changes: dict[str, Any] = {"n": 1, "seed": derive_seed(self.params.seed, index)}
+        if index > 0:
+            changes["prompt_logprobs"] = None  # the same for every answer: computed once
+        return RequestJournal(
+            request_id=f"{self.request_id}-{index}",
+            prompt_token_ids=self.prompt_token_ids,
+            sampling=self.params.clone(**changes),
+            stop_token_strings=self.stop_token_strings,
+            priority=self.priority,
+            arrival_time=self.arrival_time,
+        )
+
+    def engine_requests(self) -> list[EngineRequest]:
+        """What the engine is asked for: one request per answer."""
+        return [self.journal(index).engine_request() for index in range(self.params.n)]
+
+
+class RequestPreparer:
+    """Knows the model's limits: vocabulary, length, end tokens."""
+
+    def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None, max_model_len: int) -> None:
+        self._tokenizer = tokenizer
+        self._max_model_len = max_model_len
+        self._vocab_size = config.model.vocab_size
+        end_tokens = set(config.model.eos_token_ids)
+        if tokenizer is not None and tokenizer.eos_token_id is not None:
+            end_tokens.add(tokenizer.eos_token_id)
+        self._end_token_ids = sorted(id_ for id_ in end_tokens if 0 <= id_ < self._vocab_size)
+        # Seeds of requests that bring none: the same for the same --seed and order of requests.
+        self._seeds = random.Random(config.seed)
+
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None,
+        priority: int,
+        add_special_tokens: bool,
+    ) -> PreparedRequest:
+        """Validate and resolve. Raises InvalidRequestError, saying what was found and what would work."""
+        text, token_ids = self._tokenize(prompt, add_special_tokens)
+        self._check_prompt(token_ids)
+        params, stop_token_strings = self._resolve(params, len(token_ids))
+        return PreparedRequest(
+            request_id=request_id or f"request-{uuid.uuid4().hex}",
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            priority=priority,
+            arrival_time=time.time(),
+            stop_token_strings=stop_token_strings,
+        )
+
+    def require_tokenizer(self, what_for: str) -> Tokenizer:
+        """The tokenizer, or InvalidRequestError: this engine runs without one."""
+        if self._tokenizer is None:
+            raise InvalidRequestError(
+                f"{what_for} needs a tokenizer, and this engine was started without one (skip_tokenizer_init); "
+                "send token ids, or start it with a tokenizer"
+            )
+        return self._tokenizer
+
+    def _tokenize(self, prompt: Prompt, add_special_tokens: bool) -> tuple[str | None, list[int]]:
+        text: Any = None
+        if isinstance(prompt, dict):
+            text = prompt.get("prompt")
+            prompt = self._prompt_of(prompt)
+        if isinstance(prompt, str):
+            tokenizer = self.require_tokenizer("a text prompt")
+            return prompt, tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        if isinstance(prompt, Sequence) and not isinstance(prompt, (bytes, bytearray)):
+            return text, [*prompt]
+        raise InvalidRequestError(
+            'prompt must be a string, a list of token ids, {"prompt": ...} or {"prompt_token_ids": [...]}; '
+            f"got {type(prompt).__name__}",
+            "prompt",
+        )
+
+    @staticmethod
+    def _prompt_of(prompt: dict[str, Any]) -> str | Sequence[int]:
+        found: Any = prompt.get("prompt_token_ids")
+        if found is None:
+            found = prompt.get("prompt")
+        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+        if found is None or unknown:
+            raise InvalidRequestError(
+                'a prompt given as a dict has "prompt" (text) or "prompt_token_ids" (a list); got the keys '
+                + (", ".join(map(repr, prompt)) or "none"),
+                "prompt",
+            )
+        return found  # type: ignore[no-any-return]
+
+    def _check_prompt(self, token_ids: list[int]) -> None:
+        if not token_ids:
+            raise InvalidRequestError("the prompt is empty; send at least one token", "prompt")
+        for token_id in token_ids:
+            if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
+                raise InvalidRequestError(
+                    f"the prompt holds {token_id!r}, which is not a token id of this model "
+                    f"(integers from 0 to {self._vocab_size - 1})",
+                    "prompt",
+                )
+        if len(token_ids) >= self._max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(token_ids)} tokens; this model takes {self._max_model_len} with the answer "
+                f"(max_model_len), so a prompt of at most {self._max_model_len - 1}",
+                "prompt",
+                "context_length_exceeded",
+            )
+
+    def _resolve(self, params: SamplingParams, num_prompt_tokens: int) -> tuple[SamplingParams, dict[int, str]]:
+        room = self._max_model_len - num_prompt_tokens
+        if params.min_tokens > room:
+            raise InvalidRequestError(
+                f"min_tokens is {params.min_tokens}, but after a prompt of {num_prompt_tokens} tokens only {room} fit "
+                f"in max_model_len ({self._max_model_len})",
+                "min_tokens",
+            )
+        if params.stop_strings and not params.detokenize:
+            raise InvalidRequestError("stop strings are found in text; they need detokenize=True", "stop")
+        if params.stop_strings:
+            self.require_tokenizer("a stop string")
+        stop_token_strings = self._special_stop_tokens(params.stop_strings)
+        params = params.clone(
+            seed=self._seeds.getrandbits(63) if params.seed is None else params.seed,
+            max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
+            detokenize=params.detokenize and self._tokenizer is not None,
+            stop_token_ids=sorted({*(params.stop_token_ids or ()), *stop_token_strings}) or None,
+            eos_token_ids=[] if params.ignore_eos else list(self._end_token_ids),
+        )
+        validate_token_ids(params, self._vocab_size)
+        return params, stop_token_strings
+
+    def _special_stop_tokens(self, strings: list[str]) -> dict[int, str]:
+        """Stop strings that are special tokens: their text is usually skipped, so their ids must stop the engine."""
+        if self._tokenizer is None:
+            return {}
+        found = ((self._tokenizer.special_token_id(string), string) for string in strings)
+        return {id_: string for id_, string in found if id_ is not None and id_ < self._vocab_size}

@@ -1,0 +1,240 @@
+"""Text to token ids and back, and chat templates: a thin, strict face of Hugging Face's tokenizers.
+
+Loaded by whoever talks to people: the API server and LLM. transformers is imported here only, when a tokenizer is
+loaded: it takes seconds and brings torch along.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from shoal.engine.chat import normalize_messages
+from shoal.engine.detokenizer import (
+    ByteFallbackDetokenizer,
+    ByteLevelDetokenizer,
+    Detokenizer,
+    WindowDetokenizer,
+)
+from shoal.engine.pieces import DecoderRules, PieceTable
+from shoal.errors import InvalidRequestError, ModelError
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+    "tokenizer_config.json",
+)
+_NO_TEMPLATE = (
+    "the model has no chat template; pass one (--chat-template FILE for the server, chat_template=... for LLM.chat), "
+    "or send a plain prompt to completions"
+)
+
+
+def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a model directory. `chat_template` (Jinja text) replaces the model's own.
+
+    Raises ModelError when the directory holds no tokenizer, or one that cannot be read.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ModelError(f"no tokenizer at {path}: it is not a directory; give --tokenizer a directory that exists")
+    if not any((directory / name).is_file() for name in _TOKENIZER_FILES) and not any(directory.glob("*.tiktoken")):
+        raise ModelError(
+            f"no tokenizer files in {path} (looked for {', '.join(_TOKENIZER_FILES)}); "
+            "copy them next to the weights, point --tokenizer at their directory, "
+            "or use --skip-tokenizer-init with token ids"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        backend = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code, local_files_only=True)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        hint = "" if trust_remote_code else _remote_code_hint(directory)
+        raise ModelError(f"cannot read the tokenizer in {path}: {type(error).__name__}: {error}{hint}") from error
+    return Tokenizer(backend, chat_template=chat_template)
+
+
+def _remote_code_hint(directory: Path) -> str:
+    try:
+        settings = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    if "auto_map" not in settings:
+        return ""
+    return "; it brings Python code of its own: read that code, then allow it with --trust-remote-code"
+
+
+class Tokenizer:
+    """Encodes, decodes and renders chats."""
+
+    def __init__(self, backend: Any, *, chat_template: str | None = None) -> None:
+        self.backend = backend
+        # Our own length check names the limit of the engine; the tokenizer's warning would name another.
+        backend.model_max_length = int(1e30)
+        self._chat_template = chat_template
+        self._fast = bool(getattr(backend, "is_fast", False))
+        self.vocab_size = len(backend)
+        self.bos_token_id: int | None = backend.bos_token_id
+        self.eos_token_id: int | None = backend.eos_token_id
+        self.pad_token_id: int | None = backend.pad_token_id
+        self.special_token_ids: frozenset[int] = self._find_special_ids()
+        self._tables = self._build_tables()
+        self._direct = self._prepare_direct_encoding()
+
+    def _prepare_direct_encoding(self) -> Any | None:
+        """The Rust tokenizer, where transformers adds nothing to its encoding: a third of the time, and no settings
+        that each call writes, so threads do not meet. None where a class has ideas of its own."""
+        if not self._fast or type(self.backend)._encode_plus.__qualname__ != "TokenizersBackend._encode_plus":
+            return None
+        rust = self.backend.backend_tokenizer
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = bool(self.backend.split_special_tokens)
+        return rust
+
+    def _find_special_ids(self) -> frozenset[int]:
+        added = {id_ for id_, token in self.backend.added_tokens_decoder.items() if token.special}
+        return frozenset(added | {id_ for id_ in self.backend.all_special_ids if id_ is not None})
+
+    def _build_tables(self) -> dict[bool, PieceTable] | None:
+        """The tables by skip_special_tokens, or None where the decoder needs more than one token at a time."""
+        if not self._fast:
+            return None
+        decoder = self.backend.backend_tokenizer.decoder
+        rules = DecoderRules.from_decoder(None if decoder is None else json.loads(decoder.__getstate__()))
+        if rules is None:
+            return None
+        token_of = self.backend.backend_tokenizer.id_to_token
+        return {
+            False: PieceTable(rules, token_of, frozenset()),
+            True: PieceTable(rules, token_of, self.special_token_ids),
+        }
+
+    # --- text to ids -----------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`; with the tokenizer's own beginning (and end) tokens unless told otherwise."""
+        try:
+            if self._direct is not None:
+                return list(self._direct.encode(text, add_special_tokens=add_special_tokens).ids)
+            return list(self.backend.encode(text, add_special_tokens=add_special_tokens))
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequestError(f"the text cannot be tokenized: {error}; send valid Unicode") from error
+
+    def special_token_id(self, text: str) -> int | None:
+        """The id of the special token that is spelt exactly so."""
+        token_id = self.backend.convert_tokens_to_ids(text)
+        return token_id if token_id in self.special_token_ids else None
+
+    # --- ids to text -----------------------------------------------------------------------------------------------
+
+    def decode(
+        self, token_ids: Sequence[int], *, skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> str:
+        """The text of all ids together, without cosmetic changes to spaces."""
+        options = {} if self._fast else {"spaces_between_special_tokens": spaces_between_special_tokens}
+        text: str = self.backend.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False, **options
+        )
+        return text
+
+    def detokenizer(
+        self,
+        prompt_token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> Detokenizer:
+        """A new incremental decode that goes on after the prompt."""
+        if self._tables is None:
+            return WindowDetokenizer(
+                lambda ids: self.decode(
+                    ids,
+                    skip_special_tokens=skip_special_tokens,
+                    spaces_between_special_tokens=spaces_between_special_tokens,
+                ),
+                prompt_token_ids,
+            )
+        table = self._tables[skip_special_tokens]
+        if table.rules.byte_level:
+            return ByteLevelDetokenizer(table, prompt_token_ids)
+        return ByteFallbackDetokenizer(table, prompt_token_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token adds to a running text, as bytes: a part of a character where it is one."""
+        if self._tables is None:
+            return self.decode([token_id], skip_special_tokens=False).encode("utf-8", "replace")
+        piece = self._tables[False][token_id]
+        return piece.encode("utf-8", "replace") if isinstance(piece, str) else piece
+
+    def token_text(self, token_id: int) -> str:
+        """What one token adds to a running text; a part of a character shows as U+FFFD."""
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    # --- chats -----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self._chat_template or self.backend.chat_template)
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Any],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> str:
+        """The prompt text of a conversation: OpenAI messages in, the template's rendering out.
+
+        chat_template: Jinja text that replaces the model's for this call. Raises InvalidRequestError when there is no
+        template, or when it refuses the messages.
+        """
+        template = chat_template or self._chat_template
+        if template is None and not self.backend.chat_template:
+            raise InvalidRequestError(_NO_TEMPLATE, "messages")
+        if add_generation_prompt and continue_final_message:
+            raise InvalidRequestError(
+                "add_generation_prompt and continue_final_message exclude each other; set one of them to false",
+                "continue_final_message",
+            )
+        conversation = normalize_messages(messages)
+        try:
+            rendered: str = self.backend.apply_chat_template(
+                conversation,
+                tools=tools,
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **_template_arguments(chat_template_kwargs),
+            )
+        except Exception as error:  # a template is a program: it fails with errors of any kind
+            raise InvalidRequestError(
+                f"the chat template failed on these messages: {type(error).__name__}: {error}", "messages"
+            ) from error
+        return rendered
+
+
+_RESERVED_ARGUMENTS = frozenset({
+    "conversation", "tools", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+    "return_tensors", "return_dict", "padding", "truncation", "max_length", "tokenizer_kwargs",
+})  # fmt: skip
+
+
+def _template_arguments(arguments: dict[str, Any] | None) -> dict[str, Any]:
+    reserved = _RESERVED_ARGUMENTS & set(arguments or {})
+    if reserved:
+        raise InvalidRequestError(
+            f"chat_template_kwargs cannot hold {', '.join(sorted(reserved))}: it sets variables of the template",
+            "chat_template_kwargs",
+        )
+    return arguments or {}
