@@ -1,0 +1,173 @@
+"""Paged attention with PyTorch's own kernels, on any device: the default. Decodes of a step go together, padded to the
+longest; each prefill chunk goes alone.
+
+S sequences, T tokens, C context (padded), Hq query heads, Hk KV heads, G = Hq / Hk, D head size, N blocks of the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from shoal.attention.base import AttentionBackend, AttentionMetadata
+
+
+@dataclasses.dataclass(slots=True)
+class _Decodes:
+    """All sequences with one new token. tokens: their indices among the T tokens (None: they are all of the step)."""
+
+    tokens: torch.Tensor | None
+    seq_lens: list[int]
+    blocks: torch.Tensor  # [S * blocks per sequence]
+    context: int
+    masks: dict[int | None, torch.Tensor | None]
+
+
+@dataclasses.dataclass(slots=True)
+class _Prefill:
+    """One sequence with several new tokens: tokens [start, start + num_new) are its last positions of `context`."""
+
+    start: int
+    num_new: int
+    context: int
+    blocks: torch.Tensor  # [blocks of the sequence]
+    masks: dict[int | None, torch.Tensor | None]
+
+
+@dataclasses.dataclass(slots=True)
+class _Plan:
+    block_size: int
+    decodes: _Decodes | None
+    prefills: list[_Prefill]
+
+
+class TorchPagedAttention(AttentionBackend):
+    """Cache: [2, Hk, N, block_size, D]: head-major, so that one gather fetches keys and values of whole blocks and the
+    result is [2, Hk, S, C, D] without a copy. The GQA group is folded into the query length of decodes and into a
+    stride-0 head axis of prefills: keys and values are never repeated."""
+
+    name = "torch_paged"
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return (2, num_kv_heads, num_blocks, block_size, head_dim)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        query_lens, block_size = metadata.query_lens, metadata.block_size
+        decode_rows = [row for row, num_new in enumerate(query_lens) if num_new == 1]
+        decodes = _plan_decodes(metadata, decode_rows) if decode_rows else None
+        prefills, start = [], 0
+        for row, num_new in enumerate(query_lens):
+            if num_new > 1:
+                context = metadata.seq_lens[row]
+                blocks = metadata.block_tables[row, : -(-context // block_size)]
+                prefills.append(_Prefill(start, num_new, context, blocks, {}))
+            start += num_new
+        metadata.plan = _Plan(block_size, decodes, prefills)
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor:
+        slots = kv_cache.flatten(2, 3)  # [2, Hk, N * block_size, D]
+        slots[0].index_copy_(1, metadata.slot_mapping, key.transpose(0, 1))
+        slots[1].index_copy_(1, metadata.slot_mapping, value.transpose(0, 1))
+        plan: _Plan = metadata.plan
+        if not plan.prefills:
+            assert plan.decodes is not None
+            return _attend_decodes(query, kv_cache, plan.decodes, scale, sliding_window).flatten(1)
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for prefill in plan.prefills:
+            tokens = slice(prefill.start, prefill.start + prefill.num_new)
+            output[tokens] = _attend_prefill(query[tokens], kv_cache, prefill, scale, sliding_window)
+        if plan.decodes is not None:
+            tokens = plan.decodes.tokens
+            output[tokens] = _attend_decodes(query[tokens], kv_cache, plan.decodes, scale, sliding_window)
+        return output.flatten(1)
+
+
+def _plan_decodes(metadata: AttentionMetadata, rows: list[int]) -> _Decodes:
+    device = metadata.slot_mapping.device
+    seq_lens = [metadata.seq_lens[row] for row in rows]
+    num_blocks = -(-max(seq_lens) // metadata.block_size)
+    tables = metadata.block_tables[:, :num_blocks]
+    tokens = None
+    if len(rows) < len(metadata.query_lens):
+        first_tokens = [0]
+        for num_new in metadata.query_lens:
+            first_tokens.append(first_tokens[-1] + num_new)
+        tokens = torch.tensor([first_tokens[row] for row in rows], device=device)
+        tables = tables[torch.tensor(rows, device=device)]
+    context = max(seq_lens) if len(rows) == 1 else num_blocks * metadata.block_size
+    return _Decodes(tokens, seq_lens, tables.flatten(), context, {})
+
+
+def _decode_mask(decodes: _Decodes, query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """Additive mask [S, 1, 1, C], None where every key is visible. Made once a step for each distinct window."""
+    if window not in decodes.masks:
+        if len(decodes.seq_lens) == 1 and (window is None or window >= decodes.context):
+            decodes.masks[window] = None
+        else:
+            lengths = torch.tensor(decodes.seq_lens, device=query.device)[:, None]
+            position = torch.arange(decodes.context, device=query.device)[None, :]
+            hidden = position >= lengths
+            if window is not None:
+                hidden |= position < lengths - window
+            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+            decodes.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
+    return decodes.masks[window]
+
+
+def _attend_decodes(
+    query: torch.Tensor, kv_cache: torch.Tensor, decodes: _Decodes, scale: float, window: int | None
+) -> torch.Tensor:
+    """query [S, Hq, D], one row a sequence; returns [S, Hq, D]."""
+    num_sequences, num_heads, head_dim = query.shape
+    num_kv_heads = kv_cache.shape[1]
+    gathered = kv_cache.index_select(2, decodes.blocks).view(2, num_kv_heads, num_sequences, -1, head_dim)
+    keys, values = gathered[:, :, :, : decodes.context].transpose(1, 2).unbind(0)  # [S, Hk, C, D]
+    grouped = query.reshape(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    mask = _decode_mask(decodes, query, window)
+    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    return output.reshape(num_sequences, num_heads, head_dim)
+
+
+def _attend_prefill(
+    query: torch.Tensor, kv_cache: torch.Tensor, prefill: _Prefill, scale: float, window: int | None
+) -> torch.Tensor:
+    """query [Q, Hq, D], one sequence; returns [Q, Hq, D]."""
+    num_new, num_heads, head_dim = query.shape
+    num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
+    group = num_heads // num_kv_heads
+    blocks, context = prefill.blocks, prefill.context
+    if window is not None:  # blocks that slid out of every query's window are not read
+        first_block = max(0, context - num_new - window + 1) // block_size
+        blocks, context = blocks[first_block:], context - first_block * block_size
+    gathered = kv_cache.index_select(2, blocks).flatten(2, 3)[:, :, None, :context]  # [2, Hk, 1, C, D]
+    keys, values = gathered.expand(-1, -1, group, -1, -1).unbind(0)
+    grouped = query.view(num_new, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hk, G, Q, D]
+    causal = num_new == context and (window is None or window >= context)
+    mask = None if causal else _prefill_mask(prefill, context, query, window)
+    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
+    return output.permute(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)
+
+
+def _prefill_mask(prefill: _Prefill, context: int, query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """Additive mask [Q, C], made once a step for each distinct window."""
+    if window not in prefill.masks:
+        key = torch.arange(context, device=query.device)[None, :]
+        position = torch.arange(context - prefill.num_new, context, device=query.device)[:, None]
+        hidden = key > position
+        if window is not None:
+            hidden |= key <= position - window
+        mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+        prefill.masks[window] = mask.masked_fill_(hidden, float("-inf"))
+    return prefill.masks[window]

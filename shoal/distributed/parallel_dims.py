@@ -1,0 +1,101 @@
+"""The rank grid: data × pipeline × tensor parallel, and all arithmetic on ranks. Passed to whoever needs it.
+
+Global rank = (data_rank * pipeline_size + pipeline_rank) * tensor_size + tensor_rank: the ranks of a tensor-parallel
+group are neighbours, so they share a machine first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from shoal.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelDims:
+    """Sizes of the three axes, and where this rank stands in them. The default is one rank alone."""
+
+    data_size: int = 1
+    pipeline_size: int = 1
+    tensor_size: int = 1
+    rank: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("data_size", "pipeline_size", "tensor_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be 1 or more; got {getattr(self, name)}")
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank {self.rank} is outside the grid of {self.world_size} ranks")
+
+    @property
+    def world_size(self) -> int:
+        return self.data_size * self.pipeline_size * self.tensor_size
+
+    @property
+    def tensor_rank(self) -> int:
+        return self.rank % self.tensor_size
+
+    @property
+    def pipeline_rank(self) -> int:
+        return self.rank // self.tensor_size % self.pipeline_size
+
+    @property
+    def data_rank(self) -> int:
+        return self.rank // (self.tensor_size * self.pipeline_size)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    def rank_at(self, data_rank: int, pipeline_rank: int, tensor_rank: int) -> int:
+        return (data_rank * self.pipeline_size + pipeline_rank) * self.tensor_size + tensor_rank
+
+    def tensor_group(self) -> list[int]:
+        """Global ranks that share this rank's layers, by tensor rank."""
+        return [self.rank_at(self.data_rank, self.pipeline_rank, index) for index in range(self.tensor_size)]
+
+    def pipeline_group(self) -> list[int]:
+        """Global ranks that a token passes from this rank's first stage to its last."""
+        return [self.rank_at(self.data_rank, index, self.tensor_rank) for index in range(self.pipeline_size)]
+
+    def data_group(self) -> list[int]:
+        """Global ranks that hold the same weights as this one."""
+        return [self.rank_at(index, self.pipeline_rank, self.tensor_rank) for index in range(self.data_size)]
+
+    def tensor_slice(self, size: int, what: str) -> slice:
+        """This rank's part of `size` rows or columns. ConfigError if they do not divide evenly; `what` names them."""
+        if size % self.tensor_size:
+            possible = [degree for degree in range(1, size + 1) if size % degree == 0 and degree <= 64]
+            raise ConfigError(f"{what} ({size}) cannot be split over {self.tensor_size} ranks; these work: {possible}")
+        part = size // self.tensor_size
+        return slice(self.tensor_rank * part, (self.tensor_rank + 1) * part)
+
+    def kv_head_slice(self, num_kv_heads: int) -> slice:
+        """This rank's KV heads. With more ranks than heads, groups of ranks hold copies of one head."""
+        if num_kv_heads % self.tensor_size == 0:
+            return self.tensor_slice(num_kv_heads, "KV heads")
+        if self.tensor_size % num_kv_heads:
+            raise ConfigError(f"{num_kv_heads} KV heads cannot be split or copied evenly over {self.tensor_size} ranks")
+        head = self.tensor_rank // (self.tensor_size // num_kv_heads)
+        return slice(head, head + 1)
+
+    def layer_range(self, num_layers: int, partition: list[int] | None = None) -> range:
+        """Layers of this rank's pipeline stage: as even as can be, or by `partition` (layers per stage).
+
+        What does not divide goes to the middle stages: the first also embeds, the last also has the head.
+        """
+        if partition is None:
+            base, rest = divmod(num_layers, self.pipeline_size)
+            partition = [base] * self.pipeline_size
+            for index in range(rest):
+                partition[-2 - index] += 1
+        if len(partition) != self.pipeline_size or sum(partition) != num_layers or min(partition) < 1:
+            raise ConfigError(
+                f"layer partition {partition} must give each of {self.pipeline_size} stages at least one of {num_layers} layers"
+            )
+        start = sum(partition[: self.pipeline_rank])
+        return range(start, start + partition[self.pipeline_rank])

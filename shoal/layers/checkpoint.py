@@ -1,0 +1,51 @@
+"""CheckpointTensor: where a tensor stands in a checkpoint, which piece is this rank's, and where it goes.
+
+Layers yield them, models collect them, the loader in weights/ fills them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+
+TensorKind = Literal["matrix", "embedding", "norm", "bias"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointTensor:
+    """name, shape: as in the checkpoint, whole. index: this rank's piece. destination: a view with the piece's shape.
+
+    kind tells the dummy loader what values make sense.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    index: tuple[slice, ...]
+    destination: torch.Tensor
+    kind: TensorKind
+
+    @property
+    def is_whole(self) -> bool:
+        return all(part.indices(size) == (0, size, 1) for part, size in zip(self.index, self.shape, strict=True))
+
+
+@runtime_checkable
+class HoldsWeights(Protocol):
+    """A layer with tensors of its own."""
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]: ...
+
+    def process_after_load(self) -> None: ...
+
+    def weight_bytes(self) -> int: ...
+
+
+def whole(name: str, destination: torch.Tensor, kind: TensorKind) -> CheckpointTensor:
+    """A tensor that every rank reads entirely."""
+    shape = tuple(destination.shape)
+    return CheckpointTensor(
+        name=name, shape=shape, index=tuple(slice(0, size) for size in shape), destination=destination, kind=kind
+    )

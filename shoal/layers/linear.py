@@ -1,0 +1,157 @@
+"""Linear layers by role: which of the checkpoint's matrices they merge, and which part of them is this rank's.
+
+How the weights are held and multiplied is the quantization method's business. T rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from shoal.layers.checkpoint import CheckpointTensor
+from shoal.layers.context import BuildContext
+from shoal.quantization.base import LinearSpec, LinearTensor
+
+# Deterministic mode: a row-parallel sum is a tree over this many shards of the inputs, at any number of ranks.
+NUM_VIRTUAL_SHARDS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One matrix of the checkpoint: its name, all its outputs, and this rank's."""
+
+    name: str
+    out_features: int
+    rows: slice
+
+
+class Linear(nn.Module):
+    """Several matrices of the checkpoint stacked along their outputs, so that one product serves them all."""
+
+    def __init__(
+        self,
+        context: BuildContext,
+        *,
+        in_features: int,
+        parts: list[Part],
+        bias: bool,
+        columns: slice | None = None,
+        num_input_shards: int = 1,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.parts = parts
+        self.columns = columns or slice(0, in_features)
+        self.method = context.quantization.linear(
+            LinearSpec(
+                in_features=self.columns.stop - self.columns.start,
+                out_features=sum(part.rows.stop - part.rows.start for part in parts),
+                bias=bias,
+                dtype=context.dtype,
+                device=context.device,
+                deterministic=context.deterministic,
+                num_input_shards=num_input_shards,
+            )
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, inputs of this rank] -> [T, outputs of this rank]."""
+        return self.method.apply(x)
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        for tensor in self.method.tensors():
+            start = 0
+            for part in self.parts:
+                yield self._checkpoint_tensor(tensor, part, start)
+                start += part.rows.stop - part.rows.start
+
+    def _checkpoint_tensor(self, tensor: LinearTensor, part: Part, start: int) -> CheckpointTensor:
+        shape = list(tensor.data.shape)
+        index = [slice(0, size) for size in shape]
+        destination = tensor.data
+        if tensor.out_dim is not None:
+            shape[tensor.out_dim], index[tensor.out_dim] = part.out_features, part.rows
+            destination = destination.narrow(tensor.out_dim, start, part.rows.stop - part.rows.start)
+        if tensor.in_dim is not None:
+            shape[tensor.in_dim], index[tensor.in_dim] = self.in_features, self.columns
+        return CheckpointTensor(
+            name=f"{part.name}.{tensor.suffix}",
+            shape=tuple(shape),
+            index=tuple(index),
+            destination=destination,
+            kind="bias" if tensor.suffix == "bias" else "matrix",
+        )
+
+    def process_after_load(self) -> None:
+        self.method.process_after_load()
+
+    def weight_bytes(self) -> int:
+        return self.method.weight_bytes()
+
+
+class ColumnLinear(Linear):
+    """Outputs split over the ranks: each rank computes its own, nothing is summed."""
+
+    def __init__(self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
+        part = Part(name, out_features, context.parallel.tensor_slice(out_features, f"outputs of {name}"))
+        super().__init__(context, in_features=in_features, parts=[part], bias=bias)
+
+
+class GateUpLinear(Linear):
+    """The gate and up projections of a gated MLP, one above the other."""
+
+    def __init__(self, context: BuildContext, prefix: str, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
+        rows = context.parallel.tensor_slice(intermediate_size, "intermediate_size")
+        parts = [Part(f"{prefix}.{name}", intermediate_size, rows) for name in ("gate_proj", "up_proj")]
+        super().__init__(context, in_features=hidden_size, parts=parts, bias=bias)
+
+
+class QKVLinear(Linear):
+    """Query, key and value projections, one above the other, split by heads."""
+
+    def __init__(
+        self,
+        context: BuildContext,
+        prefix: str,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        bias: bool,
+    ) -> None:
+        heads = context.parallel.tensor_slice(num_heads, "attention heads")
+        kv_heads = context.parallel.kv_head_slice(num_kv_heads)
+        self_sizes = [("q_proj", num_heads, heads), ("k_proj", num_kv_heads, kv_heads), ("v_proj", num_kv_heads, kv_heads)]
+        parts = [
+            Part(f"{prefix}.{name}", count * head_dim, slice(own.start * head_dim, own.stop * head_dim))
+            for name, count, own in self_sizes
+        ]
+        super().__init__(context, in_features=hidden_size, parts=parts, bias=bias)
+
+
+class RowLinear(Linear):
+    """Inputs split over the ranks: each rank's product is a summand of the whole."""
+
+    def __init__(self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
+        columns = context.parallel.tensor_slice(in_features, f"inputs of {name}")
+        num_shards = virtual_shards(in_features) // context.parallel.tensor_size if context.deterministic else 1
+        super().__init__(
+            context,
+            in_features=in_features,
+            parts=[Part(name, out_features, slice(0, out_features))],
+            bias=bias,
+            columns=columns,
+            num_input_shards=max(1, num_shards),
+        )
+
+
+def virtual_shards(in_features: int) -> int:
+    """The largest power of two up to NUM_VIRTUAL_SHARDS that divides the inputs: a matter of the model alone."""
+    shards = NUM_VIRTUAL_SHARDS
+    while in_features % shards:
+        shards //= 2
+    return shards

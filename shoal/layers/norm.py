@@ -1,0 +1,66 @@
+"""RMSNorm and LayerNorm, alone and joined with the residual sum before them. T tokens, H normalised size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from shoal.layers.checkpoint import CheckpointTensor, whole
+from shoal.layers.context import BuildContext
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich 2019). A row's result does not depend on other rows."""
+
+    def __init__(self, context: BuildContext, name: str, size: int, eps: float) -> None:
+        super().__init__()
+        self.name, self.eps = name, eps
+        self.weight = torch.empty(size, dtype=context.dtype, device=context.device)
+        self._shape = (size,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., H] -> the same shape."""
+        return F.rms_norm(x, self._shape, self.weight, self.eps)
+
+    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The residual stream after adding x to it, normalised and as it is: (norm(x + residual), x + residual)."""
+        total = x if residual is None else x + residual
+        return self.forward(total), total
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        yield whole(f"{self.name}.weight", self.weight, "norm")
+
+    def process_after_load(self) -> None:
+        return None
+
+    def weight_bytes(self) -> int:
+        return self.weight.nbytes
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias; `affine` False has neither weight nor bias."""
+
+    def __init__(self, context: BuildContext, name: str, size: int, eps: float, *, affine: bool = True) -> None:
+        super().__init__()
+        self.name, self.eps = name, eps
+        self._shape = (size,)
+        self.weight = torch.empty(size, dtype=context.dtype, device=context.device) if affine else None
+        self.bias = torch.empty(size, dtype=context.dtype, device=context.device) if affine else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., H] -> the same shape."""
+        return F.layer_norm(x, self._shape, self.weight, self.bias, self.eps)
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        if self.weight is not None and self.bias is not None:
+            yield whole(f"{self.name}.weight", self.weight, "norm")
+            yield whole(f"{self.name}.bias", self.bias, "bias")
+
+    def process_after_load(self) -> None:
+        return None
+
+    def weight_bytes(self) -> int:
+        return 0 if self.weight is None or self.bias is None else self.weight.nbytes + self.bias.nbytes

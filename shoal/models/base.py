@@ -1,0 +1,90 @@
+"""What every model is to the worker and the loader. T tokens of a step, R rows that need logits, H hidden size."""
+
+from __future__ import annotations
+
+import abc
+import re
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from shoal.attention.base import AttentionMetadata
+from shoal.config.model_config import ModelConfig
+from shoal.layers.checkpoint import CheckpointTensor, HoldsWeights
+from shoal.layers.context import BuildContext
+
+_LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+
+
+class LayerObserver(Protocol):
+    """Called around every layer: where KV cache enters or leaves the device while the model runs."""
+
+    def before_layer(self, layer_index: int, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> None: ...
+
+    def after_layer(self, layer_index: int, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> None: ...
+
+
+class CausalLM(nn.Module, abc.ABC):
+    """A decoder, or one pipeline stage of it: the layers of `layer_range`, the embedding on the first stage, the final
+    norm and the head on the last."""
+
+    def __init__(self, config: ModelConfig, context: BuildContext) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_range = context.layer_range or range(config.num_layers)
+        self.is_first_stage = self.layer_range.start == 0
+        self.is_last_stage = self.layer_range.stop == config.num_layers
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_caches: list[torch.Tensor],
+        metadata: AttentionMetadata,
+        hooks: LayerObserver | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One step. token_ids, positions [T] int64; kv_caches: one per layer of this stage, in the backend's shape.
+
+        hidden [T, H]: what the stage before returned (not on the first stage). Returns [T, H]: after the final norm on
+        the last stage, else what the next stage takes.
+        """
+
+    @abc.abstractmethod
+    def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [R, H] of the last stage -> logits [R, vocabulary], fp32."""
+
+    # --- for the loader ---
+
+    def _holders(self) -> Iterator[HoldsWeights]:
+        for module in self.modules():
+            if module is not self and isinstance(module, HoldsWeights):
+                yield module
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        """All that this stage reads from the checkpoint."""
+        for holder in self._holders():
+            yield from holder.checkpoint_tensors()
+
+    def expects_elsewhere(self, name: str) -> bool:
+        """Whether a tensor that is none of `checkpoint_tensors` still belongs there: another stage's, or derived."""
+        if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
+            return True
+        if name == "lm_head.weight":  # a tied head may be stored once more
+            return self.config.tie_word_embeddings or not self.is_last_stage
+        number = _LAYER_NUMBER.search(name)
+        if number is not None:
+            return int(number[1]) not in self.layer_range and int(number[1]) < self.config.num_layers
+        return not (self.is_first_stage and self.is_last_stage)
+
+    def process_after_load(self) -> None:
+        """Pack weights and free what loading needed. Called once, when every tensor is filled."""
+        for holder in self._holders():
+            holder.process_after_load()
+
+    def weight_bytes(self) -> int:
+        """Memory that the weights take on this rank."""
+        return sum(holder.weight_bytes() for holder in self._holders())

@@ -1,0 +1,30 @@
+"""Models by architecture, imported when first asked for. The worker builds through `build_model`."""
+
+from __future__ import annotations
+
+import importlib
+
+from shoal.config.model_config import SUPPORTED_ARCHITECTURES, ModelConfig
+from shoal.errors import ConfigError, ModelError
+from shoal.layers.context import BuildContext
+from shoal.models.base import CausalLM
+
+_MODELS = {
+    "LlamaForCausalLM": ("shoal.models.llama", "LlamaForCausalLM"),
+    "MistralForCausalLM": ("shoal.models.llama", "MistralForCausalLM"),
+    "Qwen2ForCausalLM": ("shoal.models.qwen2", "Qwen2ForCausalLM"),
+    "Qwen3ForCausalLM": ("shoal.models.qwen3", "Qwen3ForCausalLM"),
+    "OPTForCausalLM": ("shoal.models.opt", "OPTForCausalLM"),
+}
+assert _MODELS.keys() == SUPPORTED_ARCHITECTURES.keys()
+
+
+def build_model(config: ModelConfig, context: BuildContext) -> CausalLM:
+    """This rank's part of the model, its weights not yet filled. Raises ModelError for an unknown architecture."""
+    if config.architecture not in _MODELS:
+        raise ModelError(f"architecture {config.architecture!r} is not supported; supported: {', '.join(_MODELS)}")
+    if context.parallel.tensor_size > 1:
+        raise ConfigError(f"tensor parallelism ({context.parallel.tensor_size} ranks) is not supported; use 1")
+    module, class_name = _MODELS[config.architecture]
+    model: CausalLM = getattr(importlib.import_module(module), class_name)(config, context)
+    return model

@@ -1,0 +1,71 @@
+"""How a linear layer holds its weights and multiplies by them: the base of all quantization methods.
+
+Used by layers/linear.py, which knows where the weights stand in a checkpoint and which part is this rank's.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearSpec:
+    """One linear layer on this rank. Sizes in elements.
+
+    num_input_shards: above 1 for layers that are split along their inputs (row-parallel), in deterministic mode: the
+    inputs are cut into that many pieces on this rank, whose products are summed in a fixed tree.
+    """
+
+    in_features: int
+    out_features: int
+    bias: bool
+    dtype: torch.dtype
+    device: torch.device
+    deterministic: bool = False
+    num_input_shards: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearTensor:
+    """A tensor that a method reads from the checkpoint: `<layer>.<suffix>`.
+
+    out_dim, in_dim: dimensions of `data` that run along the layer's outputs and inputs; None where there is none.
+    """
+
+    suffix: str
+    data: torch.Tensor
+    out_dim: int | None
+    in_dim: int | None
+
+
+class LinearMethod(abc.ABC):
+    """The weights of one linear layer. Life: made, its `tensors` filled by the loader, processed once, then applied."""
+
+    @abc.abstractmethod
+    def tensors(self) -> list[LinearTensor]:
+        """What the loader fills."""
+
+    @abc.abstractmethod
+    def process_after_load(self) -> None:
+        """Bring the weights into the form that `apply` wants, and free the form that was loaded."""
+
+    @abc.abstractmethod
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, in_features] -> [T, out_features], in the layer's dtype."""
+
+    @abc.abstractmethod
+    def weight_bytes(self) -> int:
+        """Memory that the weights take."""
+
+
+class QuantizationScheme(abc.ABC):
+    """Makes the methods of a model's linear layers."""
+
+    name: str
+
+    @abc.abstractmethod
+    def linear(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> LinearMethod:
+        """A method for one layer. With `weight` [out_features, in_features] (a tied embedding) nothing is loaded."""

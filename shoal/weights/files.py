@@ -1,0 +1,130 @@
+"""The tensors of a model directory, by name, read piece by piece: safetensors (single or sharded) or .bin.
+
+Used by the loader. Every error names the file or the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import torch
+
+from shoal.errors import ModelError
+
+
+class TensorFile(Protocol):
+    """One file of weights, opened."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, index: tuple[slice, ...] | None) -> torch.Tensor:
+        """A piece, or with None the whole tensor. It may share the file's memory: copy it."""
+        ...
+
+
+class SafetensorsFile:
+    """Memory-mapped: only the pages of the pieces that are read come into memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file: Any = safetensors.safe_open(str(path), framework="pt", device="cpu")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise ModelError(f"{path} is not a whole safetensors file: {error}; download it again") from None
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...] | None) -> torch.Tensor:
+        tensor: torch.Tensor = self._file.get_tensor(name) if index is None else self._file.get_slice(name)[index]
+        return tensor
+
+
+class BinFile:
+    """A .bin file of torch.save, memory-mapped, read with weights_only (no code of the file's runs)."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch.load raises whatever the file provokes
+            raise ModelError(f"{path} cannot be read as a file of weights: {error}") from None
+        if not isinstance(content, dict):
+            raise ModelError(f"{path} holds a {type(content).__name__}; expected tensors by name")
+        self._tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def read(self, name: str, index: tuple[slice, ...] | None) -> torch.Tensor:
+        return self._tensors[name] if index is None else self._tensors[name][index]
+
+
+def open_weights(directory: str | Path, load_format: str) -> Iterator[TensorFile]:
+    """The directory's weight files, one open at a time. load_format: "auto" (safetensors) or "pt" (.bin as well)."""
+    directory = Path(directory)
+    paths = _find(directory, "model.safetensors", ".safetensors")
+    if paths:
+        for path, promised in paths.items():
+            yield _with_promised(SafetensorsFile(path), path, promised)
+        return
+    paths = _find(directory, "pytorch_model.bin", ".bin")
+    if not paths:
+        raise ModelError(f"{directory} has no weights: neither model.safetensors nor model.safetensors.index.json")
+    if load_format != "pt":
+        raise ModelError(
+            f"{directory} has its weights in .bin files only ({next(iter(paths)).name}), an old pickle format; convert "
+            "them to safetensors, or pass --load-format pt if you trust where they come from"
+        )
+    for path, promised in paths.items():
+        yield _with_promised(BinFile(path), path, promised)
+
+
+def _find(directory: Path, single: str, suffix: str) -> dict[Path, list[str]]:
+    """Files with the tensor names that an index promises for each (none without an index)."""
+    index_path = directory / f"{single}.index.json"
+    if index_path.exists():
+        return _read_index(directory, index_path)
+    if (directory / single).exists():
+        return {directory / single: []}
+    others = sorted(directory.glob(f"*{suffix}"))
+    # Mistral's own format stands beside the Hugging Face one under this name; training state is no weights.
+    skipped = ("consolidated", "training_args", "optimizer", "scheduler")
+    found = [path for path in others if not path.name.startswith(skipped)]
+    if any("-of-" in path.name for path in found):
+        raise ModelError(f"{directory} has shards such as {found[0].name} but no {index_path.name}; download it as well")
+    return {path: [] for path in found}
+
+
+def _read_index(directory: Path, index_path: Path) -> dict[Path, list[str]]:
+    try:
+        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
+        files: dict[Path, list[str]] = {}
+        for name, file_name in weight_map.items():
+            files.setdefault(directory / file_name, []).append(name)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index_path} is broken: {type(error).__name__}: {error}; download it again") from None
+    missing = [path.name for path in files if not path.exists()]
+    if missing:
+        raise ModelError(
+            f"{directory}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:4])}; download them"
+        )
+    return files
+
+
+def _with_promised(file: TensorFile, path: Path, promised: list[str]) -> TensorFile:
+    absent = sorted(set(promised) - set(file.names())) if promised else []
+    if absent:
+        raise ModelError(f"{path} lacks {absent[0]}, which the index places there; download it again")
+    return file
