@@ -1,0 +1,1 @@
+"""Choosing tokens from logits, batched on the device: SamplingState, Sampler, log-probabilities."""

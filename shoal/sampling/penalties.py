@@ -1,0 +1,86 @@
+"""Repetition, presence and frequency penalties, and their counts. Owned by SamplingState, applied by the sampler.
+
+Shapes: A rows with penalties in this step, V vocabulary, P rows of the pool.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shoal.sampling.rows import put_rows, take_rows, upload
+
+
+class PenaltyCounts:
+    """How often each token occurs in the output of each request with penalties, and which occur in its prompt.
+
+    Memory: 5 bytes x V for each request that uses penalties at the same time; rows are made when first needed.
+    """
+
+    def __init__(self, vocab_size: int, device: torch.device) -> None:
+        self.vocab_size = vocab_size
+        self.device = device
+        # int32 [P, V] and bool [P, V]
+        self.output_counts = torch.zeros((0, vocab_size), dtype=torch.int32, device=device)
+        self.in_prompt = torch.zeros((0, vocab_size), dtype=torch.bool, device=device)
+        self._free_rows: list[int] = []
+
+    def acquire(self, prompt_token_ids: list[int], output_token_ids: list[int]) -> int:
+        """A row of the pool for a request that has these ids so far."""
+        if not self._free_rows:
+            self._grow()
+        row = self._free_rows.pop()
+        self.output_counts[row].zero_()
+        self.in_prompt[row].fill_(False)
+        if prompt_token_ids:
+            self.in_prompt[row].index_fill_(0, upload(np.array(prompt_token_ids, dtype=np.int64), self.device), True)
+        if output_token_ids:
+            # Counted on the host: a repeated id in one scatter would be an atomic addition on CUDA.
+            token_ids, counts = np.unique(np.array(output_token_ids, dtype=np.int64), return_counts=True)
+            values = upload(counts.astype(np.int32), self.device)
+            self.output_counts[row].index_copy_(0, upload(token_ids, self.device), values)
+        return row
+
+    def release(self, row: int) -> None:
+        self._free_rows.append(row)
+
+    def add(self, pool_rows: Tensor, token_ids: Tensor) -> None:
+        """Count one more token for each of these pool rows. Both int64 [A]; nothing is read back."""
+        ones = torch.ones_like(token_ids, dtype=torch.int32)
+        self.output_counts.view(-1).scatter_add_(0, pool_rows * self.vocab_size + token_ids, ones)
+
+    def _grow(self) -> None:
+        num_rows = self.output_counts.shape[0]
+        num_more = max(1, num_rows)
+        self.output_counts = torch.cat([self.output_counts, self.output_counts.new_zeros(num_more, self.vocab_size)])
+        self.in_prompt = torch.cat([self.in_prompt, self.in_prompt.new_zeros(num_more, self.vocab_size)])
+        self._free_rows.extend(range(num_rows + num_more - 1, num_rows - 1, -1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PenaltyRows:
+    """The rows of a step that use penalties. Each factor is fp32 [A, 1], or None where no row uses it."""
+
+    rows: Tensor | None
+    pool_rows: Tensor
+    repetition: Tensor | None
+    presence: Tensor | None
+    frequency: Tensor | None
+
+
+def apply_penalties(logits: Tensor, group: PenaltyRows, counts: PenaltyCounts) -> None:
+    """Change logits [R, V] in place: repetition (CTRL, arXiv:1909.05858), then frequency and presence (OpenAI API)."""
+    penalized = take_rows(logits, group.rows)
+    output_counts = counts.output_counts.index_select(0, group.pool_rows)
+    if group.repetition is not None:
+        seen = counts.in_prompt.index_select(0, group.pool_rows).logical_or_(output_counts)
+        scaled = torch.where(penalized > 0, penalized / group.repetition, penalized * group.repetition)
+        penalized.copy_(torch.where(seen, scaled, penalized))
+    if group.frequency is not None:
+        penalized.sub_(output_counts * group.frequency)
+    if group.presence is not None:
+        penalized.sub_((output_counts > 0) * group.presence)
+    put_rows(logits, group.rows, penalized)
