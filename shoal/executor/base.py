@@ -29,8 +29,8 @@ class Executor(ABC):
     def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Future[BatchResult]:
         """Choose tokens for the step that was given to `execute`; returns at once.
 
-        grammar_masks: slot -> bit mask over the vocabulary (bit 1: allowed), little-endian, for constrained requests;
-        they may be made while the forward pass runs.
+        grammar_masks: slot -> ceil(vocabulary / 32) little-endian int32 words, bit i of word w allows token 32 * w + i;
+        for constrained requests only. They may be made while the forward pass runs.
         """
 
     @abstractmethod

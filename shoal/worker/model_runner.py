@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from shoal.attention.base import AttentionBackend, AttentionMetadata
@@ -115,15 +116,13 @@ class ModelRunner:
         return self._collector(inputs, slots, sampled, prompts)
 
     def _grammar_mask(self, slots: list[int], masks: dict[int, bytes]) -> torch.Tensor:
-        """Bool [R, V]: True where a token is allowed. Rows without a mask allow all."""
-        vocab_size = self.config.model.vocab_size
-        allowed = torch.ones((len(slots), vocab_size), dtype=torch.bool)
-        bits = torch.arange(8, dtype=torch.uint8)
+        """Packed int32 [R, ceil(V / 32)]; every bit set for rows without a grammar."""
+        num_words = -(-self.config.model.vocab_size // 32)
+        packed = np.full((len(slots), num_words), -1, np.int32)
         for row, slot in enumerate(slots):
             if slot in masks:
-                packed = torch.frombuffer(bytearray(masks[slot]), dtype=torch.uint8)
-                allowed[row] = ((packed[:, None] >> bits) & 1).flatten()[:vocab_size].bool()
-        return allowed.to(self.device)
+                packed[row] = np.frombuffer(masks[slot], "<i4", num_words)
+        return torch.from_numpy(packed).to(self.device)
 
     def _prompt_results(self, executed: _Executed) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of the prompt tokens that follow the positions computed in this step, by slot."""
@@ -135,7 +134,7 @@ class ModelRunner:
                 first = rows.first_token + start
                 logits = self.model.compute_logits(executed.hidden[first : first + len(targets)])
                 tensors = prompt_logprobs(logits, torch.tensor(targets, device=self.device), rows.num_top)
-                entries += to_host(tensors, [rows.num_top] * len(targets))
+                entries += [entry for entry in to_host(tensors) if entry is not None]
             results[int(executed.inputs.slots[rows.row])] = entries
         return results
 
@@ -162,7 +161,6 @@ class ModelRunner:
         prompts: dict[int, list[TokenLogprobs]],
     ) -> Callable[[], BatchResult]:
         """What reads the step's tokens back. On CUDA the copy to the host is queued here and awaited there."""
-        num_top = [self._num_top(slot) for slot in slots]
         host = _HostCopy(sampled) if sampled is not None else None
 
         def collect() -> BatchResult:
@@ -171,18 +169,13 @@ class ModelRunner:
             logprobs: list[TokenLogprobs | None] = [None] * len(slots)
             if host is not None:
                 token_ids = host.token_ids()
-                logprobs = host.logprobs(num_top)
+                logprobs = host.logprobs() or logprobs
             for slot, token_id, entry in zip(slots, token_ids, logprobs, strict=True):
                 results.append(SlotResult(slot, [token_id], [entry] if entry is not None else None, prompts.pop(slot, None)))
             results += [SlotResult(slot, [], None, entries) for slot, entries in prompts.items()]
             return BatchResult(inputs.step_id, inputs.generation, results)
 
         return collect
-
-    def _num_top(self, slot: int) -> int | None:
-        assignment = self.batch.assignments[slot]
-        assert assignment is not None
-        return assignment.sampling.logprobs
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
@@ -216,7 +209,7 @@ class _HostCopy:
         if sampled.token_ids.is_cuda:
             self._token_ids = sampled.token_ids.to("cpu", non_blocking=True)
             if sampled.logprobs is not None:
-                self._logprobs = sampled.logprobs.to_cpu()
+                self._logprobs = sampled.logprobs.to("cpu", non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
 
@@ -225,9 +218,6 @@ class _HostCopy:
             self._event.synchronize()
         return self._token_ids.tolist()
 
-    def logprobs(self, num_top: list[int | None]) -> list[TokenLogprobs | None]:
-        """After `token_ids`. One entry a row; None for rows that asked for none."""
-        if self._logprobs is None:
-            return [None] * len(num_top)
-        entries = to_host(self._logprobs, [0 if count is None else count for count in num_top])
-        return [entry if count is not None else None for entry, count in zip(entries, num_top, strict=True)]
+    def logprobs(self) -> list[TokenLogprobs | None] | None:
+        """After `token_ids`. One entry a row, None for rows that asked for none; None when nobody asked."""
+        return to_host(self._logprobs) if self._logprobs is not None else None

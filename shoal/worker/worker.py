@@ -42,7 +42,11 @@ class Worker:
         check_dtype(dtype, device)
         backend = make_backend(config.deterministic, device)
         context = BuildContext(
-            dtype=dtype, device=device, deterministic=config.deterministic, attention_backend=backend
+            dtype=dtype,
+            device=device,
+            deterministic=config.deterministic,
+            attention_backend=backend,
+            max_model_len=config.max_model_len,
         )
         started = time.monotonic()
         on_progress(StartupProgress("load weights"))

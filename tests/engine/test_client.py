@@ -1,0 +1,133 @@
+"""The engine core as a subprocess: it comes up, answers, fails with a reason, and never stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from shoal.config.resolve import make_engine_config
+from shoal.engine.client import SubprocessClient
+from shoal.errors import EngineDeadError, ModelError, StartupError
+from shoal.messages import AddRequest, StartupProgress, TokenDelta
+from shoal.types import EngineRequest, SamplingParams
+from tests.checkpoints import make_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen2")
+
+
+def make_client(checkpoint: Path, **options: object) -> SubprocessClient:
+    config = make_engine_config(model=str(checkpoint), device="cpu", max_model_len=128, num_gpu_blocks_override=64)
+    return SubprocessClient(config, **options)  # type: ignore[arg-type]
+
+
+async def receive_all(client: SubprocessClient, request_id: str) -> list[TokenDelta]:
+    deltas: list[TokenDelta] = []
+    while not (deltas and deltas[-1].finish_reason):
+        deltas += [delta for delta in (await client.receive()).deltas if delta.request_id == request_id]
+    return deltas
+
+
+def request(request_id: str, max_tokens: int = 5) -> AddRequest:
+    return AddRequest(EngineRequest(request_id, [1, 2, 3], SamplingParams(max_tokens=max_tokens, temperature=0.0)))
+
+
+def directories_left() -> set[str]:
+    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("shoal-")}
+
+
+async def test_answers_and_leaves_nothing_behind(checkpoint: Path) -> None:
+    before = directories_left()
+    client, phases = make_client(checkpoint), []
+
+    def on_progress(progress: StartupProgress) -> None:
+        phases.append(progress.phase)
+
+    ready = await client.start(on_progress)
+    assert ready.num_blocks == 64 and "load weights" in phases
+    process_id = client.process_id
+    assert process_id is not None
+    await client.send(request("r"))
+    deltas = await receive_all(client, "r")
+    assert sum(len(delta.token_ids) for delta in deltas) == 5
+    assert (await client.utility("stats"))["generation_tokens_total"] == 5
+    await client.close()
+    assert not psutil.pid_exists(process_id)
+    assert directories_left() <= before
+    with pytest.raises(EngineDeadError):
+        await client.send(request("late"))
+
+
+async def test_close_lets_running_requests_finish_when_asked(checkpoint: Path) -> None:
+    client = make_client(checkpoint)
+    await client.start()
+    await client.send(request("r", 100))
+    first = await client.receive()
+    closing = asyncio.create_task(client.close(drain_seconds=30))
+    await asyncio.sleep(0)
+    assert first is not None
+    await closing
+
+
+async def test_a_killed_core_is_reported_to_all_who_wait(checkpoint: Path) -> None:
+    client = make_client(checkpoint)
+    await client.start()
+    assert client.process_id is not None
+    waiting = asyncio.create_task(receive_all(client, "never"))
+    await asyncio.sleep(0.05)
+    os.kill(client.process_id, signal.SIGKILL)
+    with pytest.raises(EngineDeadError, match="signal 9"):
+        await waiting
+    with pytest.raises(EngineDeadError):
+        await client.utility("ping")
+    await client.close()
+
+
+async def test_a_core_that_cannot_start_says_why(checkpoint: Path, tmp_path: Path) -> None:
+    broken = make_checkpoint(tmp_path, "qwen2")
+    for file in broken.glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    client = make_client(broken)
+    with pytest.raises(ModelError, match="safetensors"):
+        await client.start()
+
+
+async def test_a_core_that_is_late_is_ended(checkpoint: Path) -> None:
+    client = make_client(checkpoint, startup_timeout=0.05)
+    with pytest.raises(StartupError, match="startup-timeout"):
+        await client.start()
+    assert client.process_id is not None and not psutil.pid_exists(client.process_id)
+
+
+def test_the_core_ends_with_a_parent_that_was_killed(checkpoint: Path) -> None:
+    program = f"""
+import asyncio, os
+from pathlib import Path
+from tests.engine.test_client import make_client
+async def main():
+    client = make_client(Path({str(checkpoint)!r}))
+    await client.start()
+    print(client.process_id, flush=True)
+    await asyncio.sleep(60)
+asyncio.run(main())
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        core = int(parent.stdout.readline())
+        assert psutil.pid_exists(core)
+        parent.kill()
+    deadline = time.monotonic() + 10
+    while psutil.pid_exists(core) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not psutil.pid_exists(core)
