@@ -1,0 +1,38 @@
+"""What holds for all tests: one computing thread a process, no settings of the user's, no deadlines."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+
+# Before torch is imported anywhere: two test processes with two threads each are many times slower than with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+from hypothesis import settings
+
+# Timing is no test on a busy machine: only pytest's own time limit per test stands.
+settings.register_profile("shoal", deadline=None)
+settings.load_profile("shoal")
+
+
+@pytest.fixture(autouse=True)
+def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A developer's SHOAL_* variables must not change what the tests see."""
+    for name in list(os.environ):
+        if name.startswith("SHOAL_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_found() -> Iterator[None]:
+    """What a test configures (the CLI does) must not hide records from the next one's caplog."""
+    logger = logging.getLogger("shoal")
+    handlers, level, propagate = list(logger.handlers), logger.level, logger.propagate
+    yield
+    logger.handlers[:] = handlers
+    logger.setLevel(level)
+    logger.propagate = propagate
