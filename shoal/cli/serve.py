@@ -11,18 +11,21 @@ from shoal.config.options import CacheOptions, ModelOptions, SchedulerOptions, S
 from shoal.config.resolve import resolve
 from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
 from shoal.errors import ConfigError
-from shoal.server.run import serve
 
 
 def _run(model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOptions, server: ServerOptions) -> int:
     log.configure(server.log_level)
     warn_about_environment((*SERVE_SECTIONS, *CLIENT_SECTIONS))
+    engine_config = resolve(model, cache, scheduler)
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"the engine is not installed ({package} is missing): pip install 'shoal[engine]' brings it"
             )
-    serve(resolve(model, cache, scheduler), server, model)
+    # Loaded here, since it cannot be without the packages that were just looked for.
+    from shoal.server.run import serve
+
+    serve(engine_config, server, model)
     return 0
 
 
