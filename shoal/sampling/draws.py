@@ -11,6 +11,7 @@ summed as integers (any order gives the same sum), everything else is elementwis
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
 
@@ -19,12 +20,12 @@ from torch import Tensor
 
 from shoal.sampling.ordering import best_candidates, distances_to_best, ordering_keys
 from shoal.sampling.random import negative_exponentials
-from shoal.sampling.rows import take_rows
+from shoal.sampling.rows import num_rows_at_once, take_rows
 
 # A weight is relative to the row's best token, so at most 1: the sum of a vocabulary below 2**22 fits in 63 bits.
 _MASS_SCALE = 2.0**40
-_FIRST_NUM_CANDIDATES = 256
-_CANDIDATE_GROWTH = 16
+_FIRST_NUM_CANDIDATES = 128
+_CANDIDATE_GROWTH = 8
 
 
 class DrawKind(enum.Enum):
@@ -51,20 +52,41 @@ class DrawGroup:
     top_k: Tensor | None
     max_top_k: int
 
+    def parameters_of(self, part: slice) -> DrawGroup:
+        """The group cut to some of its rows, as far as parameters go."""
+        return dataclasses.replace(
+            self,
+            temperature=_cut(self.temperature, part),
+            min_p=_cut(self.min_p, part),
+            top_p=_cut(self.top_p, part),
+            top_k=_cut(self.top_k, part),
+        )
+
+
+def _cut(column: Tensor | None, part: slice) -> Tensor | None:
+    return None if column is None else column[part]
+
 
 def draw(logits: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
     """Token ids int64 [G]. logits [R, V] of the step, overwritten; row_keys int32 [G]; hashed_ids int32 [V]."""
     scaled = take_rows(logits, group.rows)
     if group.temperature is not None:
         scaled.div_(group.temperature)
+    num_at_once = num_rows_at_once(scaled)
+    if scaled.shape[0] <= num_at_once:
+        return _draw_part(scaled, group, row_keys, hashed_ids)
+    parts = [slice(start, start + num_at_once) for start in range(0, scaled.shape[0], num_at_once)]
+    return torch.cat([
+        _draw_part(scaled[part], group.parameters_of(part), row_keys[part], hashed_ids) for part in parts
+    ])
+
+
+def _draw_part(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
     if group.kind is DrawKind.WHOLE_VOCABULARY:
         return _draw_from_vocabulary(scaled, group, row_keys, hashed_ids)
     if group.kind is DrawKind.TOP_K:
-        token_ids, weights = _top_k_candidates(scaled, group)
-    else:
-        token_ids, weights = _top_p_candidates(scaled, group)
-    winners = _race(weights, row_keys, hashed_ids[token_ids])
-    return token_ids.gather(1, winners.unsqueeze(1)).squeeze(1)
+        return _draw_from_top_k(scaled, group, row_keys, hashed_ids)
+    return _draw_from_top_p(scaled, group, row_keys, hashed_ids)
 
 
 def _draw_from_vocabulary(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
@@ -79,8 +101,14 @@ def _race(weights: Tensor, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
     return weights.div_(negative_exponentials(row_keys, hashed_ids)).argmin(dim=-1)
 
 
-def _top_k_candidates(scaled: Tensor, group: DrawGroup) -> tuple[Tensor, Tensor]:
-    """Token ids and weights [G, K], best first; what min_p, top_k and top_p cut off has weight 0."""
+def _race_of_candidates(token_ids: Tensor, weights: Tensor, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
+    """The same among the candidates token_ids [G, K]; returns token ids [G]."""
+    columns = _race(weights, row_keys, hashed_ids[token_ids])
+    return token_ids.gather(1, columns.unsqueeze(1)).squeeze(1)
+
+
+def _draw_from_top_k(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
+    # Candidates come best first; what min_p, top_k and top_p cut off gets weight 0.
     token_ids, distances = best_candidates(ordering_keys(distances_to_best(scaled)), group.max_top_k)
     weights = distances.neg_().exp_()
     assert group.top_k is not None
@@ -90,32 +118,50 @@ def _top_k_candidates(scaled: Tensor, group: DrawGroup) -> tuple[Tensor, Tensor]
         weights.masked_fill_(weights < group.min_p, 0.0)
     if group.top_p is not None:
         masses = _masses(weights)
-        _cut_beyond_top_p(weights, masses, masses.sum(dim=-1, keepdim=True), group.top_p)
-    return token_ids, weights
+        _cut_beyond_top_p(weights, masses, masses.sum(dim=-1, keepdim=True) * group.top_p)
+    return _race_of_candidates(token_ids, weights, row_keys, hashed_ids)
 
 
-def _top_p_candidates(scaled: Tensor, group: DrawGroup) -> tuple[Tensor, Tensor]:
-    """The same without top_k: the mass is that of the vocabulary, and how many tokens hold it is not known before."""
+def _draw_from_top_p(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
+    """Without top_k the mass is that of the vocabulary, and how many tokens hold top_p of it is not known before."""
     assert group.top_p is not None
     distances = distances_to_best(scaled)
     keys = ordering_keys(distances)
-    all_weights = distances.neg_().exp_()
+    weights = distances.neg_().exp_()
     if group.min_p is not None:
-        all_weights.masked_fill_(all_weights < group.min_p, 0.0)
-    total = _masses(all_weights).sum(dim=-1, keepdim=True)
-    vocab_size = keys.shape[1]
-    # Looking whether the mass is there makes the host wait for a GPU, but costs nothing on the CPU.
-    num_candidates = min(_FIRST_NUM_CANDIDATES, vocab_size) if scaled.device.type == "cpu" else vocab_size
-    while True:
-        token_ids, best_distances = best_candidates(keys, num_candidates)
-        weights = best_distances.neg_().exp_()
-        if group.min_p is not None:
-            weights.masked_fill_(weights < group.min_p, 0.0)
-        masses = _masses(weights)
-        if num_candidates == vocab_size or bool((masses.sum(dim=-1, keepdim=True) >= group.top_p * total).all()):
-            _cut_beyond_top_p(weights, masses, total, group.top_p)
-            return token_ids, weights
+        weights.masked_fill_(weights < group.min_p, 0.0)
+    wanted_mass = _masses(weights).sum(dim=-1, keepdim=True) * group.top_p
+    if scaled.device.type == "cpu":
+        return _draw_in_rounds(weights, keys, wanted_mass, row_keys, hashed_ids)
+    # Asking whether fewer candidates hold the mass would make the host wait for the device: order them all.
+    token_ids, _ = best_candidates(keys, keys.shape[1])
+    weights = weights.gather(1, token_ids)
+    _cut_beyond_top_p(weights, _masses(weights), wanted_mass)
+    return _race_of_candidates(token_ids, weights, row_keys, hashed_ids)
+
+
+def _draw_in_rounds(
+    weights: Tensor, keys: Tensor, wanted_mass: Tensor, row_keys: Tensor, hashed_ids: Tensor
+) -> Tensor:
+    """For the CPU, where a look at the masses costs nothing: few candidates first, more for the rows that need them."""
+    num_rows, vocab_size = weights.shape
+    drawn = torch.empty(num_rows, dtype=torch.int64)
+    rows = torch.arange(num_rows)
+    num_candidates = min(_FIRST_NUM_CANDIDATES, vocab_size)
+    while rows.numel():
+        token_ids, _ = best_candidates(keys, num_candidates)
+        candidates = weights.gather(1, token_ids)
+        masses = _masses(candidates)
+        # A row of NaN never has enough: it ends with the whole vocabulary.
+        enough = masses.sum(dim=-1) >= wanted_mass.squeeze(1) if num_candidates < vocab_size else rows >= 0
+        _cut_beyond_top_p(candidates, masses, wanted_mass)
+        chosen = _race_of_candidates(token_ids, candidates, row_keys, hashed_ids)
+        drawn[rows[enough]] = chosen[enough]
+        short = ~enough
+        rows, weights, keys = rows[short], weights[short], keys[short]
+        wanted_mass, row_keys = wanted_mass[short], row_keys[short]
         num_candidates = min(num_candidates * _CANDIDATE_GROWTH, vocab_size)
+    return drawn
 
 
 def _masses(weights: Tensor) -> Tensor:
@@ -123,7 +169,7 @@ def _masses(weights: Tensor) -> Tensor:
     return (weights * _MASS_SCALE).to(torch.int64)
 
 
-def _cut_beyond_top_p(weights: Tensor, masses: Tensor, total: Tensor, top_p: Tensor) -> None:
-    """Zero the weights of tokens before which top_p of the total mass is reached. The best token always stays."""
+def _cut_beyond_top_p(weights: Tensor, masses: Tensor, wanted_mass: Tensor) -> None:
+    """Zero the weights [G, K], best first, of tokens before which wanted_mass [G, 1] is reached; the best one stays."""
     mass_before = masses.cumsum(dim=-1).sub_(masses)
-    weights.masked_fill_(mass_before >= top_p * total, 0.0)
+    weights.masked_fill_(mass_before >= wanted_mass, 0.0)

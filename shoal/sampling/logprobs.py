@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from shoal.sampling.ordering import best_candidates, distances_to_best, ordering_keys
+from shoal.sampling.rows import num_rows_at_once
 from shoal.types.outputs import TokenLogprobs
 
 WHOLE_VOCABULARY = -1
-# Prompts: rows are worked on in parts, so that temporary memory stays below about 2**24 keys of 8 bytes.
-_MAX_ELEMENTS_AT_ONCE = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,15 +65,24 @@ def chosen_and_top(logits: Tensor, token_ids: Tensor, num_logprobs: Sequence[int
     """
     vocab_size = logits.shape[1]
     num_top = max((vocab_size if k == WHOLE_VOCABULARY else min(k, vocab_size) for k in num_logprobs), default=0)
+    num_at_once = num_rows_at_once(logits)
+    parts = [
+        _chosen_and_top(part, chosen, num_top)
+        for part, chosen in zip(logits.split(num_at_once), token_ids.split(num_at_once), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    ids, logprobs, ranks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    return ids, logprobs, ranks
+
+
+def _chosen_and_top(logits: Tensor, token_ids: Tensor, num_top: int) -> tuple[Tensor, Tensor, Tensor]:
     chosen_ids = token_ids.unsqueeze(1)
-    distances = distances_to_best(logits)
-    chosen = distances.gather(1, chosen_ids)
-    all_ids = torch.arange(vocab_size, device=logits.device)
-    ahead = (distances < chosen).logical_or_((distances == chosen).logical_and_(all_ids < chosen_ids))
-    ranks = ahead.sum(dim=-1) + 1
+    keys = ordering_keys(distances_to_best(logits))
+    ranks = (keys < keys.gather(1, chosen_ids)).sum(dim=-1) + 1
     ids = chosen_ids
     if num_top > 0:
-        top_ids, _ = best_candidates(ordering_keys(distances), num_top)
+        top_ids, _ = best_candidates(keys, num_top)
         ids = torch.cat([chosen_ids, top_ids], dim=1)
     # log_softmax sums each row on its own, in a fixed order; logsumexp may split a lone row among threads.
     return ids, logits.log_softmax(dim=-1).gather(1, ids), ranks
@@ -91,15 +99,9 @@ def prompt_logprobs(logits: Tensor, target_ids: Tensor, num_logprobs: int) -> Lo
 
     num_logprobs: top ones a position, -1 for the whole vocabulary. The logits are left as they are.
     """
-    num_positions, vocab_size = logits.shape
-    num_at_once = max(1, _MAX_ELEMENTS_AT_ONCE // vocab_size)
-    parts = [
-        chosen_and_top(part, targets, [num_logprobs])
-        for part, targets in zip(logits.split(num_at_once), target_ids.split(num_at_once), strict=True)
-    ]
-    token_ids, logprobs, ranks = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    rows = list(range(num_positions))
-    return LogprobsTensors(token_ids, logprobs, ranks, num_positions, rows, [num_logprobs] * num_positions)
+    num_positions = logits.shape[0]
+    tensors = chosen_and_top(logits, target_ids, [num_logprobs])
+    return LogprobsTensors(*tensors, num_positions, list(range(num_positions)), [num_logprobs] * num_positions)
 
 
 def to_host(tensors: LogprobsTensors) -> list[TokenLogprobs | None]:

@@ -5,7 +5,6 @@ A step adds only what depends on positions: the keys of the random rows and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,45 +14,20 @@ from torch import Tensor
 
 from shoal.sampling.draws import DrawGroup, DrawKind
 from shoal.sampling.logprobs import LogprobRows
-from shoal.sampling.masks import AllowedRows, Biases, banned_row, flat_index
+from shoal.sampling.masks import AllowedRows, Biases, flat_index
 from shoal.sampling.penalties import PenaltyRows
-from shoal.sampling.rows import upload, upload_column, upload_rows
-from shoal.types.sampling_params import SamplingParams
-from shoal.types.seeds import mix64, reduce_seed
+from shoal.sampling.rows import upload, upload_rows
+from shoal.sampling.slots import GREEDY, NO_LOGPROBS, NO_PENALTIES, TOP_P_OFF, SlotTable
 
-# Above every possible mass: rows without top_p, in a group with others, are not cut at all.
-_TOP_P_OFF = 2.0
-
-
-class SlotSampling:
-    """One running request as the sampler sees it."""
-
-    def __init__(self, params: SamplingParams, num_prompt_tokens: int, vocab_size: int, device: torch.device) -> None:
-        self.params = params
-        self.greedy = params.greedy or params.top_k == 1
-        assert self.greedy or params.seed is not None, "whoever accepts a request draws its seed"
-        self.mixed_seed = mix64(reduce_seed(params.seed or 0))
-        self.top_k = params.top_k if 0 < params.top_k < vocab_size else 0
-        self.end_token_ids = [*params.eos_token_ids, *(params.stop_token_ids or ())]
-        # Positions below this one may not hold an end token.
-        self.first_free_position = num_prompt_tokens + params.min_tokens
-        self.penalty_row: int | None = None
-        allowed = params.allowed_token_ids
-        self.banned: Tensor | None = None if allowed is None else banned_row(allowed, vocab_size, device)
-
-    @property
-    def kind(self) -> DrawKind:
-        if self.top_k:
-            return DrawKind.TOP_K
-        return DrawKind.TOP_P if self.params.top_p < 1 else DrawKind.WHOLE_VOCABULARY
+_Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingPlan:
     """The rows of a step by feature; None or empty where no row uses a feature.
 
-    draw_rows: rows that draw, in the order of the groups and of the step's keys; mixed_seeds: their seeds, uint64.
-    minimum_rows: rows that may have to suppress end tokens, where their position is below first_free_positions.
+    draw_rows: rows that draw, in the order of the groups and of the step's keys; mixed_seeds: their seeds.
+    minimum_rows: rows that suppress their end_token_ids while their position is below first_free_positions.
     """
 
     num_rows: int
@@ -62,15 +36,15 @@ class SamplingPlan:
     has_greedy: bool
     greedy_rows: Tensor | None
     draw_groups: list[DrawGroup]
-    draw_rows: npt.NDArray[np.int64]
+    draw_rows: _Integers
     mixed_seeds: npt.NDArray[np.uint64]
     allowed: AllowedRows | None
     banned: Tensor | None
     biases: Biases | None
     penalties: PenaltyRows | None
     logprobs: LogprobRows | None
-    minimum_rows: npt.NDArray[np.int64]
-    first_free_positions: npt.NDArray[np.int64]
+    minimum_rows: _Integers
+    first_free_positions: _Integers
     end_token_ids: list[list[int]]
 
     def suppressed(self, below_minimum: npt.NDArray[np.bool_]) -> Tensor | None:
@@ -79,102 +53,101 @@ class SamplingPlan:
         return flat_index(pairs, self.vocab_size, self.device)
 
 
-def build_plan(slots: Sequence[SlotSampling], vocab_size: int, device: torch.device) -> SamplingPlan:
-    """slots[i] is the request of row i."""
-    greedy = [row for row, slot in enumerate(slots) if slot.greedy]
-    minimum = [row for row, slot in enumerate(slots) if slot.params.min_tokens > 0 and slot.end_token_ids]
-    draw_groups, draw_rows = _draw_groups(slots, device)
+def build_plan(table: SlotTable, slots: _Integers) -> SamplingPlan:
+    """slots[i] is the slot of row i."""
+    kinds = table.kind[slots]
+    assert bool((kinds >= GREEDY).all()), f"no request in slots {slots[kinds < GREEDY].tolist()}"
+    greedy = np.flatnonzero(kinds == GREEDY)
+    minimum = np.flatnonzero(table.has_minimum[slots])
+    draw_groups, draw_rows = _draw_groups(table, slots, kinds)
     return SamplingPlan(
         num_rows=len(slots),
-        vocab_size=vocab_size,
-        device=device,
-        has_greedy=bool(greedy),
-        greedy_rows=upload_rows(greedy, len(slots), device),
+        vocab_size=table.vocab_size,
+        device=table.device,
+        has_greedy=bool(greedy.size),
+        greedy_rows=upload_rows(greedy, len(slots), table.device),
         draw_groups=draw_groups,
-        draw_rows=np.array(draw_rows, dtype=np.int64),
-        mixed_seeds=np.array([slots[row].mixed_seed for row in draw_rows], dtype=np.uint64),
-        allowed=_allowed_rows(slots, device),
-        banned=flat_index([(row, slot.params.bad_words_token_ids or []) for row, slot in enumerate(slots)],
-                          vocab_size, device),
-        biases=_biases(slots, vocab_size, device),
-        penalties=_penalty_rows(slots, device),
-        logprobs=_logprob_rows(slots, device),
-        minimum_rows=np.array(minimum, dtype=np.int64),
-        first_free_positions=np.array([slots[row].first_free_position for row in minimum], dtype=np.int64),
-        end_token_ids=[slots[row].end_token_ids for row in minimum],
+        draw_rows=draw_rows,
+        mixed_seeds=table.mixed_seed[slots[draw_rows]],
+        allowed=_allowed_rows(table, slots),
+        banned=_banned_index(table, slots),
+        biases=_biases(table, slots),
+        penalties=_penalty_rows(table, slots),
+        logprobs=_logprob_rows(table, slots),
+        minimum_rows=minimum,
+        first_free_positions=table.first_free_position[slots[minimum]],
+        end_token_ids=[table.end_token_ids[slot] for slot in slots[minimum]],
     )
 
 
-def _draw_groups(slots: Sequence[SlotSampling], device: torch.device) -> tuple[list[DrawGroup], list[int]]:
+def _draw_groups(table: SlotTable, slots: _Integers, kinds: _Integers) -> tuple[list[DrawGroup], _Integers]:
     groups: list[DrawGroup] = []
-    all_rows: list[int] = []
+    draw_rows: list[_Integers] = [np.empty(0, dtype=np.int64)]
+    num_keys = 0
     for kind in DrawKind:
-        rows = [row for row, slot in enumerate(slots) if not slot.greedy and slot.kind is kind]
-        if not rows:
+        rows = np.flatnonzero(kinds == kind.value)
+        if not rows.size:
             continue
-        members = [slots[row] for row in rows]
-        params = [slot.params for slot in members]
-        top_ps = [_TOP_P_OFF if item.top_p == 1 else item.top_p for item in params]
+        members = slots[rows]
         groups.append(DrawGroup(
             kind=kind,
-            rows=upload_rows(rows, len(slots), device),
-            keys=slice(len(all_rows), len(all_rows) + len(rows)),
-            temperature=_column([item.temperature for item in params], 1.0, device),
-            min_p=_column([item.min_p for item in params], 0.0, device),
-            top_p=_column(top_ps, _TOP_P_OFF, device, np.float64),
-            top_k=_column([slot.top_k for slot in members], 0, device, np.int64),
-            max_top_k=max(slot.top_k for slot in members),
+            rows=upload_rows(rows, len(slots), table.device),
+            keys=slice(num_keys, num_keys + rows.size),
+            temperature=_column(table.temperature[members], 1.0, table.device),
+            min_p=_column(table.min_p[members], 0.0, table.device),
+            top_p=_column(table.top_p[members], TOP_P_OFF, table.device),
+            top_k=_column(table.top_k[members], 0, table.device),
+            max_top_k=int(table.top_k[members].max()),
         ))
-        all_rows.extend(rows)
-    return groups, all_rows
+        draw_rows.append(rows)
+        num_keys += rows.size
+    return groups, np.concatenate(draw_rows)
 
 
-def _column(
-    values: Sequence[float], off: float, device: torch.device, dtype: npt.DTypeLike = np.float32
-) -> Tensor | None:
+def _column(values: npt.NDArray[np.generic], off: float, device: torch.device) -> Tensor | None:
     """One value a row, [G, 1]; None where all are off."""
-    return None if all(value == off for value in values) else upload_column(values, device, dtype)
+    return None if bool((values == off).all()) else upload(values.reshape(-1, 1), device)
 
 
-def _allowed_rows(slots: Sequence[SlotSampling], device: torch.device) -> AllowedRows | None:
-    banned = [(row, slot.banned) for row, slot in enumerate(slots) if slot.banned is not None]
-    if not banned:
+def _allowed_rows(table: SlotTable, slots: _Integers) -> AllowedRows | None:
+    rows = np.flatnonzero(table.has_allowed[slots])
+    if not rows.size:
         return None
-    rows = upload_rows([row for row, _ in banned], len(slots), device)
-    return AllowedRows(rows, torch.stack([mask for _, mask in banned]))
+    masks = [mask for slot in slots[rows] if (mask := table.banned[slot]) is not None]
+    return AllowedRows(upload_rows(rows, len(slots), table.device), torch.stack(masks))
 
 
-def _biases(slots: Sequence[SlotSampling], vocab_size: int, device: torch.device) -> Biases | None:
-    pairs = [(row, slot.params.logit_bias) for row, slot in enumerate(slots) if slot.params.logit_bias]
-    index = flat_index([(row, list(biases)) for row, biases in pairs], vocab_size, device)
+def _banned_index(table: SlotTable, slots: _Integers) -> Tensor | None:
+    pairs = [(int(row), table.bad_token_ids[slots[row]]) for row in np.flatnonzero(table.has_bad[slots])]
+    return flat_index(pairs, table.vocab_size, table.device)
+
+
+def _biases(table: SlotTable, slots: _Integers) -> Biases | None:
+    biased = [(int(row), table.logit_bias[slots[row]]) for row in np.flatnonzero(table.has_bias[slots])]
+    index = flat_index([(row, list(biases)) for row, biases in biased], table.vocab_size, table.device)
     if index is None:
         return None
-    values = [value for _, biases in pairs for value in biases.values()]
-    return Biases(index, upload(np.array(values, dtype=np.float32), device))
+    values = [value for _, biases in biased for value in biases.values()]
+    return Biases(index, upload(np.array(values, dtype=np.float32), table.device))
 
 
-def _penalty_rows(slots: Sequence[SlotSampling], device: torch.device) -> PenaltyRows | None:
-    rows = [row for row, slot in enumerate(slots) if slot.penalty_row is not None]
-    if not rows:
+def _penalty_rows(table: SlotTable, slots: _Integers) -> PenaltyRows | None:
+    rows = np.flatnonzero(table.penalty_row[slots] != NO_PENALTIES)
+    if not rows.size:
         return None
-    members = [slots[row] for row in rows]
-
-    def column(value_of: Callable[[SamplingParams], float], off: float) -> Tensor | None:
-        return _column([value_of(slot.params) for slot in members], off, device)
-
+    members = slots[rows]
     return PenaltyRows(
-        rows=upload_rows(rows, len(slots), device),
-        pool_rows=upload(np.array([slot.penalty_row for slot in members], dtype=np.int64), device),
-        repetition=column(lambda params: params.repetition_penalty, 1.0),
-        presence=column(lambda params: params.presence_penalty, 0.0),
-        frequency=column(lambda params: params.frequency_penalty, 0.0),
+        rows=upload_rows(rows, len(slots), table.device),
+        pool_rows=upload(table.penalty_row[members], table.device),
+        repetition=_column(table.repetition[members], 1.0, table.device),
+        presence=_column(table.presence[members], 0.0, table.device),
+        frequency=_column(table.frequency[members], 0.0, table.device),
     )
 
 
-def _logprob_rows(slots: Sequence[SlotSampling], device: torch.device) -> LogprobRows | None:
-    wanted = [(row, slot.params.logprobs) for row, slot in enumerate(slots) if slot.params.logprobs is not None]
-    if not wanted:
+def _logprob_rows(table: SlotTable, slots: _Integers) -> LogprobRows | None:
+    rows = np.flatnonzero(table.num_logprobs[slots] != NO_LOGPROBS)
+    if not rows.size:
         return None
-    row_numbers = [row for row, _ in wanted]
-    num_logprobs = [k for _, k in wanted]
-    return LogprobRows(len(slots), upload_rows(row_numbers, len(slots), device), row_numbers, num_logprobs)
+    num_logprobs = table.num_logprobs[slots[rows]].tolist()
+    return LogprobRows(len(slots), upload_rows(rows, len(slots), table.device), rows.tolist(), num_logprobs)

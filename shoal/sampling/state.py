@@ -13,9 +13,10 @@ from torch import Tensor
 
 from shoal.sampling.ordering import MAX_VOCAB_SIZE
 from shoal.sampling.penalties import PenaltyCounts
-from shoal.sampling.plan import SamplingPlan, SlotSampling, build_plan
+from shoal.sampling.plan import SamplingPlan, build_plan
 from shoal.sampling.random import row_keys
-from shoal.sampling.rows import upload
+from shoal.sampling.rows import take_rows, upload
+from shoal.sampling.slots import FREE, NO_PENALTIES, SlotTable
 from shoal.types.sampling_params import SamplingParams
 
 # Pipeline parallelism takes turns between batches; a plan is small.
@@ -58,27 +59,25 @@ class SamplingState:
 
     def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
         assert vocab_size <= MAX_VOCAB_SIZE, f"a vocabulary of {vocab_size} tokens does not fit the ordering keys"
-        self._vocab_size = vocab_size
         self._device = torch.device(device)
-        self._slots: list[SlotSampling | None] = [None] * max_num_seqs
+        self._table = SlotTable(max_num_seqs, vocab_size, self._device)
         self._counts = PenaltyCounts(vocab_size, self._device)
         self._plans: dict[tuple[int, ...], _PlanEntry] = {}
 
     def assign(self, slot: int, params: SamplingParams, token_ids: list[int], num_prompt_tokens: int) -> None:
         """A new or resumed request enters a free slot. token_ids: prompt, then the output known so far."""
-        assert self._slots[slot] is None, f"slot {slot} is taken"
-        entry = SlotSampling(params, num_prompt_tokens, self._vocab_size, self._device)
+        assert self._table.kind[slot] == FREE, f"slot {slot} is taken"
+        penalty_row = NO_PENALTIES
         if params.uses_penalties:
-            entry.penalty_row = self._counts.acquire(token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:])
-        self._slots[slot] = entry
+            penalty_row = self._counts.acquire(token_ids[:num_prompt_tokens], token_ids[num_prompt_tokens:])
+        self._table.fill(slot, params, num_prompt_tokens, penalty_row)
 
     def release(self, slot: int) -> None:
         """The slot's request is gone."""
-        entry = self._slots[slot]
-        assert entry is not None, f"slot {slot} is free already"
-        if entry.penalty_row is not None:
-            self._counts.release(entry.penalty_row)
-        self._slots[slot] = None
+        assert self._table.kind[slot] != FREE, f"slot {slot} is free already"
+        if self._table.penalty_row[slot] != NO_PENALTIES:
+            self._counts.release(int(self._table.penalty_row[slot]))
+        self._table.clear(slot)
         self._plans = {slots: plan for slots, plan in self._plans.items() if slot not in slots}
 
     def prepare(self, slots: list[int], positions: list[int]) -> SamplingMetadata:
@@ -86,7 +85,9 @@ class SamplingState:
         key = tuple(slots)
         entry = self._plans.get(key)
         if entry is None:
-            entry = self._new_plan(key)
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            entry = self._plans[key] = _PlanEntry(build_plan(self._table, np.array(slots, dtype=np.int64)))
         plan = entry.plan
         keys = None
         if plan.draw_rows.size:
@@ -98,15 +99,4 @@ class SamplingState:
         """Count the sampled token_ids, int64 [R], for penalties: after sampling, in stream order, nothing read back."""
         group = metadata.plan.penalties
         if group is not None:
-            self._counts.add(group.pool_rows, token_ids if group.rows is None else token_ids[group.rows])
-
-    def _new_plan(self, key: tuple[int, ...]) -> _PlanEntry:
-        members = []
-        for slot in key:
-            member = self._slots[slot]
-            assert member is not None, f"slot {slot} has no request"
-            members.append(member)
-        if len(self._plans) >= _MAX_PLANS:
-            self._plans.pop(next(iter(self._plans)))
-        entry = self._plans[key] = _PlanEntry(build_plan(members, self._vocab_size, self._device))
-        return entry
+            self._counts.add(group.pool_rows, take_rows(token_ids, group.rows))

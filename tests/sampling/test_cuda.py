@@ -61,7 +61,8 @@ def test_noise_bits_are_those_of_the_cpu() -> None:
 
 
 def test_tokens_and_logprobs_are_those_of_the_cpu() -> None:
-    for cpu, gpu in zip(run_steps(torch.device("cpu"), BATCH, 20), run_steps(torch.device("cuda"), BATCH, 20), strict=True):
+    on_cpu, on_gpu = (run_steps(torch.device(name), BATCH, 20) for name in ("cpu", "cuda"))
+    for cpu, gpu in zip(on_cpu, on_gpu, strict=True):
         assert cpu.token_ids.tolist() == gpu.token_ids.tolist()
         assert cpu.logprobs is not None and gpu.logprobs is not None
         for one, other in zip(to_host(cpu.logprobs), to_host(gpu.logprobs), strict=True):

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shoal.sampling import logprobs as module
+from shoal.sampling import rows
 from shoal.sampling.logprobs import prompt_logprobs, to_host
 from shoal.types import SamplingParams
 from shoal.types.outputs import TokenLogprobs
@@ -68,7 +68,7 @@ def test_sampled_logprobs_are_raw_and_ranked(lines: list[tuple[list[float], int 
 @pytest.mark.parametrize("k", [0, 1, 5, -1])
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 def test_prompt_logprobs(k: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_MAX_ELEMENTS_AT_ONCE", at_once * VOCAB_SIZE)
+    monkeypatch.setattr(rows, "_ELEMENTS_AT_ONCE_CPU", at_once * VOCAB_SIZE)
     generator = np.random.default_rng(k + 10)
     logits = generator.normal(size=(7, VOCAB_SIZE)).astype("f4") * 3
     targets = generator.integers(0, VOCAB_SIZE, size=7)

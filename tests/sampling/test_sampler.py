@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shoal.sampling import rows as rows_module
 from shoal.types import SamplingParams
 from tests.sampling import reference
 from tests.sampling.helpers import Row, sample_ids
@@ -185,3 +186,16 @@ def test_the_same_seed_and_position_repeat_and_others_do_not() -> None:
     assert draw(9, 7) == draw(9, 7) == draw(9 + 2**64, 7) == draw(9 - 2**64, 7)
     assert len({draw(9, position) for position in range(1, 40)}) > 35
     assert len({draw(seed, 7) for seed in range(40)}) > 35
+
+
+@pytest.mark.parametrize("num_rows_at_once", [1, 2, 5])
+def test_working_in_parts_changes_nothing(num_rows_at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5, "logprobs": 2}
+    choices = [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1, "temperature": 0.7}, {"temperature": 0.0}]
+    logits = torch.randn(24, VOCAB_SIZE, generator=torch.Generator().manual_seed(2)) * 2
+    batch = [
+        Row(SamplingParams(seed=i, **choices[i % 5] | shared), [i, 3, 4, 3], 2) for i in range(24)
+    ]
+    whole = sample_ids(batch, logits)
+    monkeypatch.setattr(rows_module, "_ELEMENTS_AT_ONCE_CPU", num_rows_at_once * VOCAB_SIZE)
+    assert sample_ids(batch, logits) == whole
