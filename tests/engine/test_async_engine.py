@@ -234,7 +234,7 @@ async def test_outputs_of_an_older_generation_are_dropped() -> None:
         await until(lambda: client.num_steps > 5)
         client.config = make_config(generation=3)
         updates = await task
-    assert 5 <= 200 - sum(len(update.token_ids) for update in updates)
+    assert 200 - sum(len(update.token_ids) for update in updates) >= 5
 
 
 # --- what is accepted ------------------------------------------------------------------------------------------------

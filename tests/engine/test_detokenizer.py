@@ -157,3 +157,17 @@ def test_a_long_run_of_byte_tokens_is_not_held_back_for_ever() -> None:
 def test_any_text_survives_a_round_trip(text: str) -> None:
     ids = tokenizer().encode(text)
     assert "".join(streamed("byte_level", [], [[id_] for id_ in ids], False)) == text
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.binary(max_size=40), prompt=st.sampled_from([b"", b"The prompt, ", "你好".encode()]))
+def test_a_window_over_bytes_equals_the_full_decode_and_holds_back_three_bytes_at_most(
+    data: bytes, prompt: bytes
+) -> None:
+    """As tokenizers written in Python decode (the first Qwen's): each id a byte here."""
+    detokenizer = WindowDetokenizer(lambda ids: bytes(ids).decode("utf-8", "replace"), list(prompt))
+    shown = ""
+    for index, byte in enumerate(data):
+        shown += detokenizer.push([byte])
+        assert len(data[: index + 1].decode("utf-8", "replace")) - len(shown) <= 3
+    assert shown + detokenizer.flush() == data.decode("utf-8", "replace")

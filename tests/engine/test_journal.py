@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shoal.engine.journal import Fold, RequestJournal
+from shoal.engine.stop_strings import StopStrings
 from shoal.types import FinishReason, SamplingParams
 from tests.engine.tokenizers_for_tests import TEXTS, hugging_face, tokenizer
 
@@ -93,6 +94,14 @@ def test_no_stop_string_before_min_tokens() -> None:
     assert answer_to("stop stop stop", SamplingParams(stop="stop", min_tokens=len(ids), max_tokens=99)).text == (
         "stop stop stop"
     )
+
+
+def test_a_stop_string_that_was_let_pass_does_not_count_later() -> None:
+    """It lies within text that is held back for a longer one."""
+    stops = StopStrings(["ab", "xaby"], keep_in_text=False)
+    assert stops.push("xab", may_stop=False) == ("", None)
+    assert stops.push("z") == ("xabz", None)
+    assert stops.push("-ab-") == ("-", "ab")
 
 
 def test_a_stop_string_in_the_last_token_beats_the_length() -> None:

@@ -41,7 +41,10 @@ def byte_level() -> RustTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=500, special_tokens=SPECIAL_TOKENS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        show_progress=False,
+        vocab_size=500,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     tokenizer.add_tokens(["<tool call>", "工具"])  # added, not special; one of them not in the byte alphabet
@@ -53,7 +56,11 @@ def _byte_fallback_model(bos: bool) -> RustTokenizer:
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>", *bytes_], limit_alphabet=100, max_token_length=8
+        show_progress=False,
+        vocab_size=600,
+        special_tokens=["<unk>", "<s>", "</s>", *bytes_],
+        limit_alphabet=100,
+        max_token_length=8,
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
     # The trainer makes every one of them special; the byte tokens are ordinary ones.
@@ -92,7 +99,9 @@ def metaspace() -> RustTokenizer:
     tokenizer = RustTokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=350, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>")
+    trainer = trainers.UnigramTrainer(
+        show_progress=False, vocab_size=350, special_tokens=["<unk>", "<s>", "</s>"], unk_token="<unk>"
+    )
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 
@@ -102,7 +111,7 @@ def word_piece() -> RustTokenizer:
     tokenizer = RustTokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(cleanup=False)
-    trainer = trainers.WordPieceTrainer(vocab_size=400, special_tokens=["[UNK]", "[CLS]", "[SEP]"])
+    trainer = trainers.WordPieceTrainer(show_progress=False, vocab_size=400, special_tokens=["[UNK]", "[CLS]", "[SEP]"])
     tokenizer.train_from_iterator(CORPUS, trainer)
     return tokenizer
 

@@ -1,0 +1,240 @@
+"""LLM: a model in the user's own program. `LLM(model=...).generate(prompts, SamplingParams(...))`, in vLLM's shapes."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import weakref
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from shoal.config.engine_config import EngineConfig
+from shoal.config.model_path import resolve_model_path
+from shoal.config.options import EMBEDDED_MODEL
+from shoal.config.resolve import resolve
+from shoal.config.sources import options_from_kwargs
+from shoal.engine.client import SubprocessClient
+from shoal.engine.prepare import PreparedRequest, Prompt
+from shoal.engine.tokenizer import load_tokenizer
+from shoal.errors import InvalidRequestError
+from shoal.llm.offline_engine import OfflineEngine
+from shoal.llm.progress import PromptBar, StartupDisplay
+from shoal.types.outputs import RequestOutput
+from shoal.types.sampling_params import SamplingParams
+
+_DRAW_SECONDS = 0.1
+
+
+class LLM:
+    """One model, ready to generate. The engine runs in a subprocess that ends with `shutdown`, with this object, or
+    with the program. Usable as a context manager, from several threads, and where an event loop runs already."""
+
+    def __init__(self, model: str = EMBEDDED_MODEL, *, startup_timeout: float = 600.0, **options: Any) -> None:
+        """Load `model`; returns when it is ready.
+
+        model: a Hugging Face directory, or shoal-tiny. options: named as the flags of `shoal serve` (`dtype`,
+        `max_model_len`, `max_num_seqs`, `enable_prefix_caching`, `seed` …). startup_timeout: seconds.
+        Raises ConfigError (an unknown name with the nearest right one), ModelError, StartupError.
+        """
+        model_options, cache_options, scheduler_options = options_from_kwargs({"model": model, **options})
+        config = resolve(model_options, cache_options, scheduler_options)
+        path = str(resolve_model_path(model_options.tokenizer) if model_options.tokenizer else config.model.path)
+        with StartupDisplay() as display:
+            engine = OfflineEngine(
+                config,
+                lambda: SubprocessClient(config, startup_timeout=startup_timeout),
+                lambda: (
+                    None
+                    if model_options.skip_tokenizer_init
+                    else load_tokenizer(path, trust_remote_code=model_options.trust_remote_code)
+                ),
+                display.show,
+            )
+        self._attach(engine, config)
+
+    @classmethod
+    def over(cls, engine: OfflineEngine, config: EngineConfig) -> LLM:
+        """An LLM over an engine that was started elsewhere, which it then owns."""
+        llm = cls.__new__(cls)
+        llm._attach(engine, config)
+        return llm
+
+    def _attach(self, engine: OfflineEngine, config: EngineConfig) -> None:
+        self.config = config
+        self._engine = engine
+        # Runs when this object goes, and at the program's end if it is still there then.
+        self._finalizer = weakref.finalize(self, engine.close)
+
+    # --- generating ------------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts; the outputs come in the order of the prompts.
+
+        prompts: one or a list of: text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+        sampling_params: for all, or one for each prompt; None takes the model's defaults. use_tqdm: show a progress
+        bar. priority: one for each prompt, lower is served first. Nothing runs if one of the prompts is wrong.
+        Raises InvalidRequestError, EngineDeadError.
+        """
+        several = _prompt_list(prompts)
+        engine = self._engine.engine
+
+        def prepare(index: int, params: SamplingParams) -> PreparedRequest:
+            return engine.prepare(several[index], params, priority=priority[index] if priority else 0)
+
+        if priority is not None and len(priority) != len(several):
+            raise InvalidRequestError(
+                f"{len(priority)} priorities for {len(several)} prompts; give one each", "priority"
+            )
+        return self._run(len(several), sampling_params, prepare, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Any],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer conversations: one list of messages ({"role": …, "content": …}), or a list of such lists.
+
+        chat_template: Jinja text, instead of the model's template. The rest is as for `generate`.
+        """
+        conversations = list(messages) if messages and not isinstance(messages[0], dict) else [messages]
+        engine = self._engine.engine
+
+        def prepare(index: int, params: SamplingParams) -> PreparedRequest:
+            return engine.prepare_chat(
+                conversations[index],
+                params,
+                tools=tools,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                chat_template_kwargs=chat_template_kwargs,
+            )
+
+        return self._run(len(conversations), sampling_params, prepare, use_tqdm)
+
+    def _run(
+        self,
+        num_prompts: int,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        prepare: Callable[[int, SamplingParams], PreparedRequest],
+        show_progress: bool,
+    ) -> list[RequestOutput]:
+        params = self._params_list(sampling_params, num_prompts)
+        prepared = [_prepare_one(prepare, index, params[index], num_prompts) for index in range(num_prompts)]
+        if not prepared:
+            return []
+        engine = self._engine.engine
+        num_done = 0
+
+        async def collect(request: PreparedRequest) -> RequestOutput:
+            nonlocal num_done
+            output = await engine.collect(request)
+            num_done += 1
+            return output
+
+        async def collect_all() -> list[RequestOutput]:
+            tasks = [asyncio.ensure_future(collect(request)) for request in prepared]
+            try:
+                return await asyncio.gather(*tasks)
+            except BaseException:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                raise
+
+        with PromptBar(num_prompts, engine.latest_stats, show_progress) as bar:
+            future = self._engine.submit(collect_all())
+            try:
+                while True:
+                    done, _ = concurrent.futures.wait([future], timeout=_DRAW_SECONDS if show_progress else None)
+                    bar.show(num_done, engine.latest_stats)
+                    if done:
+                        return future.result()
+            except KeyboardInterrupt:
+                self._engine.cancel(future)
+                raise
+
+    def _params_list(
+        self, params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
+    ) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * num_prompts
+        if not isinstance(params, Sequence) or not all(isinstance(one, SamplingParams) for one in params):
+            raise InvalidRequestError(
+                f"sampling_params must be SamplingParams or a list of them; got {params!r}", "sampling_params"
+            )
+        if len(params) != num_prompts:
+            raise InvalidRequestError(
+                f"{len(params)} sampling_params for {num_prompts} prompts; give one for all, or one each",
+                "sampling_params",
+            )
+        return list(params)
+
+    # --- the rest --------------------------------------------------------------------------------------------------
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses when it is given none: the model's generation_config.json over the usual defaults."""
+        return SamplingParams(**self.config.model.generation_defaults)
+
+    def get_tokenizer(self) -> Any:
+        """The Hugging Face tokenizer. Raises InvalidRequestError with skip_tokenizer_init."""
+        tokenizer = self._engine.engine.tokenizer
+        if tokenizer is None:
+            raise InvalidRequestError("this LLM was made with skip_tokenizer_init=True; it has no tokenizer")
+        return tokenizer.backend
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the KV cache of earlier prompts."""
+        self._engine.run(self._engine.engine.reset_prefix_cache())
+
+    def shutdown(self) -> None:
+        """End the engine and free its memory. The object cannot generate afterwards; a second call does nothing."""
+        self._finalizer()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+
+def _prompt_list(prompts: Any) -> list[Any]:
+    """One prompt or many, as a list of prompts. A list of integers is one prompt."""
+    if isinstance(prompts, (str, dict)):
+        return [prompts]
+    if isinstance(prompts, Sequence) and not isinstance(prompts, (bytes, bytearray)):
+        return [prompts] if prompts and isinstance(prompts[0], int) else list(prompts)
+    raise InvalidRequestError(
+        f"prompts must be a prompt or a list of prompts (text, or lists of token ids); got {type(prompts).__name__}",
+        "prompts",
+    )
+
+
+def _prepare_one(
+    prepare: Callable[[int, SamplingParams], PreparedRequest], index: int, params: SamplingParams, num_prompts: int
+) -> PreparedRequest:
+    try:
+        return prepare(index, params)
+    except InvalidRequestError as error:
+        if num_prompts == 1:
+            raise
+        raise InvalidRequestError(f"prompt {index} of {num_prompts}: {error}", error.param, error.code) from error
