@@ -18,7 +18,8 @@ class AttentionMetadata:
     """One step, as attention sees it: the same for all layers.
 
     query_lens, seq_lens: on the host, per sequence: new tokens, and context with the new tokens counted in.
-    block_tables [S, B]: int32, block ids by position // block_size; entries past a sequence's end are not read as values.
+    block_tables [S, B]: int32, block ids by position // block_size; entries past a sequence's end
+    are valid ids, but what lies there is not seen.
     slot_mapping [T]: int64, block * block_size + offset, where each new token's key and value go.
     plan: what the backend's `prepare` made of it.
     """

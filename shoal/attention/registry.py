@@ -30,5 +30,5 @@ def make_backend(deterministic: bool, device: torch.device) -> AttentionBackend:
     if not deterministic:
         return create_attention_backend("torch_paged")
     if device.type != "cpu":
-        raise ConfigError(f"deterministic mode runs on CPU only, not on {device.type}; pass --device cpu or leave it off")
+        raise ConfigError(f"deterministic mode runs on CPU, not on {device.type}; pass --device cpu or leave it off")
     return create_attention_backend("deterministic")

@@ -89,8 +89,8 @@ class TorchPagedAttention(AttentionBackend):
             tokens = slice(prefill.start, prefill.start + prefill.num_new)
             output[tokens] = _attend_prefill(query[tokens], kv_cache, prefill, scale, sliding_window)
         if plan.decodes is not None:
-            tokens = plan.decodes.tokens
-            output[tokens] = _attend_decodes(query[tokens], kv_cache, plan.decodes, scale, sliding_window)
+            single = plan.decodes.tokens
+            output[single] = _attend_decodes(query[single], kv_cache, plan.decodes, scale, sliding_window)
         return output.flatten(1)
 
 

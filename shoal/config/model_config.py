@@ -65,7 +65,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
     directory = Path(path)
     if not directory.is_dir():
         kind = "a file" if directory.exists() else "not there"
-        raise ModelError(f"model directory {str(directory)!r} is {kind}; give a directory with a Hugging Face config.json")
+        raise ModelError(f"model directory {str(directory)!r} is {kind}; give a directory with a config.json")
     raw = _read_json(directory / "config.json")
     if raw is None:
         raise ModelError(f"{str(directory)!r} has no config.json; it must be a Hugging Face model directory")
@@ -115,7 +115,8 @@ def _architecture(raw: dict[str, Any], directory: Path) -> str:
                 return architecture
     shown = ", ".join(map(str, names)) or f"none (model_type {raw.get('model_type')!r})"
     raise ModelError(
-        f"{directory / 'config.json'}: architecture {shown} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        f"{directory / 'config.json'}: architecture {shown} is not supported; "
+        f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
     )
 
 
@@ -123,13 +124,16 @@ def _llama_like_fields(architecture: str, raw: dict[str, Any]) -> dict[str, Any]
     """Llama, Mistral, Qwen2, Qwen3. Keys that are absent take the defaults of Hugging Face's configuration classes."""
     hidden_size, num_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
     num_layers = _size(raw, "num_hidden_layers")
-    default_kv_heads = {"MistralForCausalLM": 8}.get(architecture, num_heads)
     positions_default = {"LlamaForCausalLM": 2048, "MistralForCausalLM": 131072}.get(architecture, 32768)
     max_positions = _size(raw, "max_position_embeddings", positions_default)
     rope = parse_rope(raw, max_positions)
-    if raw.get("head_dim") is None and architecture != "Qwen3ForCausalLM" and hidden_size % num_heads:
-        raise ModelError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and no head_dim is given")
-    default_head_dim = 128 if architecture == "Qwen3ForCausalLM" and "head_dim" not in raw else hidden_size // num_heads
+    fixed_head_dim = architecture == "Qwen3ForCausalLM" and "head_dim" not in raw
+    if raw.get("head_dim") is None and not fixed_head_dim and hidden_size % num_heads:
+        raise ModelError(
+            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim"
+        )
+    # Mistral's absent key means 8, its explicit null as many as query heads.
+    absent_means_8 = architecture == "MistralForCausalLM" and "num_key_value_heads" not in raw
     attention_bias = architecture == "Qwen2ForCausalLM" or bool(raw.get("attention_bias", False))
     return {
         "vocab_size": _size(raw, "vocab_size"),
@@ -137,8 +141,8 @@ def _llama_like_fields(architecture: str, raw: dict[str, Any]) -> dict[str, Any]
         "intermediate_size": _size(raw, "intermediate_size"),
         "num_layers": num_layers,
         "num_heads": num_heads,
-        "num_kv_heads": _size(raw, "num_key_value_heads", num_heads if "num_key_value_heads" in raw else default_kv_heads),
-        "head_dim": _size(raw, "head_dim", default_head_dim),
+        "num_kv_heads": _size(raw, "num_key_value_heads", 8 if absent_means_8 else num_heads),
+        "head_dim": _size(raw, "head_dim", 128 if fixed_head_dim else hidden_size // num_heads),
         "max_position_embeddings": rope.max_length(max_positions),
         "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
         "hidden_act": str(raw.get("hidden_act", "silu")),
@@ -234,6 +238,8 @@ def _eos_ids(*values: Any) -> tuple[int, ...]:
 
 def _check_shapes(config: ModelConfig) -> None:
     if config.num_heads % config.num_kv_heads:
-        raise ModelError(f"num_attention_heads {config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}")
+        raise ModelError(
+            f"num_attention_heads {config.num_heads} is not a multiple of num_key_value_heads {config.num_kv_heads}"
+        )
     if config.rope is not None and config.head_dim % 2:
         raise ModelError(f"head_dim {config.head_dim} is odd; rotary embeddings need an even one")

@@ -25,7 +25,7 @@ class RopeConfig:
     parameters: dict[str, Any]
 
     def max_length(self, max_position_embeddings: int) -> int:
-        """Positions that the scaled embedding reaches. Linear and yarn stretch; llama3's config counts it in already."""
+        """Positions that the scaled embedding reaches. Linear and yarn stretch; llama3's config has it counted in."""
         if self.scaling == "linear":
             return int(max_position_embeddings * self.parameters["factor"])
         if self.scaling == "yarn":
@@ -40,7 +40,7 @@ def parse_rope(raw: dict[str, Any], max_position_embeddings: int) -> RopeConfig:
     if not isinstance(found, dict):
         raise ModelError(f"rope_parameters / rope_scaling must be an object; found {found!r}")
     if nested := [key for key, value in found.items() if isinstance(value, dict)]:
-        raise ModelError(f"rope_parameters per layer type ({', '.join(nested)}) are not supported; one set for all layers is")
+        raise ModelError(f"rope_parameters per layer type ({', '.join(nested)}) are not supported; one set for all is")
     theta = _number(found, "rope_theta", _number(raw, "rope_theta", DEFAULT_THETA))
     if theta is None or theta <= 0:
         raise ModelError(f"rope_theta must be above 0; found {theta!r}")

@@ -95,7 +95,8 @@ class ParallelDims:
                 partition[-2 - index] += 1
         if len(partition) != self.pipeline_size or sum(partition) != num_layers or min(partition) < 1:
             raise ConfigError(
-                f"layer partition {partition} must give each of {self.pipeline_size} stages at least one of {num_layers} layers"
+                f"layer partition {partition} must give each of {self.pipeline_size} stages at least one layer, "
+                f"{num_layers} in all"
             )
         start = sum(partition[: self.pipeline_rank])
         return range(start, start + partition[self.pipeline_rank])

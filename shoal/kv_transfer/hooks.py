@@ -8,7 +8,7 @@ from shoal.attention.base import AttentionMetadata
 
 
 class LayerHooks:
-    """Base and null object. A connector overrides what it needs; it must not block longer than it has to wait for data."""
+    """Base and null object. A connector overrides what it needs, and waits no longer than for its data."""
 
     def before_layer(self, layer_index: int, kv_cache: torch.Tensor, metadata: AttentionMetadata) -> None:
         """The layer is about to write and read `kv_cache`: blocks that it loads must have arrived on return."""

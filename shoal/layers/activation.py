@@ -20,16 +20,37 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
+# Elementwise kernels of PyTorch work in vectors and take what is left over one by one, with another exponential. Pieces
+# of at most this many elements are not split over threads, so what is left over is known.
+_SERIAL_ELEMENTS = 32768
+_VECTOR = 64
 
 
-def activation(name: str) -> Activation:
-    """The function called `name`. Raises ModelError for an unknown one."""
+def activation(name: str, deterministic: bool = False) -> Activation:
+    """The function called `name`; deterministic: a row's bits do not depend on the rows around it.
+
+    Raises ModelError for an unknown name.
+    """
     if name not in _ACTIVATIONS:
         raise ModelError(f"activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
-    return _ACTIVATIONS[name]
+    return partial(_by_rows, _ACTIVATIONS[name]) if deterministic else _ACTIVATIONS[name]
 
 
 def gated(function: Activation, gate_up: torch.Tensor) -> torch.Tensor:
     """gate_up [T, 2 F], gate first -> function(gate) * up, [T, F]."""
     gate, up = gate_up.chunk(2, dim=-1)
     return function(gate).mul_(up)
+
+
+def _by_rows(function: Activation, x: torch.Tensor) -> torch.Tensor:
+    """x [T, F] -> function(x), in pieces that every row meets in the same way: whole vectors, one thread."""
+    num_rows, width = x.shape
+    padded = F.pad(x, (0, -width % _VECTOR))  # a copy, contiguous
+    step = min(padded.shape[1], _SERIAL_ELEMENTS // _VECTOR * _VECTOR)
+    rows = max(1, _SERIAL_ELEMENTS // step)
+    output = torch.empty_like(padded)
+    for first in range(0, num_rows, rows):
+        for column in range(0, padded.shape[1], step):
+            piece = (slice(first, first + rows), slice(column, column + step))
+            output[piece] = function(padded[piece])
+    return output[:, :width]

@@ -38,7 +38,9 @@ class LogitsHead(nn.Module):
     """The vocabulary projection. Tied: it multiplies by the embedding's table, which it reads from the embedding where
     that is on this rank, and from the checkpoint under the embedding's name where it is on another stage."""
 
-    def __init__(self, context: BuildContext, name: str, vocab_size: int, hidden_size: int, tied: Embedding | None) -> None:
+    def __init__(
+        self, context: BuildContext, name: str, vocab_size: int, hidden_size: int, tied: Embedding | None
+    ) -> None:
         super().__init__()
         self.name = name
         spec = LinearSpec(

@@ -92,6 +92,14 @@ class Linear(nn.Module):
         return self.method.weight_bytes()
 
 
+class ReplicatedLinear(Linear):
+    """The whole matrix on every rank."""
+
+    def __init__(self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
+        part = Part(name, out_features, slice(0, out_features))
+        super().__init__(context, in_features=in_features, parts=[part], bias=bias)
+
+
 class ColumnLinear(Linear):
     """Outputs split over the ranks: each rank computes its own, nothing is summed."""
 
@@ -103,7 +111,9 @@ class ColumnLinear(Linear):
 class GateUpLinear(Linear):
     """The gate and up projections of a gated MLP, one above the other."""
 
-    def __init__(self, context: BuildContext, prefix: str, hidden_size: int, intermediate_size: int, *, bias: bool) -> None:
+    def __init__(
+        self, context: BuildContext, prefix: str, hidden_size: int, intermediate_size: int, *, bias: bool
+    ) -> None:
         rows = context.parallel.tensor_slice(intermediate_size, "intermediate_size")
         parts = [Part(f"{prefix}.{name}", intermediate_size, rows) for name in ("gate_proj", "up_proj")]
         super().__init__(context, in_features=hidden_size, parts=parts, bias=bias)
@@ -125,10 +135,13 @@ class QKVLinear(Linear):
     ) -> None:
         heads = context.parallel.tensor_slice(num_heads, "attention heads")
         kv_heads = context.parallel.kv_head_slice(num_kv_heads)
-        self_sizes = [("q_proj", num_heads, heads), ("k_proj", num_kv_heads, kv_heads), ("v_proj", num_kv_heads, kv_heads)]
         parts = [
             Part(f"{prefix}.{name}", count * head_dim, slice(own.start * head_dim, own.stop * head_dim))
-            for name, count, own in self_sizes
+            for name, count, own in (
+                ("q_proj", num_heads, heads),
+                ("k_proj", num_kv_heads, kv_heads),
+                ("v_proj", num_kv_heads, kv_heads),
+            )
         ]
         super().__init__(context, in_features=hidden_size, parts=parts, bias=bias)
 

@@ -31,7 +31,7 @@ class RotaryEmbedding:
         """x [T, heads, D]: (a, b) becomes (a cos - b sin, b cos + a sin) for its halves; computed in fp32."""
         cos, signed_sin = angles
         wide = x.float()
-        return torch.addcmul(wide.roll(self._half, -1).mul_(signed_sin), wide, cos).to(x.dtype)
+        return wide.roll(self._half, -1).mul_(signed_sin).add_(wide * cos).to(x.dtype)
 
 
 def inverse_frequencies(config: RopeConfig, head_dim: int) -> tuple[torch.Tensor, float]:
@@ -62,7 +62,7 @@ def _llama3(
 
 
 def _yarn(config: RopeConfig, head_dim: int, exponents: torch.Tensor) -> torch.Tensor:
-    """NTK by parts (Peng et al. 2023, YaRN): dimensions that turn often are kept, those that turn rarely interpolated."""
+    """NTK by parts (Peng et al. 2023, YaRN): dimensions that turn often stay, those that turn rarely interpolate."""
     numbers = config.parameters
 
     def dimension_turning(turns: float) -> float:

@@ -70,7 +70,7 @@ class LlamaMLP(nn.Module):
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         bias = bool(config.raw.get("mlp_bias", False))
-        self.activation = activation(config.hidden_act)
+        self.activation = activation(config.hidden_act, context.deterministic)
         self.gate_up_proj = GateUpLinear(context, prefix, hidden_size, intermediate_size, bias=bias)
         self.down_proj = RowLinear(context, f"{prefix}.down_proj", intermediate_size, hidden_size, bias=bias)
 

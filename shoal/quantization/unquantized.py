@@ -1,17 +1,22 @@
-"""Linear layers with plain weights: F.linear, oneDNN's packed form on CPU, and fixed tiles in deterministic mode.
+"""Linear layers with plain weights: F.linear or oneDNN's packed form, and fixed tiles of rows in deterministic mode.
 
 T rows, K inputs, N outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
 from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
 
-# Deterministic mode: every product has exactly this many rows, so the kernel is always the same one.
+# Deterministic mode: every product has exactly this many rows, so that it always is the same computation.
 ROW_TILE = 16
+# Below this many inputs a product in fp32 takes less time than oneDNN's call (about 13 µs).
+_FEWEST_PACKED_FP32_INPUTS = 256
 
 
 class Unquantized(QuantizationScheme):
@@ -20,24 +25,11 @@ class Unquantized(QuantizationScheme):
     name = "none"
 
     def linear(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> LinearMethod:
-        if spec.deterministic:
-            return TiledLinear(spec, weight)
-        if packing_works(spec):
-            return PackedLinear(spec, weight)
-        return PlainLinear(spec, weight)
+        return TiledLinear(spec, weight) if spec.deterministic else UnquantizedLinear(spec, weight)
 
 
-def packing_works(spec: LinearSpec) -> bool:
-    """Whether oneDNN can hold these weights in the blocked layout of its kernels."""
-    if spec.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        return False
-    return spec.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-class PlainLinear(LinearMethod):
-    """F.linear."""
+class UnquantizedLinear(LinearMethod):
+    """x W^T + b. After loading the weights are packed where that is faster, and the plain copy goes, unless it is tied."""
 
     def __init__(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> None:
         self.spec = spec
@@ -53,56 +45,76 @@ class PlainLinear(LinearMethod):
         return found
 
     def process_after_load(self) -> None:
-        return None
-
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def weight_bytes(self) -> int:
-        weights = 0 if self._tied else self.spec.out_features * self.spec.in_features
-        return (weights + (self.spec.out_features if self.spec.bias else 0)) * self.spec.dtype.itemsize
-
-
-class PackedLinear(PlainLinear):
-    """Weights in oneDNN's blocked layout. At few rows they stream from memory about twice as fast as F.linear's, at many
-    rows they are no slower (2 cores with AVX-512 bf16: 22-28 GB/s against 13-18 at 1 to 8 rows, 5 % less time at 2048)."""
-
-    def process_after_load(self) -> None:
-        self._packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, None)
+        self._multiply = _product(self.weight, self.bias)
         del self.weight
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
-        return output
+        return self._multiply(x)
 
     def weight_bytes(self) -> int:
-        own = super().weight_bytes()
-        return own + self.spec.out_features * self.spec.in_features * self.spec.dtype.itemsize if self._tied else own
+        spec = self.spec
+        shared = self._tied and not packing_pays(spec.dtype, spec.device, spec.in_features)
+        num_weights = 0 if shared else spec.out_features * spec.in_features
+        return (num_weights + (spec.out_features if spec.bias else 0)) * spec.dtype.itemsize
 
 
-class TiledLinear(PlainLinear):
+class TiledLinear(UnquantizedLinear):
     """A row's result depends on nothing but the row: products of exactly ROW_TILE rows, and for row-parallel layers a
-    fixed tree over the shards of the inputs, the same whichever rank holds them."""
+    fixed tree over the shards of the inputs, summed in fp32, the same whichever rank holds them."""
 
     def process_after_load(self) -> None:
-        num_shards = self.spec.num_input_shards
-        self._shards = [shard.contiguous() for shard in self.weight.chunk(num_shards, dim=1)] if num_shards > 1 else [self.weight]
-        if not self._tied:
-            del self.weight
+        shards = [shard.contiguous() for shard in self.weight.chunk(self.spec.num_input_shards, dim=1)]
+        self._multiply_shards = [_product(shard, self.bias if len(shards) == 1 else None) for shard in shards]
+        del self.weight
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        num_rows = x.shape[0]
+        num_rows, num_shards = x.shape[0], len(self._multiply_shards)
         padded = F.pad(x, (0, 0, 0, -num_rows % ROW_TILE))
-        tiles = [self._apply_tile(padded[start : start + ROW_TILE]) for start in range(0, padded.shape[0], ROW_TILE)]
-        output = tiles[0] if len(tiles) == 1 else torch.cat(tiles)
-        return output[:num_rows]
-
-    def _apply_tile(self, tile: torch.Tensor) -> torch.Tensor:
-        if len(self._shards) == 1:
-            return F.linear(tile, self._shards[0], self.bias)
-        pieces = tile.chunk(len(self._shards), dim=1)
-        sums = [F.linear(piece.contiguous(), shard).float() for piece, shard in zip(pieces, self._shards, strict=True)]
+        if num_shards == 1:
+            return _by_tiles(self._multiply_shards[0], padded)[:num_rows]
+        pieces = padded.view(padded.shape[0], num_shards, -1).transpose(0, 1).contiguous()
+        sums = [
+            _by_tiles(multiply, piece).float() for multiply, piece in zip(self._multiply_shards, pieces, strict=True)
+        ]
         while len(sums) > 1:
             sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
         total = sums[0] if self.bias is None else sums[0] + self.bias
-        return total.to(self.spec.dtype)
+        return total[:num_rows].to(self.spec.dtype)
+
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _by_tiles(multiply: Product, x: torch.Tensor) -> torch.Tensor:
+    """x [T, K], T a multiple of ROW_TILE -> [T, N]."""
+    tiles = [multiply(tile) for tile in x.split(ROW_TILE)]
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles)
+
+
+def _product(weight: torch.Tensor, bias: torch.Tensor | None) -> Product:
+    """What multiplies x [T, K] by weight [N, K]. It holds the packed form alone, or the weight as it is."""
+    if not packing_pays(weight.dtype, weight.device, weight.shape[1]):
+        return partial(F.linear, weight=weight, bias=bias)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
+    return partial(_multiply_packed, packed, bias)
+
+
+def _multiply_packed(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    output: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return output
+
+
+def packing_pays(dtype: torch.dtype, device: torch.device, in_features: int) -> bool:
+    """Whether oneDNN's blocked layout is there and faster than F.linear. It depends on the inputs, never on the outputs,
+    which tensor parallelism splits: another kernel would mean other bits.
+
+    2 cores with AVX-512 bf16, weights from memory, 2026-11. bf16: 22-28 GB/s against 12-18 at 1 to 8 rows, 5 % less time
+    at 2048 rows. fp32: half the time at 4 to 16 rows, 10-20 % less at 1 and at 512.
+    """
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype is torch.float32 and in_features >= _FEWEST_PACKED_FP32_INPUTS

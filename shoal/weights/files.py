@@ -103,7 +103,7 @@ def _find(directory: Path, single: str, suffix: str) -> dict[Path, list[str]]:
     skipped = ("consolidated", "training_args", "optimizer", "scheduler")
     found = [path for path in others if not path.name.startswith(skipped)]
     if any("-of-" in path.name for path in found):
-        raise ModelError(f"{directory} has shards such as {found[0].name} but no {index_path.name}; download it as well")
+        raise ModelError(f"{directory} has shards such as {found[0].name} but no {index_path.name}; download it too")
     return {path: [] for path in found}
 
 
@@ -118,7 +118,8 @@ def _read_index(directory: Path, index_path: Path) -> dict[Path, list[str]]:
     missing = [path.name for path in files if not path.exists()]
     if missing:
         raise ModelError(
-            f"{directory}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:4])}; download them"
+            f"{directory}: {len(missing)} of {len(files)} weight files are missing: {', '.join(missing[:4])}; "
+            "download them"
         )
     return files
 

@@ -84,7 +84,9 @@ def _load_files(
                 )
     if missing:
         names = sorted(missing)
-        raise ModelError(f"{path}: {len(names)} of {len(wanted)} tensors are missing from the weights, the first is {names[0]}")
+        raise ModelError(
+            f"{path}: {len(names)} of {len(wanted)} tensors are missing from the weights, the first is {names[0]}"
+        )
 
 
 def _canonical(name: str, wanted: dict[str, CheckpointTensor]) -> str:
@@ -95,7 +97,9 @@ def _canonical(name: str, wanted: dict[str, CheckpointTensor]) -> str:
 def _load_tensor(file: TensorFile, stored_name: str, tensor: CheckpointTensor, path: str) -> None:
     shape = file.shape(stored_name)
     if shape != tensor.shape:
-        raise ModelError(f"{path}: tensor {stored_name} has shape {list(shape)}, the config asks for {list(tensor.shape)}")
+        raise ModelError(
+            f"{path}: tensor {stored_name} has shape {list(shape)}, the config asks for {list(tensor.shape)}"
+        )
     piece = file.read(stored_name, None if tensor.is_whole else tensor.index)
     if not piece.dtype.is_floating_point:
         raise ModelError(f"{path}: tensor {stored_name} is {piece.dtype}; expected floating-point weights")

@@ -1,0 +1,146 @@
+"""Attention whose result for a query row has the same bits in any batch, chunking, prefix hit or padding. CPU only.
+
+Every new token is a query of its own, in a product of fixed shape: its GQA group against the context padded to whole
+splits of KV_SPLIT keys. The kernel (PyTorch's flash attention for CPU) walks the splits in order, one thread for a
+(query, KV head); a split that is masked entirely leaves its running maximum, sum and output as they are, so padding
+changes nothing. Computed in fp32.
+
+S sequences or queries, C padded context, Hq query heads, Hk KV heads, G = Hq / Hk, D head size, N blocks of the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+
+from shoal.attention.base import AttentionBackend, AttentionMetadata
+
+# The kernel's own split of the keys. A multiple of it would do as well.
+KV_SPLIT = 512
+
+
+@dataclasses.dataclass(slots=True)
+class _Group:
+    """Queries whose contexts pad to the same length. blocks: one row of the cache's blocks for each query, or one row
+    that all of them share (pieces of a prefill). lengths [S]: keys that each query sees, its own counted in."""
+
+    tokens: torch.Tensor
+    blocks: torch.Tensor
+    lengths: torch.Tensor
+    context: int
+    masks: dict[int | None, torch.Tensor]
+
+
+class DeterministicAttention(AttentionBackend):
+    """Cache: [2, Hk, N, block_size, D], keys then values."""
+
+    name = "deterministic"
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return (2, num_kv_heads, num_blocks, block_size, head_dim)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        decodes: dict[int, list[tuple[int, int]]] = {}  # padded length -> (row, token)
+        groups, first_token = [], 0
+        for row, (num_new, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
+            if num_new == 1:
+                decodes.setdefault(_padded(seq_len), []).append((row, first_token))
+            else:
+                groups += _prefill_groups(metadata, row, first_token)
+            first_token += num_new
+        for context, members in decodes.items():
+            rows = [row for row, _ in members]
+            lengths = torch.tensor([metadata.seq_lens[row] for row in rows])
+            tokens = torch.tensor([token for _, token in members])
+            groups.append(_Group(tokens, _block_rows(metadata, rows, context), lengths, context, {}))
+        metadata.plan = groups
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor:
+        slots = kv_cache.flatten(2, 3)  # [2, Hk, N * block_size, D]
+        slots[0].index_copy_(1, metadata.slot_mapping, key.transpose(0, 1))
+        slots[1].index_copy_(1, metadata.slot_mapping, value.transpose(0, 1))
+        output = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for group in metadata.plan:
+            output[group.tokens] = _attend_group(query[group.tokens], kv_cache, group, scale, sliding_window)
+        return output.flatten(1)
+
+
+def _padded(length: int) -> int:
+    return -(-length // KV_SPLIT) * KV_SPLIT
+
+
+def _prefill_groups(metadata: AttentionMetadata, row: int, first_token: int) -> list[_Group]:
+    """The new tokens of one sequence, cut where their contexts pass a multiple of KV_SPLIT."""
+    seq_len = metadata.seq_lens[row]
+    groups, start = [], seq_len - metadata.query_lens[row]
+    while start < seq_len:
+        end = min(seq_len, _padded(start + 1))
+        tokens = torch.arange(start, end) + (first_token - seq_len + metadata.query_lens[row])
+        context = _padded(end)
+        groups.append(
+            _Group(tokens, _block_rows(metadata, [row], context), torch.arange(start, end) + 1, context, {})
+        )
+        start = end
+    return groups
+
+
+def _block_rows(metadata: AttentionMetadata, rows: list[int], context: int) -> torch.Tensor:
+    """[len(rows), blocks of `context` keys]; block 0 stands in where a table ends before: its keys are masked."""
+    num_blocks = -(-context // metadata.block_size)
+    tables = metadata.block_tables[rows, :num_blocks]
+    return F.pad(tables, (0, num_blocks - tables.shape[1]))
+
+
+def _mask(group: _Group, window: int | None) -> torch.Tensor:
+    """Additive mask [S, 1, 1, C], made once a step for each distinct window."""
+    if window not in group.masks:
+        position, lengths = torch.arange(group.context)[None, :], group.lengths[:, None]
+        hidden = position >= lengths
+        if window is not None:
+            hidden |= position < lengths - window
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
+        group.masks[window] = mask[:, None, None, :]
+    return group.masks[window]
+
+
+def _attend_group(
+    query: torch.Tensor, kv_cache: torch.Tensor, group: _Group, scale: float, window: int | None
+) -> torch.Tensor:
+    """query [S, Hq, D] -> [S, Hq, D]."""
+    num_queries, num_heads, head_dim = query.shape
+    num_kv_heads, num_rows = kv_cache.shape[1], group.blocks.shape[0]
+    gathered = kv_cache.index_select(2, group.blocks.flatten()).view(2, num_kv_heads, num_rows, -1, head_dim)
+    keys, values = gathered[:, :, :, : group.context].transpose(1, 2).float().unbind(0)  # [S or 1, Hk, C, D]
+    keys, values = keys.expand(num_queries, -1, -1, -1), values.expand(num_queries, -1, -1, -1)
+    grouped = query.float().reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    output = _attend(grouped, keys, values, _mask(group, window), scale)
+    return output.reshape(num_queries, num_heads, head_dim).to(query.dtype)
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scale: float
+) -> torch.Tensor:
+    """query [S, Hk, G, D], keys and values [S, Hk, C, D] -> [S, Hk, G, D].
+
+    The kernel splits the keys over threads when there is one query row, and threads the products themselves when there
+    is one (query, head) pair in all. Both would make bits depend on the machine and the batch, so neither may happen.
+    """
+    num_queries, num_kv_heads, group_size, _ = query.shape
+    if group_size == 1:
+        query = query.expand(-1, -1, 2, -1)
+    if num_queries * num_kv_heads == 1:
+        query, keys, values, mask = (tensor.expand(2, -1, -1, -1) for tensor in (query, keys, values, mask))
+    output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)
+    return output[:num_queries, :, :group_size]
