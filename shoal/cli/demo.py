@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -31,8 +31,7 @@ _console = Console(stderr=True, highlight=False)
 class _Server:
     """`shoal serve` in a process of its own. What it logs is kept while we wait and ask, and shown afterwards."""
 
-    def __init__(self, demo: DemoOptions, port: int) -> None:
-        command = [sys.executable, "-m", "shoal.cli", "serve", demo.model, "--host", demo.host, "--port", str(port)]
+    def __init__(self, command: Sequence[str]) -> None:
         # A session of its own: Ctrl-C reaches us alone, and we stop the server once and in order.
         self.process = subprocess.Popen(
             command,
@@ -62,15 +61,20 @@ class _Server:
     def show_log(self, *, past: bool = False) -> None:
         """From now on the log goes to stderr; `past`: what was kept so far too."""
         with self._lock:
-            if past:
+            if past and self.lines:
                 print("\n".join(self.lines), file=sys.stderr, flush=True)
             self._show = True
+
+    def hide_log(self) -> None:
+        with self._lock:
+            self._show = False
 
     def raise_if_ended(self) -> None:
         code = self.process.poll()
         if code is not None:
             self._reader.join(timeout=5)
-            self.show_log(past=True)
+            # What is already on the screen is not repeated.
+            self.show_log(past=not self._show)
             raise StartupError(f"the server ended by itself with exit code {code}; its log stands above")
 
     def stop(self) -> None:
@@ -84,14 +88,22 @@ class _Server:
         self._reader.join(timeout=5)
 
 
-def _run(demo: DemoOptions) -> int:
+def serve_command(demo: DemoOptions, port: int) -> list[str]:
+    return [sys.executable, "-m", "shoal.cli", "serve", demo.model, "--host", demo.host, "--port", str(port)]
+
+
+def run_demo(demo: DemoOptions, make_command: Callable[[DemoOptions, int], list[str]] = serve_command) -> int:
+    """Serve, ask, and serve on. make_command: how a server on a port is started.
+
+    Raises StartupError when the server ends by itself, EngineError when the answer is empty.
+    """
     with contextlib.closing(listen_preferably(demo.host, demo.port)) as listener:
         port = port_of(listener)
     if demo.port not in (0, port):
         _console.print(f"Port {demo.port} is taken; taking {port}.")
     # A polite kill ends the demo as Ctrl-C does, so that no server is left behind.
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    server = _Server(demo, port)
+    server = _Server(make_command(demo, port))
     try:
         with ApiClient(format_url(demo.host, port), env.api_key()) as client:
             _wait_until_ready(server, client)
@@ -112,39 +124,23 @@ def _run(demo: DemoOptions) -> int:
 
 
 def _wait_until_ready(server: _Server, client: ApiClient) -> None:
-    start = time.monotonic()
-    with _progress("Starting the server") as update:
-        while not client.ready():
-            server.raise_if_ended()
-            update(server.lines[-1] if server.lines else "")
-            time.sleep(0.1)
-    _console.print(f"The server is up after {time.monotonic() - start:.1f} s.")
-
-
-@contextlib.contextmanager
-def _progress(title: str) -> Iterator[collections.abc.Callable[[str], None]]:
-    """On a terminal a spinner with the seconds and the last line; elsewhere each new line."""
+    """Progress meanwhile: on a terminal a spinner with the seconds and the log's last line, elsewhere the log."""
     start = time.monotonic()
     if not _console.is_terminal:
-        _console.print(f"{title} …")
-        last = ""
-
-        def print_line(line: str) -> None:
-            nonlocal last
-            if line and line != last:
-                last = line
-                print(f"  {line}", file=sys.stderr, flush=True)
-
-        yield print_line
-        return
-    with _console.status(title) as status:
-
-        def update(line: str) -> None:
-            status.update(
-                f"{title} … {time.monotonic() - start:.0f} s  [dim]{escape(line[: _console.width - 40])}[/dim]"
-            )
-
-        yield update
+        _console.print("Starting the server …")
+        server.show_log(past=True)
+        while not client.ready():
+            server.raise_if_ended()
+            time.sleep(0.1)
+        server.hide_log()
+    else:
+        with _console.status("Starting the server …") as status:
+            while not client.ready():
+                server.raise_if_ended()
+                last = escape(server.lines[-1][: max(_console.width - 40, 0)]) if server.lines else ""
+                status.update(f"Starting the server … {time.monotonic() - start:.0f} s  [dim]{last}[/dim]")
+                time.sleep(0.1)
+    _console.print(f"The server is up after {time.monotonic() - start:.1f} s.")
 
 
 def _ask(client: ApiClient, model: str, demo: DemoOptions) -> None:
@@ -181,5 +177,5 @@ COMMAND = Command(
     description="Serve the embedded model, ask it a question, stream the answer, and serve on until Ctrl-C.",
     sections=(DemoOptions,),
     positional="question",
-    run=_run,
+    run=run_demo,
 )

@@ -40,7 +40,7 @@ class FakeServer:
 
 
 @contextlib.contextmanager
-def fake_server() -> Iterator[FakeServer]:
+def fake_server(port: int = 0) -> Iterator[FakeServer]:
     state = FakeServer()
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -69,7 +69,7 @@ def fake_server() -> Iterator[FakeServer]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
         state.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
