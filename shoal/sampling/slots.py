@@ -21,6 +21,8 @@ GREEDY = 0
 # Above every possible mass: a row without top_p, in a group with others, is not cut at all.
 TOP_P_OFF = 2.0
 NO_LOGPROBS = -2
+# Divisors and factors beyond this (and below its inverse) would leave the range of float32 with the logits.
+_LARGEST = 1e30
 NO_PENALTIES = -1
 
 
@@ -56,11 +58,11 @@ class SlotTable:
         top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0
         self.kind[slot] = GREEDY if greedy else _draw_kind(top_k, params.top_p).value
         self.mixed_seed[slot] = mix64(reduce_seed(params.seed or 0))
-        self.temperature[slot] = params.temperature
+        self.temperature[slot] = min(params.temperature, _LARGEST)
         self.min_p[slot] = params.min_p
         self.top_p[slot] = params.top_p if params.top_p < 1 else TOP_P_OFF
         self.top_k[slot] = top_k
-        self.repetition[slot] = params.repetition_penalty
+        self.repetition[slot] = min(max(params.repetition_penalty, 1 / _LARGEST), _LARGEST)
         self.presence[slot] = params.presence_penalty
         self.frequency[slot] = params.frequency_penalty
         self.penalty_row[slot] = penalty_row

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from typing import Any
 
 import msgspec
@@ -9,11 +11,16 @@ import msgspec
 from shoal.errors import InvalidRequestError
 
 MAX_LOGPROBS = 20
+MAX_ANSWERS = 128
 _SAMPLING_EPSILON = 1e-5
 _INTEGER_FIELDS = ("n", "top_k", "seed", "min_tokens", "max_tokens", "logprobs", "prompt_logprobs")
-_NUMBER_FIELDS = (
-    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+_OPTIONAL_FIELDS = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+_NUMBER_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_BOOLEAN_FIELDS = (
+    "ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
 )
+_TOKEN_ID_FIELDS = ("stop_token_ids", "allowed_token_ids", "bad_words_token_ids", "eos_token_ids")
+_CONTAINER_FIELDS = ("logit_bias", "stop", *_TOKEN_ID_FIELDS)
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -66,8 +73,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         self.validate()
 
     def clone(self, **changes: Any) -> SamplingParams:
-        """A copy with some fields changed, validated again."""
-        return msgspec.structs.replace(self, **changes)
+        """A copy with some fields changed, validated again. Lists and dicts are copied too, not shared."""
+        own = {field: copy.copy(getattr(self, field)) for field in _CONTAINER_FIELDS}
+        return msgspec.structs.replace(self, **(own | changes))
 
     @property
     def greedy(self) -> bool:
@@ -85,23 +93,13 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     def validate(self) -> None:
         """Raise InvalidRequestError for the first field of a wrong type or out of range."""
-        for field in _INTEGER_FIELDS:
-            value = getattr(self, field)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-                raise InvalidRequestError(f"{field} must be an integer; got {value!r}", param=field)
-        for field in _NUMBER_FIELDS:
-            value = getattr(self, field)
-            if not isinstance(value, (int, float)) or isinstance(value, bool):
-                raise InvalidRequestError(f"{field} must be a number; got {value!r}", param=field)
-        _check(1 <= self.n <= 128, "n", self.n, "an integer from 1 to 128")
-        _check(_finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
+        self._validate_types()
+        _check(1 <= self.n <= MAX_ANSWERS, "n", self.n, f"an integer from 1 to {MAX_ANSWERS}")
+        _check(self.temperature >= 0, "temperature", self.temperature, "0 or more")
         _check(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _check(self.top_k >= -1, "top_k", self.top_k, "-1 or 0 (off), or a positive integer")
         _check(0 <= self.min_p <= 1, "min_p", self.min_p, "from 0 to 1")
-        _check(
-            _finite(self.repetition_penalty) and self.repetition_penalty > 0,
-            "repetition_penalty", self.repetition_penalty, "above 0",
-        )
+        _check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "above 0")
         _check(-2 <= self.presence_penalty <= 2, "presence_penalty", self.presence_penalty, "from -2 to 2")
         _check(-2 <= self.frequency_penalty <= 2, "frequency_penalty", self.frequency_penalty, "from -2 to 2")
         for token_id, bias in (self.logit_bias or {}).items():
@@ -109,23 +107,57 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         _check(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
         if self.max_tokens is not None:
             _check(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
-            _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, f"at most max_tokens ({self.max_tokens})")
-        if self.logprobs is not None:
-            _check(-1 <= self.logprobs <= MAX_LOGPROBS, "logprobs", self.logprobs, f"from 0 to {MAX_LOGPROBS}, or -1 for all")
-        if self.prompt_logprobs is not None:
-            _check(
-                -1 <= self.prompt_logprobs <= MAX_LOGPROBS,
-                "prompt_logprobs", self.prompt_logprobs, f"from 0 to {MAX_LOGPROBS}, or -1 for all",
-            )
-        _check(all(self.stop_strings) or not self.stop_strings, "stop", self.stop, "strings that are not empty")
+            limit = f"at most max_tokens ({self.max_tokens})"
+            _check(self.min_tokens <= self.max_tokens, "min_tokens", self.min_tokens, limit)
+        for field in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, field)
+            if value is not None:
+                _check(-1 <= value <= MAX_LOGPROBS, field, value, f"from 0 to {MAX_LOGPROBS}, or -1 for all")
+        _check(all(self.stop_strings), "stop", self.stop, "strings that are not empty")
         if self.allowed_token_ids is not None:
             _check(len(self.allowed_token_ids) > 0, "allowed_token_ids", [], "at least one token id")
 
+    def _validate_types(self) -> None:
+        for field in _INTEGER_FIELDS:
+            value = getattr(self, field)
+            absent = value is None and field in _OPTIONAL_FIELDS
+            _check(absent or _is_integer(value), field, value, "an integer")
+            # A seed may have any size: it is reduced to 64 bits where the request is accepted.
+            _check(absent or field == "seed" or abs(value) < 2**63, field, value, "an integer of at most 63 bits")
+        for field in _NUMBER_FIELDS:
+            _check(_is_number(getattr(self, field)), field, getattr(self, field), "a finite number")
+        for field in _BOOLEAN_FIELDS:
+            _check(isinstance(getattr(self, field), bool), field, getattr(self, field), "true or false")
+        for field in _TOKEN_ID_FIELDS:
+            token_ids = getattr(self, field)
+            well_formed = isinstance(token_ids, (list, tuple)) and all(map(_is_integer, token_ids))
+            absent = token_ids is None and field != "eos_token_ids"
+            _check(absent or well_formed, field, token_ids, "a list of token ids (integers)")
+        stop = self.stop if isinstance(self.stop, (list, tuple)) else [] if self.stop is None else [self.stop]
+        _check(all(isinstance(item, str) for item in stop), "stop", self.stop, "a string or a list of strings")
+        bias = self.logit_bias
+        _check(bias is None or isinstance(bias, dict), "logit_bias", bias, "a dict of token id to number")
+        for token_id, value in (bias or {}).items():
+            well_formed = _is_integer(token_id) and _is_number(value)
+            _check(well_formed, "logit_bias", {token_id: value}, "a dict of token id (an integer) to a finite number")
 
-def _finite(value: float) -> bool:
-    return value == value and value not in (float("inf"), float("-inf"))
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    """A finite number that a float can hold."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _check(condition: bool, field: str, found: object, wanted: str) -> None:
     if not condition:
-        raise InvalidRequestError(f"{field} must be {wanted}; got {found!r}", param=field)
+        shown = repr(found)
+        shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
+        raise InvalidRequestError(f"{field} must be {wanted}; got {shown}", param=field)

@@ -199,3 +199,17 @@ def test_working_in_parts_changes_nothing(num_rows_at_once: int, monkeypatch: py
     whole = sample_ids(batch, logits)
     monkeypatch.setattr(rows_module, "_ELEMENTS_AT_ONCE_CPU", num_rows_at_once * VOCAB_SIZE)
     assert sample_ids(batch, logits) == whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"temperature": 1e300}, {"repetition_penalty": 1e300}, {"repetition_penalty": 1e-300}, {"temperature": 1e-5}],
+)
+def test_absurd_factors_stay_within_float32(changes: dict[str, float]) -> None:
+    logits = torch.randn(16, VOCAB_SIZE, generator=torch.Generator().manual_seed(4)) * 30
+    logits[:, 1] = 0.0
+    batch = [Row(SamplingParams(seed=i, bad_words_token_ids=[5], **changes), [2, 3, 1], 2) for i in range(16)]
+    chosen = sample_ids(batch, logits)
+    assert 5 not in chosen and all(0 <= token_id < VOCAB_SIZE for token_id in chosen)
+    if changes == {"temperature": 1e300}:
+        assert len(set(chosen)) > 4
