@@ -1,0 +1,166 @@
+"""Small random checkpoints of every family, written by Hugging Face Transformers: for tests from the layers to HTTP."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+VOCAB_SIZE = 512
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+# Families in all the forms that their code tells apart: name -> (family, changes of its config).
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-mha-tied": ("llama", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 24}),
+    "llama-one-kv-head": ("llama", {"num_key_value_heads": 1, "head_dim": 20, "hidden_act": "gelu"}),
+    "llama-llama3": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "llama-linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}}),
+    "llama-yarn": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "mistral-window": ("mistral", {"sliding_window": 24}),
+    "mistral-no-window": ("mistral", {"sliding_window": None, "num_key_value_heads": 4}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-untied": ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+    "qwen2-some-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2, "num_hidden_layers": 3},
+    ),
+    "qwen2-yarn": (
+        "qwen2",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1000000.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 128,
+                "beta_fast": 16.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 0.7,
+                "truncate": False,
+            }
+        },
+    ),
+    "qwen3": ("qwen3", {}),
+    "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1}),
+    "qwen3-biases-tied": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "opt": ("opt", {}),
+    "opt-350m-form": ("opt", {"word_embed_proj_dim": 24, "do_layer_norm_before": False}),
+    "opt-odd-heads-untied": ("opt", {"hidden_size": 60, "tie_word_embeddings": False}),
+    "opt-bare": ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False}),
+}
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_GATED: dict[str, Any] = {"intermediate_size": 112, "num_key_value_heads": 2}
+_FAMILY: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] = {
+    "llama": (transformers.LlamaConfig, _GATED),
+    "mistral": (transformers.MistralConfig, {**_GATED, "sliding_window": 64, "head_dim": 32}),
+    "qwen2": (transformers.Qwen2Config, {**_GATED, "tie_word_embeddings": True}),
+    "qwen3": (transformers.Qwen3Config, {**_GATED, "head_dim": 32}),
+    "opt": (transformers.OPTConfig, {"ffn_dim": 112, "word_embed_proj_dim": None}),
+}
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+_CORPUS = [
+    "The quick brown fox jumps over the lazy dog. What is the capital of France? It is Paris.",
+    "给我推荐中国适合旅游的地方。北京、上海、西安和成都都很好，你好！",
+    "0 1 2 3 4 5 6 7 8 9 10 11 12",
+]
+
+
+def make_checkpoint(
+    directory: Path,
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
+) -> Path:
+    """Write config.json, safetensors, generation_config.json and a tokenizer with a chat template to `directory`.
+
+    family: one of FAMILIES; overrides are keys of its configuration. Weights are random, biases and norms as well, and
+    so large that log-probabilities differ by whole numbers. Returns the directory.
+    """
+    config_class, defaults = _FAMILY[family]
+    model = transformers.AutoModelForCausalLM.from_config(
+        config_class(**{**_COMMON, **defaults, **overrides}), dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                spread = 0.5 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5
+                parameter.normal_(0.0, spread, generator=generator)
+            else:
+                is_norm = name.endswith("norm.weight")
+                parameter.normal_(1.0 if is_norm else 0.0, 0.2, generator=generator)
+    directory.mkdir(parents=True, exist_ok=True)
+    model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
+    byte_level_tokenizer().save_pretrained(directory)
+    return directory
+
+
+def make_variant(directory: Path, variant: str) -> Path:
+    """The checkpoint of one of VARIANTS."""
+    family, overrides = VARIANTS[variant]
+    return make_checkpoint(directory, family, **overrides)
+
+
+@functools.cache
+def byte_level_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of fewer than VOCAB_SIZE tokens that can write any text: ids 0, 1, 2 are special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        show_progress=False,
+        vocab_size=VOCAB_SIZE - 12,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
+    )

@@ -1,0 +1,109 @@
+"""Runs a model over a paged cache with block ids in random order: what the worker does, in a few lines for tests."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+
+import torch
+
+from shoal.attention.base import AttentionMetadata
+from shoal.attention.registry import create_attention_backend
+from shoal.config.model_config import ModelConfig, load_model_config
+from shoal.layers.context import BuildContext
+from shoal.models.base import CausalLM, LayerObserver
+from shoal.models.registry import build_model
+from shoal.weights.loader import load_weights
+
+CPU = torch.device("cpu")
+
+
+@dataclasses.dataclass
+class Sequence:
+    token_ids: list[int]
+    num_computed: int = 0
+    blocks: list[int] = dataclasses.field(default_factory=list)
+
+
+class PagedModel:
+    """A model, its cache, and an allocator that hands blocks out in random order."""
+
+    def __init__(
+        self,
+        path: Path,
+        backend: str = "torch_paged",
+        *,
+        dtype: torch.dtype = torch.float32,
+        num_blocks: int = 512,
+        block_size: int = 16,
+        hooks: LayerObserver | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.config: ModelConfig = load_model_config(path)
+        self.backend = create_attention_backend(backend)
+        context = BuildContext(
+            dtype=dtype, device=CPU, attention_backend=self.backend, deterministic=backend == "deterministic"
+        )
+        self.model: CausalLM = build_model(self.config, context)
+        load_weights(self.model, self.config)
+        shape = self.backend.kv_cache_shape(num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
+        # What other requests left behind must not matter.
+        self.kv_caches = [torch.full(shape, 3.0, dtype=dtype) for _ in range(self.config.num_layers)]
+        self.block_size = block_size
+        self.hooks = hooks
+        self._free = list(range(1, num_blocks))
+        random.Random(seed).shuffle(self._free)
+
+    def release(self, sequence: Sequence) -> None:
+        self._free += sequence.blocks
+        sequence.blocks = []
+
+    @torch.inference_mode()
+    def hidden(self, work: list[tuple[Sequence, int]]) -> torch.Tensor:
+        """One step: each sequence computes so many tokens more. Returns hidden states [T, H]."""
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        for sequence, num_new in work:
+            start, end = sequence.num_computed, sequence.num_computed + num_new
+            while len(sequence.blocks) * self.block_size < end:
+                sequence.blocks.append(self._free.pop())
+            for position in range(start, end):
+                token_ids.append(sequence.token_ids[position])
+                positions.append(position)
+                block = sequence.blocks[position // self.block_size]
+                slots.append(block * self.block_size + position % self.block_size)
+            sequence.num_computed = end
+        most = max(len(sequence.blocks) for sequence, _ in work)
+        tables = [sequence.blocks + [0] * (most - len(sequence.blocks)) for sequence, _ in work]
+        metadata = AttentionMetadata(
+            query_lens=[num_new for _, num_new in work],
+            seq_lens=[sequence.num_computed for sequence, _ in work],
+            block_tables=torch.tensor(tables, dtype=torch.int32),
+            slot_mapping=torch.tensor(slots),
+            block_size=self.block_size,
+        )
+        self.backend.prepare(metadata)
+        return self.model(torch.tensor(token_ids), torch.tensor(positions), self.kv_caches, metadata, self.hooks)
+
+    @torch.inference_mode()
+    def step(self, work: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
+        """Logits of every new token, [num_new, V] for each sequence."""
+        logits = self.model.compute_logits(self.hidden(work))
+        return list(logits.split([num_new for _, num_new in work]))
+
+    def logits(self, token_ids: list[int], chunk: int) -> torch.Tensor:
+        """[len(token_ids), V], computed alone, `chunk` tokens at a time."""
+        sequence = Sequence(token_ids)
+        rows = []
+        while sequence.num_computed < len(token_ids):
+            num_new = min(chunk, len(token_ids) - sequence.num_computed)
+            rows += self.step([(sequence, num_new)])
+        self.release(sequence)
+        return torch.cat(rows)
+
+
+def random_tokens(length: int, seed: int, vocab_size: int = 512) -> list[int]:
+    generator = random.Random(f"{length} {seed}")
+    return [generator.randrange(vocab_size) for _ in range(length)]
