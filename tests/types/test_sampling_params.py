@@ -33,8 +33,9 @@ def test_the_usual_call() -> None:
     [
         {"top_k": -1}, {"top_k": 0}, {"top_k": 10**12}, {"temperature": 0}, {"temperature": 100}, {"top_p": 1},
         {"min_p": 1}, {"logprobs": -1}, {"logprobs": 0}, {"logprobs": 20}, {"prompt_logprobs": -1},
-        {"max_tokens": None}, {"min_tokens": 16}, {"stop": "\n"}, {"stop": ["a", "b"]}, {"stop": ("a", "b")}, {"stop": []},
-        {"stop_token_ids": []}, {"seed": -(10**30)}, {"seed": 0}, {"presence_penalty": -2}, {"frequency_penalty": 2.0}, {"n": 128},
+        {"max_tokens": None}, {"min_tokens": 16}, {"stop": "\n"}, {"stop": ["a", "b"]}, {"stop": ("a", "b")},
+        {"stop": []}, {"stop_token_ids": []}, {"seed": -(10**30)}, {"seed": 0}, {"presence_penalty": -2},
+        {"frequency_penalty": 2.0}, {"n": 128},
         {"logit_bias": {5: 100, 6: -100.0}}, {"logit_bias": {}}, {"repetition_penalty": 1e-3},
     ],
 )
