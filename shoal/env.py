@@ -127,6 +127,11 @@ def set_default(name: str, value: str) -> None:
     os.environ.setdefault(name, value)
 
 
+def export_log_level(level: str) -> None:
+    """Let the processes that this one starts log as much as it does: what a flag says counts more than the variable."""
+    os.environ["SHOAL_LOG_LEVEL"] = level
+
+
 def _text(name: str) -> str | None:
     value = os.environ.get(name, "").strip()
     return value or None

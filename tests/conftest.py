@@ -25,6 +25,9 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in list(os.environ):
         if name.startswith("SHOAL_"):
             monkeypatch.delenv(name)
+    # `shoal serve` sets it for its children; so it is put back after each test.
+    monkeypatch.setenv("SHOAL_LOG_LEVEL", "info")
+    monkeypatch.delenv("SHOAL_LOG_LEVEL")
 
 
 @pytest.fixture(autouse=True)

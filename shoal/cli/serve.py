@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from shoal import log
+from shoal import env, log
 from shoal.cli.client_options import CLIENT_SECTIONS
 from shoal.cli.command import Command
 from shoal.config.options import CacheOptions, ModelOptions, SchedulerOptions, ServerOptions
@@ -15,6 +15,7 @@ from shoal.errors import ConfigError
 
 def _run(model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOptions, server: ServerOptions) -> int:
     log.configure(server.log_level)
+    env.export_log_level(server.log_level)
     warn_about_environment((*SERVE_SECTIONS, *CLIENT_SECTIONS))
     engine_config = resolve(model, cache, scheduler)
     for package in ("torch", "transformers"):
