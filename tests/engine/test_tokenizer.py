@@ -90,6 +90,51 @@ def test_code_in_the_directory_runs_only_when_allowed(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+# A tokenizer of the kind that the first Qwen brings: Python code in the model directory, ids that are bytes.
+OWN_CODE = """
+from transformers import PreTrainedTokenizer
+
+class OwnTokenizer(PreTrainedTokenizer):
+    vocab_size = 257
+
+    def get_vocab(self):
+        return {chr(0x4E00 + id_): id_ for id_ in range(256)} | {"<|endoftext|>": 256}
+
+    def _tokenize(self, text, **kwargs):
+        return [chr(0x4E00 + byte) for byte in text.encode()]
+
+    def _convert_token_to_id(self, token):
+        return 256 if token == "<|endoftext|>" else ord(token) - 0x4E00
+
+    def _convert_id_to_token(self, index):
+        return "<|endoftext|>" if index == 256 else chr(0x4E00 + index)
+
+    def _decode(self, token_ids, skip_special_tokens=False, **kwargs):
+        ids = [id_ for id_ in token_ids if id_ < 256 or not skip_special_tokens]
+        return b"".join(bytes([id_]) if id_ < 256 else b"<|endoftext|>" for id_ in ids).decode("utf-8", "replace")
+"""
+
+
+def test_a_tokenizer_written_in_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    model = tmp_path / "own_model"
+    model.mkdir()
+    (model / "own_code.py").write_text(OWN_CODE)
+    settings = {"auto_map": {"AutoTokenizer": ["own_code.OwnTokenizer", None]}, "eos_token": "<|endoftext|>"}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    loaded = load_tokenizer(str(model), trust_remote_code=True)
+    ids = loaded.encode("你好 😀!")
+    assert bytes(ids) == "你好 😀!".encode()
+    assert loaded.eos_token_id == 256 == loaded.special_token_id("<|endoftext|>")
+    detokenizer = loaded.detokenizer(loaded.encode("prompt"))
+    deltas = [detokenizer.push([id_]) for id_ in [*ids, 256]]
+    assert [delta for delta in deltas if delta] == ["你", "好", " ", "😀", "!"]
+    assert detokenizer.flush() == ""
+
+
 # --- chats -----------------------------------------------------------------------------------------------------------
 
 HELLO = [{"role": "user", "content": "你好"}]
