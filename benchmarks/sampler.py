@@ -29,10 +29,18 @@ FEATURES: dict[str, dict[str, object]] = {
 }
 
 
-def best_ms(call: Callable[[], object], device: torch.device, num_repeats: int) -> float:
-    """Least time of a call, after two calls to warm up: what the work takes where nothing else runs."""
+def best_ms(
+    call: Callable[[], object], device: torch.device, num_repeats: int, before: Callable[[], object] = lambda: None
+) -> float:
+    """Least time of a call, after two calls to warm up: what the work takes where nothing else runs.
+
+    before: called ahead of each call, outside the time.
+    """
     times = []
     for repeat in range(num_repeats + 2):
+        before()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
         start = time.perf_counter()
         call()
         if device.type == "cuda":
@@ -64,11 +72,9 @@ def measure(
     metadata = state.prepare(slots, positions)
 
     def step() -> None:
-        scratch.copy_(logits)
         state.commit(metadata, sampler.sample(scratch, metadata).token_ids)
 
-    copied = best_ms(lambda: scratch.copy_(logits), device, num_repeats)
-    return prepared, rebuilt, best_ms(step, device, num_repeats) - copied
+    return prepared, rebuilt, best_ms(step, device, num_repeats, before=lambda: scratch.copy_(logits))
 
 
 def main() -> None:
