@@ -86,6 +86,7 @@ class AsyncEngine:
     ) -> PreparedRequest:
         """Tokenize and validate; nothing is queued yet.
 
+        Long texts take a while (about 2 MB/s): call it from another thread then, the event loop goes on meanwhile.
         prompt: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. Raises InvalidRequestError,
         UnavailableError (draining, queue full) or EngineDeadError.
         """

@@ -122,7 +122,9 @@ class Tokenizer:
         """Token ids of `text`; with the tokenizer's own beginning (and end) tokens unless told otherwise."""
         try:
             if self._direct is not None:
-                return list(self._direct.encode(text, add_special_tokens=add_special_tokens).ids)
+                # As a batch of one: computes no offsets, and lets other threads run meanwhile.
+                [encoding] = self._direct.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+                return list(encoding.ids)
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens))
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequestError(f"the text cannot be tokenized: {error}; send valid Unicode") from error
