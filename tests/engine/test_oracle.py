@@ -12,6 +12,7 @@ import transformers
 
 from shoal.config.engine_config import EngineConfig
 from shoal.config.resolve import make_engine_config
+from shoal.errors import ConfigError
 from shoal.types import EngineRequest, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_engine import run_engine
@@ -80,21 +81,32 @@ SETTINGS = {
 }
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_greedy_tokens_equal_transformers(checkpoints: dict[str, Path], family: str, setting: str) -> None:
-    path = checkpoints[family]
-    answers, stats = run_engine(make_config(path, **SETTINGS[setting]), make_requests())
+def test_greedy_tokens_equal_transformers(
+    checkpoints: dict[str, Path], family: str, setting: str, device: str
+) -> None:
+    path, options = checkpoints[family], SETTINGS[setting]
+    if device == "cuda" and options.get("deterministic"):
+        with pytest.raises(ConfigError, match="deterministic"):
+            run_engine(make_config(path, device=device, **options), make_requests())
+        return
+    answers, stats = run_engine(make_config(path, device=device, **options), make_requests())
     if setting.startswith("preempted"):
         assert stats.num_preemptions_total > 0
     for index, (tokens, _) in enumerate(reference(path)):
         assert answers[f"r{index}"].token_ids == tokens, f"prompt of {len(prompts()[index])} tokens"
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probabilities_equal_transformers(checkpoints: dict[str, Path], family: str) -> None:
+def test_log_probabilities_equal_transformers(checkpoints: dict[str, Path], family: str, device: str) -> None:
     path = checkpoints[family]
-    answers, _ = run_engine(make_config(path, max_num_batched_tokens=100), make_requests(logprobs=5))
+    answers, _ = run_engine(make_config(path, device=device, max_num_batched_tokens=100), make_requests(logprobs=5))
     for index, (tokens, rows) in enumerate(reference(path)):
         for token, row, entry in zip(tokens, rows, answers[f"r{index}"].logprobs, strict=True):
             assert entry.token_ids[0] == token and entry.rank == 1
@@ -102,11 +114,14 @@ def test_log_probabilities_equal_transformers(checkpoints: dict[str, Path], fami
             assert entry.logprobs[1:] == pytest.approx(sorted(row, reverse=True)[:5], abs=1e-4)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_prompt_log_probabilities_equal_transformers(checkpoints: dict[str, Path], family: str) -> None:
+def test_prompt_log_probabilities_equal_transformers(
+    checkpoints: dict[str, Path], family: str, device: str
+) -> None:
     path = checkpoints[family]
     requests = make_requests(prompt_logprobs=2, max_tokens=1)
-    answers, _ = run_engine(make_config(path, max_num_batched_tokens=77), requests)
+    answers, _ = run_engine(make_config(path, device=device, max_num_batched_tokens=77), requests)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     for index, prompt in enumerate(prompts()):
         with torch.inference_mode():
@@ -116,6 +131,20 @@ def test_prompt_log_probabilities_equal_transformers(checkpoints: dict[str, Path
         for position, entry in enumerate(entries[1:], start=1):
             assert entry is not None and entry.token_ids[0] == prompt[position]
             assert entry.logprobs[0] == pytest.approx(float(rows[position - 1][prompt[position]]), abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_on_the_gpu_stays_near_fp32(checkpoints: dict[str, Path], family: str) -> None:
+    """Log-probabilities of the prompt's own tokens, free of any choice: within what bfloat16 rounds."""
+    path = checkpoints[family]
+    requests = make_requests(prompt_logprobs=0, max_tokens=1)
+    exact, _ = run_engine(make_config(path), requests)
+    rounded, _ = run_engine(make_config(path, device="cuda", dtype="bfloat16"), requests)
+    for name, answer in exact.items():
+        pairs = zip(answer.prompt_logprobs or [], rounded[name].prompt_logprobs or [], strict=True)
+        differences = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs if a is not None and b is not None]
+        assert not differences or sum(differences) / len(differences) < 0.05
 
 
 def test_deterministic_sampling_does_not_depend_on_company(checkpoints: dict[str, Path]) -> None:
