@@ -1,5 +1,5 @@
 """Paged attention with PyTorch's own kernels, on any device: the default. Decodes of a step go together, padded to the
-longest; each prefill chunk goes alone.
+longest, in groups of like length where padding would cost too much; each prefill chunk goes alone.
 
 S sequences, T tokens, C context (padded), Hq query heads, Hk KV heads, G = Hq / Hk, D head size, N blocks of the cache.
 """
@@ -14,9 +14,13 @@ import torch.nn.functional as F
 from shoal.attention.base import AttentionBackend, AttentionMetadata
 
 
+# Tokens of context: below, one call with padding is faster than several.
+_MUCH_PADDING = 4096
+
+
 @dataclasses.dataclass(slots=True)
 class _Decodes:
-    """All sequences with one new token. tokens: their indices among the T tokens (None: they are all of the step)."""
+    """Sequences with one new token. tokens: their indices among the T tokens (None: they are all of the step)."""
 
     tokens: torch.Tensor | None
     seq_lens: list[int]
@@ -39,7 +43,7 @@ class _Prefill:
 @dataclasses.dataclass(slots=True)
 class _Plan:
     block_size: int
-    decodes: _Decodes | None
+    decodes: list[_Decodes]
     prefills: list[_Prefill]
 
 
@@ -56,7 +60,8 @@ class TorchPagedAttention(AttentionBackend):
     def prepare(self, metadata: AttentionMetadata) -> None:
         query_lens, block_size = metadata.query_lens, metadata.block_size
         decode_rows = [row for row, num_new in enumerate(query_lens) if num_new == 1]
-        decodes = _plan_decodes(metadata, decode_rows) if decode_rows else None
+        groups = _group_by_length(metadata.seq_lens, decode_rows)
+        decodes = [_plan_decodes(metadata, rows) for rows in groups]
         prefills, start = [], 0
         for row, num_new in enumerate(query_lens):
             if num_new > 1:
@@ -81,17 +86,30 @@ class TorchPagedAttention(AttentionBackend):
         slots[0].index_copy_(1, metadata.slot_mapping, key.transpose(0, 1))
         slots[1].index_copy_(1, metadata.slot_mapping, value.transpose(0, 1))
         plan: _Plan = metadata.plan
-        if not plan.prefills:
-            assert plan.decodes is not None
-            return _attend_decodes(query, kv_cache, plan.decodes, scale, sliding_window).flatten(1)
+        if not plan.prefills and len(plan.decodes) == 1:
+            return _attend_decodes(query, kv_cache, plan.decodes[0], scale, sliding_window).flatten(1)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         for prefill in plan.prefills:
             tokens = slice(prefill.start, prefill.start + prefill.num_new)
             output[tokens] = _attend_prefill(query[tokens], kv_cache, prefill, scale, sliding_window)
-        if plan.decodes is not None:
-            single = plan.decodes.tokens
-            output[single] = _attend_decodes(query[single], kv_cache, plan.decodes, scale, sliding_window)
+        for decodes in plan.decodes:
+            single = decodes.tokens
+            output[single] = _attend_decodes(query[single], kv_cache, decodes, scale, sliding_window)
         return output.flatten(1)
+
+
+def _group_by_length(seq_lens: list[int], rows: list[int]) -> list[list[int]]:
+    """Rows that are gathered together. One group, unless padding to the longest would more than double what is read
+    and that is much; then one group for each power of two of the length."""
+    if not rows:
+        return []
+    num_padded = len(rows) * max(seq_lens[row] for row in rows)
+    if num_padded < _MUCH_PADDING or num_padded <= 2 * sum(seq_lens[row] for row in rows):
+        return [rows]
+    groups: dict[int, list[int]] = {}
+    for row in rows:
+        groups.setdefault(seq_lens[row].bit_length(), []).append(row)
+    return list(groups.values())
 
 
 def _plan_decodes(metadata: AttentionMetadata, rows: list[int]) -> _Decodes:
@@ -122,7 +140,7 @@ def _decode_mask(decodes: _Decodes, query: torch.Tensor, window: int | None) -> 
             if window is not None:
                 hidden |= position < lengths - window
             mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-            decodes.masks[window] = mask.masked_fill_(hidden, float("-inf"))[:, None, None, :]
+            decodes.masks[window] = mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)[:, None, None, :]
     return decodes.masks[window]
 
 
@@ -169,5 +187,5 @@ def _prefill_mask(prefill: _Prefill, context: int, query: torch.Tensor, window: 
         if window is not None:
             hidden |= key <= position - window
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-        prefill.masks[window] = mask.masked_fill_(hidden, float("-inf"))
+        prefill.masks[window] = mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)
     return prefill.masks[window]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import sys
 import threading
 import traceback
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -62,10 +64,14 @@ class SocketChannel:
         self._context.destroy(linger=1000)
 
 
-def _end_with_parent() -> None:
-    """Read standard input to its end, which comes when the parent has closed it or died; then end at once."""
+def _end_with_parent(endpoint: str) -> None:
+    """Read standard input to its end, which comes when the parent has closed it or died; then end at once.
+
+    A parent that was killed could not remove the directory of its sockets: so this does.
+    """
     while os.read(sys.stdin.fileno(), 4096):
         pass
+    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
     os._exit(3)
 
 
@@ -77,7 +83,7 @@ def main() -> int:
     config = EngineConfig.from_json(sys.stdin.buffer.readline())
     configure(role="engine")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
-    threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(arguments.input,), name="parent-watch", daemon=True).start()
     channel = SocketChannel(arguments.input, arguments.output)
 
     def stop(*_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,9 @@ from shoal.worker.model_runner import ModelRunner
 
 logger = get_logger(__name__)
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 512 << 20
+
 
 class Worker:
     """Everything of one rank, from device to steps. All calls come from one thread."""
@@ -38,6 +42,8 @@ class Worker:
         """Load and warm up. Returns facts for the start-up message, among them num_blocks."""
         config = self.config
         device = find_device(config.device)
+        if device.type == "cpu":
+            keep_freed_memory()
         dtype = getattr(torch, config.dtype)
         check_dtype(dtype, device)
         backend = make_backend(config.deterministic, device)
@@ -103,6 +109,15 @@ class Worker:
 
     def shutdown(self) -> None:
         self._runner = None
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep what is freed, up to half a gigabyte: otherwise every large temporary of every step is asked
+    of the kernel anew, page by page. Without glibc nothing is changed."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            mallopt(parameter, _KEPT_BYTES)
 
 
 def find_device(name: str) -> torch.device:

@@ -122,6 +122,7 @@ async def main():
     await asyncio.sleep(60)
 asyncio.run(main())
 """
+    before = directories_left()
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         core = int(parent.stdout.readline())
@@ -131,3 +132,4 @@ asyncio.run(main())
     while psutil.pid_exists(core) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(core)
+    assert directories_left() <= before

@@ -141,10 +141,14 @@ def test_bfloat16_on_the_gpu_stays_near_fp32(checkpoints: dict[str, Path], famil
     requests = make_requests(prompt_logprobs=0, max_tokens=1)
     exact, _ = run_engine(make_config(path), requests)
     rounded, _ = run_engine(make_config(path, device="cuda", dtype="bfloat16"), requests)
-    for name, answer in exact.items():
-        pairs = zip(answer.prompt_logprobs or [], rounded[name].prompt_logprobs or [], strict=True)
-        differences = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs if a is not None and b is not None]
-        assert not differences or sum(differences) / len(differences) < 0.05
+    pairs = [
+        pair
+        for name in exact
+        for pair in zip(exact[name].prompt_logprobs or [], rounded[name].prompt_logprobs or [], strict=True)
+    ]
+    differences = [abs(a.logprobs[0] - b.logprobs[0]) for a, b in pairs if a is not None and b is not None]
+    assert len(differences) > 1000
+    assert sum(differences) / len(differences) < 0.05
 
 
 def test_deterministic_sampling_does_not_depend_on_company(checkpoints: dict[str, Path]) -> None:
