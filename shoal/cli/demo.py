@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import json
 import shlex
 import signal
 import subprocess
@@ -12,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import IO
 
 from rich.console import Console
 from rich.markup import escape
@@ -28,8 +28,48 @@ _STOP_SECONDS = 45.0  # the server's own --shutdown-timeout is 30
 _console = Console(stderr=True, highlight=False)
 
 
+class _Output:
+    """What the server writes to one of its streams: kept, and shown while `shown`."""
+
+    def __init__(self, source: IO[str], sink: IO[str]) -> None:
+        self.lines: collections.deque[str] = collections.deque(maxlen=200)
+        self._sink = sink
+        self._shown = False
+        self._num_unseen = 0
+        self._lock = threading.Lock()
+        self._thread = threading.Thread(target=self._read, args=(source,), name="server-output", daemon=True)
+        self._thread.start()
+
+    def _read(self, source: IO[str]) -> None:
+        for line in source:
+            with self._lock:
+                self.lines.append(line.rstrip("\n"))
+                self._num_unseen += 1
+                if self._shown:
+                    self._flush()
+
+    def _flush(self) -> None:
+        for line in list(self.lines)[-self._num_unseen :] if self._num_unseen else []:
+            print(line, file=self._sink, flush=True)
+        self._num_unseen = 0
+
+    def show(self) -> None:
+        """Show what nobody has seen yet, and what comes from now on."""
+        with self._lock:
+            self._flush()
+            self._shown = True
+
+    def hide(self) -> None:
+        with self._lock:
+            self._shown = False
+
+    def wait(self) -> None:
+        """Until the stream has ended, or 5 s: a grandchild may hold it open."""
+        self._thread.join(timeout=5)
+
+
 class _Server:
-    """`shoal serve` in a process of its own. What it logs is kept while we wait and ask, and shown afterwards."""
+    """`shoal serve` in a process of its own: its log on standard error, its address on standard output."""
 
     def __init__(self, command: Sequence[str]) -> None:
         # A session of its own: Ctrl-C reaches us alone, and we stop the server once and in order.
@@ -37,44 +77,22 @@ class _Server:
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
             errors="replace",
-            env=env.subprocess_environment(),
+            env=env.subprocess_environment({"PYTHONUNBUFFERED": "1"}),
             start_new_session=True,
         )
-        self.lines: collections.deque[str] = collections.deque(maxlen=200)
-        self._show = False
-        self._lock = threading.Lock()
-        self._reader = threading.Thread(target=self._read, name="server-log", daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            with self._lock:
-                self.lines.append(line.rstrip("\n"))
-                if self._show:
-                    print(line, end="", file=sys.stderr, flush=True)
-
-    def show_log(self, *, past: bool = False) -> None:
-        """From now on the log goes to stderr; `past`: what was kept so far too."""
-        with self._lock:
-            if past and self.lines:
-                print("\n".join(self.lines), file=sys.stderr, flush=True)
-            self._show = True
-
-    def hide_log(self) -> None:
-        with self._lock:
-            self._show = False
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self.address = _Output(self.process.stdout, sys.stdout)
+        self.log = _Output(self.process.stderr, sys.stderr)
 
     def raise_if_ended(self) -> None:
         code = self.process.poll()
         if code is not None:
-            self._reader.join(timeout=5)
-            # What is already on the screen is not repeated.
-            self.show_log(past=not self._show)
+            self.log.wait()
+            self.log.show()
             raise StartupError(f"the server ended by itself with exit code {code}; its log stands above")
 
     def stop(self) -> None:
@@ -85,7 +103,7 @@ class _Server:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
-        self._reader.join(timeout=5)
+        self.log.wait()
 
 
 def serve_command(demo: DemoOptions, port: int) -> list[str]:
@@ -111,8 +129,9 @@ def run_demo(demo: DemoOptions, make_command: Callable[[DemoOptions, int], list[
             _ask(client, model, demo)
             if demo.once:
                 return 0
-            _print_ways_on(client.url, model)
-        server.show_log()
+        print(f"Talk to it: {shlex.quote(sys.argv[0])} chat --url {client.url}", flush=True)
+        server.address.show()
+        server.log.show()
         server.process.wait()
         server.raise_if_ended()
         return 1
@@ -128,18 +147,19 @@ def _wait_until_ready(server: _Server, client: ApiClient) -> None:
     start = time.monotonic()
     if not _console.is_terminal:
         _console.print("Starting the server …")
-        server.show_log(past=True)
+        server.log.show()
         while not client.ready():
             server.raise_if_ended()
             time.sleep(0.1)
-        server.hide_log()
+        server.log.hide()
     else:
         with _console.status("Starting the server …") as status:
             while not client.ready():
                 server.raise_if_ended()
-                last = escape(server.lines[-1][: max(_console.width - 40, 0)]) if server.lines else ""
+                last = escape(server.log.lines[-1][: max(_console.width - 40, 0)]) if server.log.lines else ""
                 status.update(f"Starting the server … {time.monotonic() - start:.0f} s  [dim]{last}[/dim]")
                 time.sleep(0.1)
+    server.raise_if_ended()  # then it was another server that answered
     _console.print(f"The server is up after {time.monotonic() - start:.1f} s.")
 
 
@@ -161,15 +181,6 @@ def _ask(client: ApiClient, model: str, demo: DemoOptions) -> None:
         raise EngineError(f"{model} answered with nothing to: {demo.question}")
     whole = time.monotonic() - start
     _console.print(f"[dim]first words after {first:.2f} s, {length} characters in {whole:.2f} s[/dim]\n")
-
-
-def _print_ways_on(url: str, model: str) -> None:
-    body = json.dumps({"model": model, "messages": [{"role": "user", "content": "你好"}]}, ensure_ascii=False)
-    key = ' -H "Authorization: Bearer $SHOAL_API_KEY"' if env.api_key() else ""
-    print(f"{model} is served at {url}/v1 (documentation: {url}/docs). Try, in another terminal:\n")
-    print(f"  curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d {shlex.quote(body)}")
-    print(f"  {shlex.quote(sys.argv[0])} chat --url {url}\n")
-    print("Ctrl-C stops the server.", flush=True)
 
 
 COMMAND = Command(

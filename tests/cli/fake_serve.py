@@ -19,6 +19,7 @@ if __name__ == "__main__":
     with fake_server(port) as server:
         if behaviour == "silent":
             server.pieces = []
+        print(f"tiny is served at {server.url}\nCtrl-C stops it", flush=True)
         while not ended.wait(0.05):
             pass
     print("ended in order", file=sys.stderr, flush=True)

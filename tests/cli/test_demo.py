@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -76,11 +75,10 @@ def test_serves_on_until_it_is_stopped(how):
         lines.append(line.strip())
         if line.startswith("Ctrl-C"):
             break
-    curl = next(line for line in lines if line.startswith("curl "))
-    url = re.search(r"http://127.0.0.1:\d+", curl)[0]
-    arguments = shlex.split(curl)
-    done = subprocess.run([*arguments, "--silent", "--noproxy", "*"], capture_output=True, text=True)
-    assert "你" in done.stdout
+    assert lines[0] == "你好!"
+    assert lines[1].startswith("Talk to it: ") and " chat --url " in lines[1]
+    url = re.fullmatch(r"tiny is served at (http://127.0.0.1:\d+)", lines[2])[1]
+    assert url in lines[1]
     process.send_signal(how)
     rest, error = process.communicate()
     assert process.returncode == 0
