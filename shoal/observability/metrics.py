@@ -1,0 +1,141 @@
+"""The engine's numbers for Prometheus: counted in plain Python while it works, rendered when somebody asks.
+
+Names are those that dashboards of vLLM know, with the prefix `shoal:`. The server feeds it and serves /metrics.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.exposition import generate_latest
+from prometheus_client.registry import Collector
+
+from shoal.messages import EngineStats
+from shoal.stats import Histogram
+from shoal.types.outputs import FinishReason
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_FIRST_TOKEN_SECONDS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0,
+)  # fmt: skip
+_BETWEEN_TOKENS_SECONDS = (
+    0.0025, 0.005, 0.01, 0.015, 0.02, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+_REQUEST_SECONDS = (
+    0.3,
+    0.5,
+    0.8,
+    1.0,
+    1.5,
+    2.0,
+    2.5,
+    5.0,
+    10.0,
+    15.0,
+    20.0,
+    30.0,
+    40.0,
+    50.0,
+    60.0,
+    120.0,
+    240.0,
+    480.0,
+)
+_TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+
+class EngineMetrics:
+    """Counts what happens to requests. `stats` is the engine core's newest report; it replaces the one before."""
+
+    def __init__(self, model_name: str) -> None:
+        self.model_name = model_name
+        self.stats = EngineStats()
+        self.time_to_first_token = Histogram(_FIRST_TOKEN_SECONDS)
+        self.inter_token_latency = Histogram(_BETWEEN_TOKENS_SECONDS)
+        self.request_latency = Histogram(_REQUEST_SECONDS)
+        self.prompt_tokens = Histogram(_TOKENS)
+        self.generation_tokens = Histogram(_TOKENS)
+        self.finished: Counter[FinishReason] = Counter()
+        self._registry = CollectorRegistry(auto_describe=False)
+        self._registry.register(_EngineCollector(self))
+        ProcessCollector(registry=self._registry)
+
+    def request_finished(
+        self, reason: FinishReason, num_prompt_tokens: int, num_generation_tokens: int, seconds: float
+    ) -> None:
+        """One answer has ended, `seconds` after it was queued."""
+        self.finished[reason] += 1
+        self.request_latency.add(seconds)
+        self.prompt_tokens.add(num_prompt_tokens)
+        self.generation_tokens.add(num_generation_tokens)
+
+    def render(self) -> bytes:
+        """Prometheus' text format, version 0.0.4."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    """Makes metric families of an EngineMetrics at the moment of the scrape."""
+
+    def __init__(self, metrics: EngineMetrics) -> None:
+        self._metrics = metrics
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._metrics.stats
+        yield self._gauge("num_requests_running", "Requests that are being generated.", stats.num_requests_running)
+        yield self._gauge("num_requests_waiting", "Requests that are queued.", stats.num_requests_waiting)
+        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.", stats.kv_cache_usage)
+        for name, text, value in (
+            ("prompt_tokens", "Prompt tokens taken in.", stats.prompt_tokens_total),
+            ("generation_tokens", "Tokens generated.", stats.generation_tokens_total),
+            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries_total),
+            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits_total),
+            ("num_preemptions", "Requests set back to be computed again.", stats.num_preemptions_total),
+            ("engine_steps", "Steps of the engine.", stats.num_steps_total),
+        ):
+            yield self._counter(name, text, value)
+        yield self._successes()
+        metrics = self._metrics
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "From queueing to the first token.", metrics.time_to_first_token),
+            ("inter_token_latency_seconds", "From one token to the next.", metrics.inter_token_latency),
+            ("e2e_request_latency_seconds", "From queueing to the end.", metrics.request_latency),
+            ("request_prompt_tokens", "Prompt tokens of a request.", metrics.prompt_tokens),
+            ("request_generation_tokens", "Generated tokens of a request.", metrics.generation_tokens),
+        ):
+            yield self._histogram(name, text, histogram)
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(f"shoal:{name}", text, labels=["model_name"])
+        family.add_metric([self._metrics.model_name], value)
+        return family
+
+    def _counter(self, name: str, text: str, value: float) -> Metric:
+        family = CounterMetricFamily(f"shoal:{name}", text, labels=["model_name"])
+        family.add_metric([self._metrics.model_name], value)
+        return family
+
+    def _successes(self) -> Metric:
+        family = CounterMetricFamily(
+            "shoal:request_success", "Requests that ended, by reason.", labels=["model_name", "finished_reason"]
+        )
+        for reason in FinishReason:
+            family.add_metric([self._metrics.model_name, str(reason)], self._metrics.finished[reason])
+        return family
+
+    def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
+        family = HistogramMetricFamily(f"shoal:{name}", text, labels=["model_name"])
+        family.add_metric([self._metrics.model_name], list(_cumulative(histogram)), histogram.total)
+        return family
+
+
+def _cumulative(histogram: Histogram) -> Iterable[tuple[str, float]]:
+    """Prometheus counts in each bucket all that is not above its bound."""
+    seen = 0
+    for bound, count in zip((*map(str, map(float, histogram.bounds)), "+Inf"), histogram.counts, strict=True):
+        seen += count
+        yield bound, seen

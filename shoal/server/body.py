@@ -1,0 +1,43 @@
+"""Reads a request's body: bounded, whatever the client says of its length, and checked against a model."""
+
+from __future__ import annotations
+
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+
+from shoal.errors import RequestTooLargeError
+from shoal.protocol.parsing import Body, parse_body
+
+
+async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
+    """Raises RequestTooLargeError, InvalidRequestError, ClientDisconnect, or HTTPException for what is not JSON."""
+    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
+    # Strictly, because what browsers send from any page without asking (forms, plain text) shall not get in.
+    if media_type != "application/json" and not media_type.endswith("+json"):
+        raise HTTPException(415, f"the body is {media_type[:100] or 'of no type'}; send Content-Type: application/json")
+    return parse_body(kind, await _read(request, max_bytes))
+
+
+async def _read(request: Request, max_bytes: int) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdecimal() and int(announced) > max_bytes:
+        raise _too_large(announced, max_bytes)
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part = message.get("body", b"")
+        size += len(part)
+        if size > max_bytes:
+            raise _too_large(f"more than {max_bytes}", max_bytes)
+        parts.append(part)
+        if not message.get("more_body", False):
+            return b"".join(parts)
+
+
+def _too_large(found: str, max_bytes: int) -> RequestTooLargeError:
+    return RequestTooLargeError(
+        f"the body has {found} bytes; this server takes up to {max_bytes} (--max-request-bytes)"
+    )

@@ -1,0 +1,62 @@
+"""Probes. Alive, admitting and progressing are different things; /health wants all of them.
+
+| path | 200 when |
+|---|---|
+| /livez | the engine core is there; restart the server when it is not |
+| /readyz | new requests are taken; send none while they are not |
+| /health, /ping | new requests are taken, and those that run get their tokens |
+"""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal.engine.async_engine import AsyncEngine
+from shoal.errors import EngineDeadError, ShoalError, UnavailableError
+from shoal.server.error_handlers import error_response
+from shoal.server.generation import json_response
+from shoal.server.state import ServerState
+
+
+def health_router(state: ServerState) -> APIRouter:
+    router = APIRouter(tags=["health"])
+    engine = state.engine
+
+    def answer(trouble: ShoalError | None) -> Response:
+        return json_response({"status": "ok"}) if trouble is None else error_response(trouble)
+
+    async def is_alive(request: Request) -> Response:
+        """Whether the engine core is there."""
+        return answer(_not_alive(engine))
+
+    async def is_ready(request: Request) -> Response:
+        """Whether new requests are taken."""
+        return answer(_not_ready(engine))
+
+    async def is_healthy(request: Request) -> Response:
+        """Whether new requests are taken, and running ones get on."""
+        return answer(_not_healthy(engine))
+
+    for path, endpoint in (("/livez", is_alive), ("/readyz", is_ready), ("/health", is_healthy), ("/ping", is_healthy)):
+        router.add_api_route(path, endpoint, methods=["GET"])
+        router.add_api_route(path, endpoint, methods=["HEAD"], include_in_schema=False)
+    return router
+
+
+def _not_alive(engine: AsyncEngine) -> ShoalError | None:
+    return None if engine.alive else EngineDeadError("the engine core is gone")
+
+
+def _not_ready(engine: AsyncEngine) -> ShoalError | None:
+    if engine.alive and not engine.admitting:
+        return UnavailableError("the server is shutting down and takes no new requests")
+    return _not_alive(engine)
+
+
+def _not_healthy(engine: AsyncEngine) -> ShoalError | None:
+    trouble = _not_ready(engine)
+    if trouble is None and not engine.progressing:
+        return UnavailableError("the engine makes no progress although it has work")
+    return trouble

@@ -1,0 +1,42 @@
+"""/v1/models, /version and /metrics: what there is, and how it does."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+from starlette.responses import Response
+
+from shoal.observability.metrics import CONTENT_TYPE
+from shoal.protocol.responses import ModelCard, ModelList
+from shoal.server.generation import json_response
+from shoal.server.state import ServerState
+from shoal.version import __version__
+
+
+def models_router(state: ServerState) -> APIRouter:
+    router = APIRouter(tags=["information"])
+
+    def card(name: str) -> ModelCard:
+        return ModelCard(name, state.started, state.engine.max_model_len)
+
+    @router.get("/v1/models")
+    async def list_models(request: Request) -> Response:
+        """The names that the model is served under."""
+        return json_response(ModelList([card(name) for name in state.model_names]))
+
+    @router.get("/v1/models/{model_id:path}")
+    async def get_model(model_id: str, request: Request) -> Response:
+        """One model."""
+        return json_response(card(state.model_name(model_id)))
+
+    @router.get("/version")
+    async def get_version(request: Request) -> Response:
+        """The version of Shoal, and facts about the running engine."""
+        return json_response({"version": __version__, "engine": dict(state.facts)})
+
+    @router.get("/metrics")
+    async def get_metrics(request: Request) -> Response:
+        """Prometheus metrics."""
+        return Response(state.metrics.render(), media_type=CONTENT_TYPE)
+
+    return router

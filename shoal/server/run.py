@@ -1,0 +1,282 @@
+"""serve: from options to a running server and to its end. Called by `shoal serve`.
+
+The socket comes first, so that a busy port is known before a model is loaded; then HTTP, which says "starting"; then
+the engine. At the end new requests get 503 while running ones finish, then the engine ends, then the connections.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import signal
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import uvicorn
+
+from shoal.config.engine_config import EngineConfig
+from shoal.config.options import ModelOptions, ServerOptions
+from shoal.engine.async_engine import AsyncEngine
+from shoal.engine.client import SubprocessClient
+from shoal.engine.tokenizer import Tokenizer, load_tokenizer
+from shoal.errors import ConfigError, EngineDeadError
+from shoal.log import get_logger
+from shoal.messages import CoreReady
+from shoal.network import format_url, listen, port_of
+from shoal.observability.metrics import EngineMetrics
+from shoal.server.app import create_app
+from shoal.server.observer import MetricsObserver
+from shoal.server.startup import Gate, StartupDisplay, describe_address, describe_engine
+from shoal.server.state import served_names
+
+ClientMaker = Callable[[EngineConfig, float], SubprocessClient]
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Longer than the clients' own keep-alive, so that it is they who close an idle connection, never in mid-request.
+_KEEP_ALIVE_SECONDS = 75
+_LAST_BYTES_SECONDS = 5
+_HURRIED_SECONDS = 1.0
+_WATCH_SECONDS = 0.2
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+logger = get_logger(__name__)
+
+
+def serve(
+    config: EngineConfig, options: ServerOptions, model: ModelOptions, *, make_client: ClientMaker = SubprocessClient
+) -> None:
+    """Serve until Ctrl-C or SIGTERM, then return.
+
+    Raises ConfigError (TLS files, chat template, host), StartupError (port taken, the engine does not come up),
+    ModelError, or EngineDeadError when the engine core died.
+    """
+    check_tls(options)
+    chat_template = read_chat_template(options)
+    with contextlib.closing(listen(options.host, options.port)) as listener:
+        service = _Service(config, options, model, chat_template, listener, make_client)
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.run(service.run())
+
+
+def check_tls(options: ServerOptions) -> None:
+    """Raise ConfigError for TLS files that are missing, do not go together or cannot be read."""
+    if not options.ssl_certfile and not options.ssl_keyfile:
+        return
+    if not options.ssl_certfile:
+        raise ConfigError("--ssl-keyfile needs --ssl-certfile with the certificate (PEM)")
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
+    except (OSError, ssl.SSLError) as error:
+        files = " and ".join(filter(None, (options.ssl_certfile, options.ssl_keyfile)))
+        raise ConfigError(f"TLS cannot use {files}: {error}; both must be PEM files that belong together") from error
+
+
+def read_chat_template(options: ServerOptions) -> str | None:
+    """The text of --chat-template. Raises ConfigError for a file that cannot be read."""
+    if options.chat_template is None:
+        return None
+    try:
+        return Path(options.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the chat template {options.chat_template}: {error}") from error
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own idea of signals: the service decides what they mean."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+        yield
+
+
+class _Service:
+    """One run of a server. Signals only set events; `run` reads like what happens."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        options: ServerOptions,
+        model: ModelOptions,
+        chat_template: str | None,
+        listener: socket.socket,
+        make_client: ClientMaker,
+    ) -> None:
+        self.config = config
+        self.options = options
+        self.model = model
+        self.chat_template = chat_template
+        self.listener = listener
+        self.client = make_client(config, options.startup_timeout)
+        self.gate = Gate()
+        self.http = _Server(self._http_config())
+        self.stop = asyncio.Event()
+        self.hurry = asyncio.Event()
+
+    def _http_config(self) -> uvicorn.Config:
+        options = self.options
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)
+        return uvicorn.Config(
+            self.gate,
+            http="httptools" if importlib.util.find_spec("httptools") else "h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_certfile=options.ssl_certfile or None,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
+        )
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, self._on_signal)
+        http = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")
+        http.add_done_callback(lambda _: self.stop.set())  # should it ever end by itself, so does the rest
+        failure: BaseException | None = None
+        try:
+            engine = await self._start_engine_unless_stopped()
+            if engine is not None:
+                failure = await self._serve_until_stopped(engine)
+                await self._end(engine)
+        finally:
+            self.http.should_exit = True
+            await http
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+        if failure is not None:
+            raise failure
+
+    def _on_signal(self) -> None:
+        if self.stop.is_set():
+            self.hurry.set()
+            self.http.force_exit = True
+        self.stop.set()
+
+    # --- coming up -------------------------------------------------------------------------------------------------
+
+    async def _start_engine_unless_stopped(self) -> AsyncEngine | None:
+        """The engine, or None when Ctrl-C came first."""
+        starting = asyncio.create_task(self._start_engine())
+        stopped = asyncio.create_task(self.stop.wait())
+        try:
+            await asyncio.wait((starting, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done():
+                return starting.result()
+            logger.info("stopped while starting")
+            return None
+        finally:
+            for task in (starting, stopped):
+                task.cancel()
+            await asyncio.gather(starting, stopped, return_exceptions=True)
+
+    async def _start_engine(self) -> AsyncEngine:
+        started = time.monotonic()
+        with StartupDisplay(self.gate) as display:
+            core = asyncio.create_task(self.client.start(display.update))
+            tokenizer = asyncio.create_task(asyncio.to_thread(self._load_tokenizer))
+            try:
+                await asyncio.wait((core, tokenizer), return_when=asyncio.FIRST_EXCEPTION)
+                for task in (core, tokenizer):
+                    if task.done():
+                        task.result()
+                ready, loaded = await core, await tokenizer
+            except BaseException:
+                for task in (core, tokenizer):
+                    task.cancel()
+                await asyncio.gather(core, tokenizer, return_exceptions=True)
+                await self.client.close()
+                raise
+        metrics = EngineMetrics(served_names(self.options, self.model)[0])
+        engine = AsyncEngine(
+            self.client,
+            self.config,
+            loaded,
+            max_num_waiting=self.options.max_num_waiting,
+            observer=MetricsObserver(metrics),
+        )
+        await engine.start()
+        self.gate.app = create_app(
+            engine, self.options, self.model, metrics=metrics, facts=ready.info, chat_template=self.chat_template
+        )
+        self._announce(engine, ready, time.monotonic() - started)
+        return engine
+
+    def _load_tokenizer(self) -> Tokenizer | None:
+        if self.model.skip_tokenizer_init:
+            return None
+        path = self.model.tokenizer or self.config.model.path
+        return load_tokenizer(path, trust_remote_code=self.model.trust_remote_code, chat_template=self.chat_template)
+
+    def _announce(self, engine: AsyncEngine, ready: CoreReady, seconds: float) -> None:
+        options = self.options
+        if options.host not in _LOOPBACK and not options.api_key:
+            logger.warning("everybody who reaches %s can use this server; --api-key asks for a key", options.host)
+        url = format_url(options.host, port_of(self.listener), "https" if options.ssl_certfile else "http")
+        has_chat = engine.tokenizer is not None and engine.tokenizer.has_chat_template
+        lines = describe_engine(self.config, ready, seconds)
+        lines += describe_address(url, served_names(options, self.model)[0], options, has_chat)
+        print("\n".join(lines), flush=True)
+
+    # --- serving and ending ----------------------------------------------------------------------------------------
+
+    async def _serve_until_stopped(self, engine: AsyncEngine) -> EngineDeadError | None:
+        """Wait for a signal. Returns the reason when the engine died instead."""
+        while engine.alive:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stop.wait(), _WATCH_SECONDS)
+                return None
+        try:
+            await engine.stats()
+        except EngineDeadError as error:
+            return error
+        return EngineDeadError("the engine core is gone")
+
+    async def _end(self, engine: AsyncEngine) -> None:
+        """Drain what may be drained, then end engine and core."""
+        if engine.alive:
+            await self._drain(engine)
+        closing = asyncio.create_task(engine.close())
+        hurry = asyncio.create_task(self.hurry.wait())
+        await asyncio.wait((closing, hurry), return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        if not closing.done():
+            await asyncio.wait((closing,), timeout=_HURRIED_SECONDS)
+            if not closing.done() and self.client.process_id is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self.client.process_id, signal.SIGKILL)
+        await closing
+
+    async def _drain(self, engine: AsyncEngine) -> None:
+        engine.begin_drain()
+        if engine.num_unfinished:
+            logger.info(
+                "%d requests may finish within %g s; Ctrl-C again ends them now",
+                engine.num_unfinished,
+                self.options.shutdown_timeout,
+            )
+        drained = asyncio.create_task(engine.wait_drained(self.options.shutdown_timeout))
+        hurry = asyncio.create_task(self.hurry.wait())
+        await asyncio.wait((drained, hurry), return_when=asyncio.FIRST_COMPLETED)
+        for task in (drained, hurry):
+            task.cancel()
+        await asyncio.gather(drained, hurry, return_exceptions=True)
+        if engine.num_unfinished:
+            logger.warning("%d requests were ended before they were finished", engine.num_unfinished)
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    if importlib.util.find_spec("uvloop") is None:
+        return asyncio.new_event_loop
+    import uvloop
+
+    return functools.partial(uvloop.new_event_loop)
