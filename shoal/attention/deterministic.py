@@ -19,6 +19,9 @@ from shoal.attention.base import AttentionBackend, AttentionMetadata
 
 # The kernel's own split of the keys. A multiple of it would do as well.
 KV_SPLIT = 512
+# Query rows of a product are padded to a multiple of this: the fewest whose scratch memory, (KV_SPLIT + 2 + D) fp32
+# numbers a row, and whose own rows end at a multiple of 64 bytes, D odd or even.
+ROW_TILE = {0: 8, 1: 16}
 
 
 @dataclasses.dataclass(slots=True)
@@ -122,7 +125,8 @@ def _attend_group(
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, num_rows = kv_cache.shape[1], group.blocks.shape[0]
     gathered = kv_cache.index_select(2, group.blocks.flatten()).view(2, num_kv_heads, num_rows, -1, head_dim)
-    keys, values = gathered[:, :, :, : group.context].transpose(1, 2).float().unbind(0)  # [S or 1, Hk, C, D]
+    in_range = gathered[:, :, :, : group.context].float().contiguous()
+    keys, values = in_range.transpose(1, 2).unbind(0)  # [S or 1, Hk, C, D]
     keys, values = keys.expand(num_queries, -1, -1, -1), values.expand(num_queries, -1, -1, -1)
     grouped = query.float().reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
     output = _attend(grouped, keys, values, _mask(group, window), scale)
@@ -134,12 +138,14 @@ def _attend(
 ) -> torch.Tensor:
     """query [S, Hk, G, D], keys and values [S, Hk, C, D] -> [S, Hk, G, D].
 
-    The kernel splits the keys over threads when there is one query row, and threads the products themselves when there
-    is one (query, head) pair in all. Both would make bits depend on the machine and the batch, so neither may happen.
+    Three things would make bits depend on the batch or on the number of threads, and may not happen. Products sum
+    data in another order when it is aligned differently: the rows are padded to ROW_TILE, so that every operand, the
+    scratch memory of each thread too, starts at a multiple of 64 bytes. With one query row the kernel splits the keys
+    over threads: the padding sees to that as well. With one (query, head) pair in all it threads the products
+    themselves: it gets two.
     """
-    num_queries, num_kv_heads, group_size, _ = query.shape
-    if group_size == 1:
-        query = query.expand(-1, -1, 2, -1)
+    num_queries, num_kv_heads, group_size, head_dim = query.shape
+    query = F.pad(query, (0, 0, 0, -group_size % ROW_TILE[head_dim % 2]))
     if num_queries * num_kv_heads == 1:
         query, keys, values, mask = (tensor.expand(2, -1, -1, -1) for tensor in (query, keys, values, mask))
     output = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scale)

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from shoal.attention.base import AttentionBackend, AttentionMetadata
 
-
 # Tokens of context: below, one call with padding is faster than several.
 _MUCH_PADDING = 4096
 

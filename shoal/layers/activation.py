@@ -21,8 +21,9 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
 # Elementwise kernels of PyTorch work in vectors and take what is left over one by one, with another exponential. Pieces
-# of at most this many elements are not split over threads, so what is left over is known.
-_SERIAL_ELEMENTS = 32768
+# of at most this many elements are not split over threads (gelu's limit; the others' is twice that), so what is left
+# over is known.
+_SERIAL_ELEMENTS = 16384
 _VECTOR = 64
 
 

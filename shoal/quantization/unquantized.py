@@ -29,7 +29,7 @@ class Unquantized(QuantizationScheme):
 
 
 class UnquantizedLinear(LinearMethod):
-    """x W^T + b. After loading the weights are packed where that is faster, and the plain copy goes, unless it is tied."""
+    """x W^T + b. After loading the weights are packed where that is faster; the plain copy goes, unless it is tied."""
 
     def __init__(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> None:
         self.spec = spec
@@ -105,11 +105,11 @@ def _multiply_packed(packed: torch.Tensor, bias: torch.Tensor | None, x: torch.T
 
 
 def packing_pays(dtype: torch.dtype, device: torch.device, in_features: int) -> bool:
-    """Whether oneDNN's blocked layout is there and faster than F.linear. It depends on the inputs, never on the outputs,
-    which tensor parallelism splits: another kernel would mean other bits.
+    """Whether oneDNN's blocked layout is there and faster than F.linear. It depends on the inputs, never on the
+    outputs, which tensor parallelism splits: another kernel would mean other bits.
 
-    2 cores with AVX-512 bf16, weights from memory, 2026-11. bf16: 22-28 GB/s against 12-18 at 1 to 8 rows, 5 % less time
-    at 2048 rows. fp32: half the time at 4 to 16 rows, 10-20 % less at 1 and at 512.
+    2 cores with AVX-512 bf16, weights from memory, 2026-11. bf16: 22-28 GB/s against 12-18 at 1 to 8 rows, 5 % less
+    time at 2048 rows. fp32: half the time at 4 to 16 rows, 10-20 % less at 1 and at 512.
     """
     if device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
