@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import re
 from pathlib import Path
@@ -70,12 +71,12 @@ def _downloaded(repo: str) -> Path:
 
 
 def _nearest_parent(path: Path) -> str:
-    """ " (/models exists and holds a, b)": where a wrong path stops being right."""
-    for parent in path.absolute().parents:
+    """ " (/models exists and holds Qwen2-7B)": where a wrong path stops being right, and what may have been meant."""
+    missing = path.absolute()
+    for parent in missing.parents:
         if parent.is_dir() and parent != parent.parent:
-            names = sorted(
-                entry.name for entry in parent.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-            )
-            held = ", ".join(names[:8]) + (" …" if len(names) > 8 else "")
-            return f" ({parent} exists" + (f" and holds {held})" if names else ", without a directory in it)")
+            names = [entry.name for entry in parent.iterdir() if entry.is_dir()]
+            near = difflib.get_close_matches(missing.name, names, n=3)
+            return f" ({parent} exists" + (f" and holds {', '.join(near)})" if near else ")")
+        missing = parent
     return ""

@@ -52,8 +52,11 @@ def test_nothing_is_downloaded(hub):
 
 def test_a_wrong_path_says_where_it_stops_being_right(tmp_path):
     (tmp_path / "Qwen2-7B").mkdir()
+    (tmp_path / "other").mkdir()
     with pytest.raises(ModelError, match=f"Qwen2-8B does not exist \\({tmp_path} exists and holds Qwen2-7B\\)"):
         resolve_model_path(str(tmp_path / "Qwen2-8B"))
+    with pytest.raises(ModelError, match=f"does not exist \\({tmp_path} exists\\); a downloaded"):
+        resolve_model_path(str(tmp_path / "nothing" / "like" / "it"))
 
 
 def test_a_file_is_no_model(tmp_path):
