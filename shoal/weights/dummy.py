@@ -18,11 +18,11 @@ def fill_random(tensor: CheckpointTensor, seed: int) -> None:
     else:
         device = tensor.destination.device
         generator = torch.Generator(device=device)
-        generator.manual_seed((seed << 32) ^ zlib.crc32(tensor.name.encode()))
+        # The CPU generator looks at 32 bits of its seed only.
+        generator.manual_seed(zlib.crc32(f"{seed} {tensor.name}".encode()))
         bound = (3.0 / tensor.shape[-1]) ** 0.5
-        whole = tensor.destination if tensor.is_whole else torch.empty(
-            tensor.shape, dtype=tensor.destination.dtype, device=device
-        )
-        whole.uniform_(-bound, bound, generator=generator)
-        if not tensor.is_whole:
-            tensor.destination.copy_(whole[tensor.index])
+        if tensor.is_whole:
+            tensor.destination.uniform_(-bound, bound, generator=generator)
+        else:
+            whole = torch.empty(tensor.shape, dtype=tensor.destination.dtype, device=device)
+            tensor.destination.copy_(whole.uniform_(-bound, bound, generator=generator)[tensor.index])

@@ -75,9 +75,7 @@ def run(name: str, step: Step, window: int | None, scale: float = 0.3) -> torch.
         backend.forward(query, step.old_keys, step.old_values, cache, before, scale=scale)
     metadata = dataclasses.replace(step.metadata)
     backend.prepare(metadata)
-    return backend.forward(
-        step.query, step.key, step.value, cache, metadata, scale=scale, sliding_window=window
-    )
+    return backend.forward(step.query, step.key, step.value, cache, metadata, scale=scale, sliding_window=window)
 
 
 STEPS = {

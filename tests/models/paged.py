@@ -38,6 +38,7 @@ class PagedModel:
         num_blocks: int = 512,
         block_size: int = 16,
         hooks: LayerObserver | None = None,
+        load_format: str = "auto",
         seed: int = 0,
     ) -> None:
         self.config: ModelConfig = load_model_config(path)
@@ -46,7 +47,7 @@ class PagedModel:
             dtype=dtype, device=CPU, attention_backend=self.backend, deterministic=backend == "deterministic"
         )
         self.model: CausalLM = build_model(self.config, context)
-        load_weights(self.model, self.config)
+        load_weights(self.model, self.config, load_format)
         shape = self.backend.kv_cache_shape(num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
         # What other requests left behind must not matter.
         self.kv_caches = [torch.full(shape, 3.0, dtype=dtype) for _ in range(self.config.num_layers)]

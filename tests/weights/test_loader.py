@@ -1,0 +1,233 @@
+"""Loading: every file format, tied and converted weights, and one clear error for whatever is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from shoal.attention.registry import create_attention_backend
+from shoal.config.model_config import load_model_config
+from shoal.errors import ModelError
+from shoal.layers.checkpoint import CheckpointTensor
+from shoal.layers.context import BuildContext
+from shoal.models.base import CausalLM
+from shoal.models.registry import build_model
+from shoal.weights.loader import load_weights
+from tests.checkpoints import FAMILIES, make_checkpoint
+from tests.models.paged import CPU, PagedModel
+
+TOKENS = [5, 17, 300, 2]
+Tensors = dict[str, torch.Tensor]
+
+
+def build(path: Path, dtype: torch.dtype = torch.float32) -> CausalLM:
+    context = BuildContext(dtype=dtype, device=CPU, attention_backend=create_attention_backend("torch_paged"))
+    return build_model(load_model_config(path), context)
+
+
+def load(path: Path, load_format: str = "auto", **more: object) -> CausalLM:
+    model = build(path)
+    load_weights(model, load_model_config(path), load_format, **more)  # type: ignore[arg-type]
+    return model
+
+
+def edit(path: Path, change: Callable[[Tensors], None]) -> Path:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture
+def qwen2(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "qwen2", "qwen2")
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "llama", "llama")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    path = make_checkpoint(tmp_path / "sharded", "llama", max_shard_size="100KB")
+    assert (path / "model.safetensors.index.json").exists() and len(list(path.glob("*.safetensors"))) > 2
+    return path
+
+
+def test_shards_equal_one_file(llama: Path, sharded: Path) -> None:
+    assert torch.equal(PagedModel(llama).logits(TOKENS, 4), PagedModel(sharded).logits(TOKENS, 4))
+
+
+def test_bin_files_only_when_asked_for(qwen2: Path) -> None:
+    expected = PagedModel(qwen2).logits(TOKENS, 4)
+    torch.save(load_file(qwen2 / "model.safetensors"), qwen2 / "pytorch_model.bin")
+    (qwen2 / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"in .bin files only \(pytorch_model.bin\).*--load-format pt"):
+        load(qwen2)
+    assert torch.equal(PagedModel(qwen2, load_format="pt").logits(TOKENS, 4), expected)
+
+
+def test_bin_files_run_no_code(qwen2: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (print, ("code of the file ran",))
+
+    torch.save({"model.norm.weight": Trap()}, qwen2 / "pytorch_model.bin")
+    (qwen2 / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="pytorch_model.bin cannot be read as a file of weights"):
+        load(qwen2, "pt")
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_tied_head_stored_or_not(qwen2: Path, stored: bool) -> None:
+    expected = PagedModel(qwen2).logits(TOKENS, 4)
+
+    def change(tensors: Tensors) -> None:
+        tensors.pop("lm_head.weight", None)
+        if stored:
+            tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    assert torch.equal(PagedModel(edit(qwen2, change)).logits(TOKENS, 4), expected)
+
+
+def test_names_of_a_bare_decoder(tmp_path: Path) -> None:
+    for family in ("qwen2", "opt"):
+        path = make_checkpoint(tmp_path / family, family)
+        expected = PagedModel(path).logits(TOKENS, 4)
+
+        def strip(tensors: Tensors) -> None:
+            for name in list(tensors):
+                tensors[name.removeprefix("model.")] = tensors.pop(name)
+
+        assert torch.equal(PagedModel(edit(path, strip)).logits(TOKENS, 4), expected)
+
+
+def test_old_buffers_are_let_be(llama: Path) -> None:
+    load(edit(llama, lambda tensors: tensors.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})))
+
+
+def test_dtypes_are_converted(tmp_path: Path) -> None:
+    narrow = make_checkpoint(tmp_path / "a", "llama", dtype=torch.bfloat16)
+    tensors = {name: tensor.float() for name, tensor in load_file(narrow / "model.safetensors").items()}
+    wide = make_checkpoint(tmp_path / "b", "llama")
+    save_file(tensors, wide / "model.safetensors")
+    assert torch.equal(PagedModel(narrow).logits(TOKENS, 4), PagedModel(wide).logits(TOKENS, 4))
+
+
+def test_other_files_beside_the_weights(llama: Path) -> None:
+    save_file({"other": torch.ones(2)}, llama / "consolidated.safetensors")
+    load(llama)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            "1 of 21 tensors are missing .*layers.1.mlp.up_proj.weight",
+        ),
+        (lambda t: t.pop("lm_head.weight"), "1 of 21 tensors are missing .*first is lm_head.weight"),
+        (
+            lambda t: t.update({"model.layers.2.mlp.up_proj.weight": torch.ones(2)}),
+            "unexpected tensor model.layers.2.mlp",
+        ),
+        (lambda t: t.update({"model.layers.0.mlp.up_proj.qweight": torch.ones(2)}), "unexpected tensor .*quantized"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(63)}), r"model.norm.weight has shape \[63\].* \[64\]"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(64).int()}), "model.norm.weight is torch.int32; expected"),
+        (lambda t: t.update({"norm.weight": torch.ones(64)}), "tensor model.norm.weight is stored twice"),
+    ],
+)
+def test_wrong_tensors_are_named(llama: Path, change: Callable[[Tensors], None], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(edit(llama, change))
+
+
+def test_wrong_files_are_named(llama: Path, sharded: Path) -> None:
+    shard = sorted(sharded.glob("model-*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    with pytest.raises(ModelError, match=f"1 of .* weight files are missing: {shard.name}"):
+        load(sharded)
+    shard.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ModelError, match=f"{shard.name} is not a whole safetensors file"):
+        load(sharded)
+    save_file({"x": torch.ones(1)}, shard)
+    with pytest.raises(ModelError, match=f"{shard.name} lacks .*, which the index places there"):
+        load(sharded)
+    shard.write_bytes(content)
+    load(sharded)
+    index = sharded / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}}))
+    with pytest.raises(ModelError, match="index.json is broken: KeyError"):
+        load(sharded)
+    index.unlink()
+    with pytest.raises(ModelError, match="has shards such as .* but no model.safetensors.index.json"):
+        load(sharded)
+    (llama / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="has no weights: neither model.safetensors nor"):
+        load(llama)
+
+
+def test_progress_and_memory(sharded: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    model = load(sharded, progress=lambda done, total: seen.append((done, total)))
+    done = [d for d, _ in seen]
+    assert done == sorted(done) and seen[-1][0] == seen[-1][1] == model.weight_bytes()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dummy_weights(tmp_path: Path, family: str) -> None:
+    path = make_checkpoint(tmp_path, family)
+    for file in path.glob("*.safetensors"):
+        file.unlink()
+
+    def embedding(seed: int) -> torch.Tensor:
+        return load(path, "dummy", seed=seed).embed_tokens.weight
+
+    assert torch.equal(embedding(1), embedding(1)) and not torch.equal(embedding(1), embedding(2))
+    model = load(path, "dummy", seed=3)
+    hidden = torch.randn(4, model.lm_head.method.spec.in_features)
+    logits = model.compute_logits(hidden)
+    assert logits.isfinite().all() and logits.std() > 0.1
+
+
+def test_a_rank_reads_its_piece_only(tmp_path: Path) -> None:
+    """Pieces go through the file's own slicing; dummy pieces are those of the whole."""
+    save_file({"w": torch.arange(24.0).view(4, 6)}, tmp_path / "model.safetensors")
+
+    class Half:
+        def __init__(self) -> None:
+            self.destination = torch.empty(2, 3)
+
+        def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+            index = (slice(2, 4), slice(3, 6))
+            yield CheckpointTensor(name="w", shape=(4, 6), index=index, destination=self.destination, kind="matrix")
+
+        def expects_elsewhere(self, name: str) -> bool:
+            return False
+
+        def process_after_load(self) -> None:
+            return None
+
+    class Whole(Half):
+        def __init__(self) -> None:
+            self.destination = torch.empty(4, 6)
+
+        def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+            index = (slice(0, 4), slice(0, 6))
+            yield CheckpointTensor(name="w", shape=(4, 6), index=index, destination=self.destination, kind="matrix")
+
+    config = load_model_config(make_checkpoint(tmp_path / "any", "llama"))
+    object.__setattr__(config, "path", str(tmp_path))
+    half, whole = Half(), Whole()
+    load_weights(half, config)
+    assert half.destination.tolist() == [[15, 16, 17], [21, 22, 23]]
+    load_weights(half, config, "dummy", 4)
+    load_weights(whole, config, "dummy", 4)
+    assert torch.equal(half.destination, whole.destination[2:, 3:])
