@@ -120,7 +120,7 @@ def run_demo(demo: DemoOptions, make_command: Callable[[DemoOptions, int], list[
     if demo.port not in (0, port):
         _console.print(f"Port {demo.port} is taken; taking {port}.")
     # A polite kill ends the demo as Ctrl-C does, so that no server is left behind.
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupt)
     server = _Server(make_command(demo, port))
     try:
         with ApiClient(format_url(demo.host, port), env.api_key()) as client:
@@ -140,6 +140,10 @@ def run_demo(demo: DemoOptions, make_command: Callable[[DemoOptions, int], list[
         return 0 if not demo.once else 130
     finally:
         server.stop()
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _wait_until_ready(server: _Server, client: ApiClient) -> None:

@@ -60,9 +60,17 @@ def test_no_answer_is_an_error():
     assert_nobody_listens(port)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
-def test_serves_on_until_it_is_stopped(how):
-    script = (
+@pytest.mark.parametrize(
+    ("how", "before"),
+    [
+        (signal.SIGINT, ""),
+        (signal.SIGTERM, ""),
+        # As a shell starts what it puts into the background: only SIGTERM can end it.
+        (signal.SIGTERM, "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN);"),
+    ],
+)
+def test_serves_on_until_it_is_stopped(how, before):
+    script = before + (
         "import sys; from shoal.cli.demo import run_demo; from shoal.cli.client_options import DemoOptions;"
         "from tests.cli.test_demo import stand_in;"
         "sys.exit(run_demo(DemoOptions(port=0), stand_in('works')))"
