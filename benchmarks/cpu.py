@@ -47,8 +47,12 @@ def hugging_face(model: transformers.PreTrainedModel, prompts: list[list[int]], 
     ids = torch.tensor(prompts)
     with torch.inference_mode():
         output = model.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=num_output,
-            max_new_tokens=num_output, pad_token_id=0,
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=num_output,
+            max_new_tokens=num_output,
+            pad_token_id=0,
         )
     assert output.shape[1] == ids.shape[1] + num_output
 
@@ -77,7 +81,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         model = make_model(directory)
         llm = LLM(
-            model=directory, dtype="bfloat16", device="cpu", skip_tokenizer_init=True, enable_prefix_caching=False,
+            model=directory,
+            dtype="bfloat16",
+            device="cpu",
+            skip_tokenizer_init=True,
+            enable_prefix_caching=False,
             max_model_len=arguments.input_tokens + arguments.output_tokens,
         )
         with llm:

@@ -1,4 +1,4 @@
-"""The exception tree. Every error a user can meet derives from ShoalError and says what was found and what would work."""
+"""The exception tree. Every error a user can meet is a ShoalError and says what was found and what would work."""
 
 from __future__ import annotations
 

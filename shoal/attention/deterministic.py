@@ -92,9 +92,7 @@ def _prefill_groups(metadata: AttentionMetadata, row: int, first_token: int) -> 
         end = min(seq_len, _padded(start + 1))
         tokens = torch.arange(start, end) + (first_token - seq_len + metadata.query_lens[row])
         context = _padded(end)
-        groups.append(
-            _Group(tokens, _block_rows(metadata, [row], context), torch.arange(start, end) + 1, context, {})
-        )
+        groups.append(_Group(tokens, _block_rows(metadata, [row], context), torch.arange(start, end) + 1, context, {}))
         start = end
     return groups
 

@@ -12,7 +12,7 @@ import tempfile
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,9 @@ class EngineClient(ABC):
 class SubprocessClient(EngineClient):
     """The core as a subprocess of this process; it ends when this process ends, however that happens."""
 
+    # The core. A benchmark or a test puts another one in its place that speaks the same messages.
+    program: Sequence[str] = (sys.executable, "-m", "shoal.engine")
+
     def __init__(self, config: EngineConfig, startup_timeout: float = 600.0) -> None:
         self._config = config
         self._startup_timeout = startup_timeout
@@ -130,7 +133,7 @@ class SubprocessClient(EngineClient):
             socket.set_hwm(0)
             socket.setsockopt(zmq.LINGER, 0)
             socket.bind(endpoint)
-        command = [sys.executable, "-m", "shoal.engine", "--input", endpoints[0], "--output", endpoints[1]]
+        command = [*self.program, "--input", endpoints[0], "--output", endpoints[1]]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it died already: its exit is reported

@@ -168,7 +168,8 @@ def make_scheduler_config(config: EngineConfig, num_blocks: int) -> SchedulerCon
     if capacity < config.max_model_len:
         raise ConfigError(
             f"the KV cache holds {capacity} tokens, less than max_model_len {config.max_model_len}; "
-            f"give it more memory (--kv-cache-memory, --gpu-memory-utilization) or set --max-model-len {capacity} or less"
+            "give it more memory (--kv-cache-memory, --gpu-memory-utilization) "
+            f"or set --max-model-len {capacity} or less"
         )
     return SchedulerConfig(
         num_blocks=num_blocks,

@@ -76,9 +76,9 @@ def draw(logits: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor)
     if scaled.shape[0] <= num_at_once:
         return _draw_part(scaled, group, row_keys, hashed_ids)
     parts = [slice(start, start + num_at_once) for start in range(0, scaled.shape[0], num_at_once)]
-    return torch.cat([
-        _draw_part(scaled[part], group.parameters_of(part), row_keys[part], hashed_ids) for part in parts
-    ])
+    return torch.cat(
+        [_draw_part(scaled[part], group.parameters_of(part), row_keys[part], hashed_ids) for part in parts]
+    )
 
 
 def _draw_part(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
@@ -140,9 +140,7 @@ def _draw_from_top_p(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_
     return _race_of_candidates(token_ids, weights, row_keys, hashed_ids)
 
 
-def _draw_in_rounds(
-    weights: Tensor, keys: Tensor, wanted_mass: Tensor, row_keys: Tensor, hashed_ids: Tensor
-) -> Tensor:
+def _draw_in_rounds(weights: Tensor, keys: Tensor, wanted_mass: Tensor, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
     """For the CPU, where a look at the masses costs nothing: few candidates first, more for the rows that need them."""
     num_rows, vocab_size = weights.shape
     drawn = torch.empty(num_rows, dtype=torch.int64)

@@ -89,16 +89,18 @@ def _draw_groups(table: SlotTable, slots: _Integers, kinds: _Integers) -> tuple[
         if not rows.size:
             continue
         members = slots[rows]
-        groups.append(DrawGroup(
-            kind=kind,
-            rows=upload_rows(rows, len(slots), table.device),
-            keys=slice(num_keys, num_keys + rows.size),
-            temperature=_column(table.temperature[members], 1.0, table.device),
-            min_p=_column(table.min_p[members], 0.0, table.device),
-            top_p=_column(table.top_p[members], TOP_P_OFF, table.device),
-            top_k=_column(table.top_k[members], 0, table.device),
-            max_top_k=int(table.top_k[members].max()),
-        ))
+        groups.append(
+            DrawGroup(
+                kind=kind,
+                rows=upload_rows(rows, len(slots), table.device),
+                keys=slice(num_keys, num_keys + rows.size),
+                temperature=_column(table.temperature[members], 1.0, table.device),
+                min_p=_column(table.min_p[members], 0.0, table.device),
+                top_p=_column(table.top_p[members], TOP_P_OFF, table.device),
+                top_k=_column(table.top_k[members], 0, table.device),
+                max_top_k=int(table.top_k[members].max()),
+            )
+        )
         draw_rows.append(rows)
         num_keys += rows.size
     return groups, np.concatenate(draw_rows)

@@ -42,9 +42,7 @@ class Sampler:
     def __init__(self) -> None:
         self._hashed_ids: Tensor | None = None
 
-    def sample(
-        self, logits: Tensor, metadata: SamplingMetadata, grammar_mask: Tensor | None = None
-    ) -> SampledTokens:
+    def sample(self, logits: Tensor, metadata: SamplingMetadata, grammar_mask: Tensor | None = None) -> SampledTokens:
         """logits fp32 [R, V], used as scratch space: their values are lost. grammar_mask: see `apply_grammar_mask`."""
         plan = metadata.plan
         assert logits.dtype == torch.float32, f"logits must be float32; got {logits.dtype}"

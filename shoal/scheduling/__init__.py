@@ -4,4 +4,12 @@ from shoal.scheduling.block_pool import NULL_BLOCK, BlockPool
 from shoal.scheduling.connector import KVConnector, NullConnector
 from shoal.scheduling.scheduler import Scheduler, SchedulerConfig, SchedulerCounters
 
-__all__ = ["NULL_BLOCK", "BlockPool", "KVConnector", "NullConnector", "Scheduler", "SchedulerConfig", "SchedulerCounters"]
+__all__ = [
+    "NULL_BLOCK",
+    "BlockPool",
+    "KVConnector",
+    "NullConnector",
+    "Scheduler",
+    "SchedulerConfig",
+    "SchedulerCounters",
+]

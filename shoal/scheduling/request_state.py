@@ -26,10 +26,31 @@ class RequestState:
     """
 
     __slots__ = (
-        "block_hashes", "block_ids", "block_size", "eos", "external_ready", "finish_reason", "key", "last_step",
-        "max_total", "min_total", "num_cached_tokens", "num_committed", "num_computed", "num_external",
-        "num_pending", "num_prompt", "prompt_logprobs", "prompt_logprobs_sent", "request", "request_id", "slot",
-        "status", "stop_ids", "token_ids", "was_admitted",
+        "block_hashes",
+        "block_ids",
+        "block_size",
+        "eos",
+        "external_ready",
+        "finish_reason",
+        "key",
+        "last_step",
+        "max_total",
+        "min_total",
+        "num_cached_tokens",
+        "num_committed",
+        "num_computed",
+        "num_external",
+        "num_pending",
+        "num_prompt",
+        "prompt_logprobs",
+        "prompt_logprobs_sent",
+        "request",
+        "request_id",
+        "slot",
+        "status",
+        "stop_ids",
+        "token_ids",
+        "was_admitted",
     )
 
     def __init__(self, request: EngineRequest, block_size: int, max_model_len: int, key: tuple[int, int]) -> None:
@@ -53,7 +74,9 @@ class RequestState:
         self.num_cached_tokens = 0
         self.num_external = 0
         self.external_ready = False
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = [None] if sampling.prompt_logprobs is not None else None
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = (
+            [None] if sampling.prompt_logprobs is not None else None
+        )
         self.prompt_logprobs_sent = False
         limit = max_model_len if sampling.max_tokens is None else self.num_prompt + sampling.max_tokens
         self.max_total = min(limit, max_model_len)

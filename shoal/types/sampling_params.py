@@ -17,7 +17,11 @@ _INTEGER_FIELDS = ("n", "top_k", "seed", "min_tokens", "max_tokens", "logprobs",
 _OPTIONAL_FIELDS = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 _NUMBER_FIELDS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _BOOLEAN_FIELDS = (
-    "ignore_eos", "include_stop_str_in_output", "detokenize", "skip_special_tokens", "spaces_between_special_tokens",
+    "ignore_eos",
+    "include_stop_str_in_output",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
 )
 _TOKEN_ID_FIELDS = ("stop_token_ids", "allowed_token_ids", "bad_words_token_ids", "eos_token_ids")
 _CONTAINER_FIELDS = ("logit_bias", "stop", *_TOKEN_ID_FIELDS)

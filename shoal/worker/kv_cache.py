@@ -35,8 +35,8 @@ def num_blocks_for(config: EngineConfig, bytes_per_block: int, weight_bytes: int
     needed = -(-config.max_model_len // config.block_size) + 1
     if num_blocks < needed:
         raise ConfigError(
-            f"the KV cache gets {budget / _MIB:.0f} MiB ({source}), one request of max_model_len {config.max_model_len} "
-            f"needs {needed * bytes_per_block / _MIB:.0f} MiB; give it more, or set --max-model-len "
+            f"the KV cache gets {budget / _MIB:.0f} MiB ({source}), "
+            f"one request of max_model_len {config.max_model_len} needs {needed * bytes_per_block / _MIB:.0f} MiB; give it more, or set --max-model-len "
             f"{max(0, (num_blocks - 1) * config.block_size)} or less"
         )
     return num_blocks
@@ -52,7 +52,8 @@ def memory_budget(config: EngineConfig, weight_bytes: int, device: torch.device)
     if config.kv_cache_memory is not None:
         if config.kv_cache_memory > available:
             raise ConfigError(
-                f"--kv-cache-memory asks for {config.kv_cache_memory / _MIB:.0f} MiB, {available / _MIB:.0f} MiB are free"
+                f"--kv-cache-memory asks for {config.kv_cache_memory / _MIB:.0f} MiB, "
+                f"{available / _MIB:.0f} MiB are free"
             )
         return config.kv_cache_memory, "--kv-cache-memory"
     budget = min(max(2 * weight_bytes, _CPU_DEFAULT_LEAST), _CPU_DEFAULT_MOST, available // 2)
@@ -66,6 +67,6 @@ def _cuda_budget(config: EngineConfig, device: torch.device) -> tuple[int, str]:
     others = total - free - reserved  # other processes, and what CUDA itself takes
     budget = int(total * config.gpu_memory_utilization) - others - peak
     return max(0, budget), (
-        f"--gpu-memory-utilization {config.gpu_memory_utilization:g} of {total / _GIB:.1f} GiB, less {peak / _GIB:.1f} GiB "
-        f"for weights and activations and {others / _GIB:.1f} GiB held by others"
+        f"--gpu-memory-utilization {config.gpu_memory_utilization:g} of {total / _GIB:.1f} GiB, "
+        f"less {peak / _GIB:.1f} GiB for weights and activations and {others / _GIB:.1f} GiB held by others"
     )

@@ -171,7 +171,9 @@ class ModelRunner:
                 token_ids = host.token_ids()
                 logprobs = host.logprobs() or logprobs
             for slot, token_id, entry in zip(slots, token_ids, logprobs, strict=True):
-                results.append(SlotResult(slot, [token_id], [entry] if entry is not None else None, prompts.pop(slot, None)))
+                results.append(
+                    SlotResult(slot, [token_id], [entry] if entry is not None else None, prompts.pop(slot, None))
+                )
             results += [SlotResult(slot, [], None, entries) for slot, entries in prompts.items()]
             return BatchResult(inputs.step_id, inputs.generation, results)
 

@@ -58,7 +58,10 @@ class Worker:
         on_progress(StartupProgress("load weights"))
         model = build_model(config.model, context)
         load_weights(
-            model, config.model, config.load_format, config.seed,
+            model,
+            config.model,
+            config.load_format,
+            config.seed,
             lambda done, total: on_progress(StartupProgress("load weights", done, total)),
         )
         load_seconds = time.monotonic() - started
@@ -125,7 +128,9 @@ def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         built = f"this torch ({torch.__version__}) is built for CUDA {torch.version.cuda}"
         reason = built if torch.version.cuda else f"this torch ({torch.__version__}) is a CPU build"
-        raise ConfigError(f"CUDA is wanted and torch finds no usable GPU: {reason}; install a CUDA build, or pass --device cpu")
+        raise ConfigError(
+            f"CUDA is wanted and torch finds no usable GPU: {reason}; install a CUDA build, or pass --device cpu"
+        )
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
@@ -134,7 +139,9 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
     if device.type == "cpu" and dtype is torch.float16:
         raise ConfigError("float16 is not served on CPU; pass --dtype bfloat16 or --dtype float32")
     if device.type == "cuda" and dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ConfigError(f"{torch.cuda.get_device_name(device)} has no bfloat16; pass --dtype float16 or --dtype float32")
+        raise ConfigError(
+            f"{torch.cuda.get_device_name(device)} has no bfloat16; pass --dtype float16 or --dtype float32"
+        )
 
 
 def describe_device(device: torch.device) -> str:

@@ -87,9 +87,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_greedy_tokens_equal_transformers(
-    checkpoints: dict[str, Path], family: str, setting: str, device: str
-) -> None:
+def test_greedy_tokens_equal_transformers(checkpoints: dict[str, Path], family: str, setting: str, device: str) -> None:
     path, options = checkpoints[family], SETTINGS[setting]
     if device == "cuda" and options.get("deterministic"):
         with pytest.raises(ConfigError, match="deterministic"):
@@ -116,9 +114,7 @@ def test_log_probabilities_equal_transformers(checkpoints: dict[str, Path], fami
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_prompt_log_probabilities_equal_transformers(
-    checkpoints: dict[str, Path], family: str, device: str
-) -> None:
+def test_prompt_log_probabilities_equal_transformers(checkpoints: dict[str, Path], family: str, device: str) -> None:
     path = checkpoints[family]
     requests = make_requests(prompt_logprobs=2, max_tokens=1)
     answers, _ = run_engine(make_config(path, device=device, max_num_batched_tokens=77), requests)
@@ -157,7 +153,9 @@ def test_deterministic_sampling_does_not_depend_on_company(checkpoints: dict[str
     config = make_config(path, deterministic=True)
     params = SamplingParams(temperature=0.9, top_p=0.95, seed=11, max_tokens=20, logprobs=3)
     probe = [prompts()[13], prompts()[20]]
-    company = [EngineRequest(f"c{i}", list(p), SamplingParams(seed=i, max_tokens=25)) for i, p in enumerate(prompts()[:31])]
+    company = [
+        EngineRequest(f"c{i}", list(p), SamplingParams(seed=i, max_tokens=25)) for i, p in enumerate(prompts()[:31])
+    ]
     runs = []
     for others in ([], company[:7], company):
         for prompt in probe:

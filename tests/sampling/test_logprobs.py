@@ -40,15 +40,27 @@ grid_logits = st.lists(st.integers(-8, 8).map(lambda value: value / 4), min_size
 @given(
     st.lists(
         st.tuples(grid_logits, st.sampled_from([None, 0, 1, 3, 20, -1]), st.sampled_from([0.0, 1.0, 2.0])),
-        min_size=1, max_size=6,
+        min_size=1,
+        max_size=6,
     )
 )
 def test_sampled_logprobs_are_raw_and_ranked(lines: list[tuple[list[float], int | None, float]]) -> None:
     logits = np.array([values for values, _, _ in lines], dtype=np.float32)
     batch = [
         # Everything that changes the logits: the log-probabilities must not see it.
-        Row(SamplingParams(logprobs=k, temperature=temperature, seed=i, logit_bias={2: 3.0}, bad_words_token_ids=[4],
-                           repetition_penalty=1.5, top_k=7), [5, 6], 1)
+        Row(
+            SamplingParams(
+                logprobs=k,
+                temperature=temperature,
+                seed=i,
+                logit_bias={2: 3.0},
+                bad_words_token_ids=[4],
+                repetition_penalty=1.5,
+                top_k=7,
+            ),
+            [5, 6],
+            1,
+        )
         for i, (_, k, temperature) in enumerate(lines)
     ]
     sampled = sample_rows(batch, logits)

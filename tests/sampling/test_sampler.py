@@ -193,9 +193,7 @@ def test_working_in_parts_changes_nothing(num_rows_at_once: int, monkeypatch: py
     shared = {"repetition_penalty": 1.3, "presence_penalty": 0.5, "frequency_penalty": 0.5, "logprobs": 2}
     choices = [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1, "temperature": 0.7}, {"temperature": 0.0}]
     logits = torch.randn(24, VOCAB_SIZE, generator=torch.Generator().manual_seed(2)) * 2
-    batch = [
-        Row(SamplingParams(seed=i, **choices[i % 5] | shared), [i, 3, 4, 3], 2) for i in range(24)
-    ]
+    batch = [Row(SamplingParams(seed=i, **choices[i % 5] | shared), [i, 3, 4, 3], 2) for i in range(24)]
     whole = sample_ids(batch, logits)
     monkeypatch.setattr(rows_module, "_ELEMENTS_AT_ONCE_CPU", num_rows_at_once * VOCAB_SIZE)
     assert sample_ids(batch, logits) == whole

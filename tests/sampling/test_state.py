@@ -21,7 +21,10 @@ PENALTIES = {"repetition_penalty": 1.3, "presence_penalty": 0.4, "frequency_pena
 
 
 def generate(
-    state: SamplingState, slots: list[int], sequences: list[list[int]], logits_at: Callable[[int, int], np.ndarray],
+    state: SamplingState,
+    slots: list[int],
+    sequences: list[list[int]],
+    logits_at: Callable[[int, int], np.ndarray],
     num_steps: int,
 ) -> None:
     """Append num_steps tokens to each sequence; logits_at(slot, position) stands for the model."""
@@ -41,13 +44,21 @@ def model(slot: int, position: int) -> np.ndarray:
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.sampled_from([
-    SamplingParams(temperature=0, **PENALTIES),
-    SamplingParams(seed=4, frequency_penalty=2.0),
-    SamplingParams(seed=5, repetition_penalty=0.7, top_p=0.8),
-    SamplingParams(seed=6),
-    SamplingParams(temperature=0),
-]), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                SamplingParams(temperature=0, **PENALTIES),
+                SamplingParams(seed=4, frequency_penalty=2.0),
+                SamplingParams(seed=5, repetition_penalty=0.7, top_p=0.8),
+                SamplingParams(seed=6),
+                SamplingParams(temperature=0),
+            ]
+        ),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_counts_follow_the_sampled_tokens(all_params: list[SamplingParams]) -> None:
     prompts = [[slot % VOCAB_SIZE, 3] for slot in range(len(all_params))]
     rows = [Row(params, prompt, 2) for params, prompt in zip(all_params, prompts, strict=True)]
@@ -75,8 +86,12 @@ def test_a_resumed_request_goes_on_as_if_undisturbed() -> None:
 
 def test_a_slot_leaves_nothing_behind() -> None:
     state = SamplingState(1, VOCAB_SIZE, CPU)
-    for params in (SamplingParams(seed=1, logit_bias={3: 100.0}, **PENALTIES), SamplingParams(temperature=0),
-                   SamplingParams(seed=2, **PENALTIES), SamplingParams(seed=2, allowed_token_ids=[4])):
+    for params in (
+        SamplingParams(seed=1, logit_bias={3: 100.0}, **PENALTIES),
+        SamplingParams(temperature=0),
+        SamplingParams(seed=2, **PENALTIES),
+        SamplingParams(seed=2, allowed_token_ids=[4]),
+    ):
         fresh, reused = [5], [5]
         state.assign(0, params, [5], 1)
         generate(state, [0], [reused], model, 8)

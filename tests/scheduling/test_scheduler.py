@@ -167,7 +167,9 @@ def test_requests_that_cannot_run_end_at_once() -> None:
     harness.add(done)
     harness.take(harness.scheduler.take_early_deltas())
     assert harness.endings == {
-        "long": [FinishReason.ERROR], "empty": [FinishReason.ERROR], "done": [FinishReason.LENGTH]
+        "long": [FinishReason.ERROR],
+        "empty": [FinishReason.ERROR],
+        "done": [FinishReason.LENGTH],
     }
     harness.run()
 
@@ -223,20 +225,33 @@ requests_strategy = st.lists(
     by_priority=st.booleans(),
 )
 def test_every_request_ends_once_with_the_right_tokens_and_no_block_is_lost(
-    requests: list, num_blocks: int, max_num_seqs: int, budget: int, threshold: int, depth: int, caching: bool,
+    requests: list,
+    num_blocks: int,
+    max_num_seqs: int,
+    budget: int,
+    threshold: int,
+    depth: int,
+    caching: bool,
     by_priority: bool,
 ) -> None:
     config = make_config(
-        num_blocks=num_blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=budget,
-        enable_prefix_caching=caching, long_prefill_token_threshold=threshold, by_priority=by_priority,
+        num_blocks=num_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=budget,
+        enable_prefix_caching=caching,
+        long_prefill_token_threshold=threshold,
+        by_priority=by_priority,
     )
     harness = Harness(config, depth)
     arrivals: dict[int, list[EngineRequest]] = {}
     aborts: dict[int, list[str]] = {}
     for index, (family, length, max_tokens, min_tokens, priority, wants, arrival, abort) in enumerate(requests):
         request = make_request(
-            f"r{index}", [(family * 11 + j) % VOCAB_SIZE for j in range(length)], max_tokens=max_tokens,
-            min_tokens=min(min_tokens, max_tokens), prompt_logprobs=0 if wants else None,
+            f"r{index}",
+            [(family * 11 + j) % VOCAB_SIZE for j in range(length)],
+            max_tokens=max_tokens,
+            min_tokens=min(min_tokens, max_tokens),
+            prompt_logprobs=0 if wants else None,
         )
         request.priority = priority
         arrivals.setdefault(arrival, []).append(request)

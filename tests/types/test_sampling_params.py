@@ -31,12 +31,32 @@ def test_the_usual_call() -> None:
 @pytest.mark.parametrize(
     "accepted",
     [
-        {"top_k": -1}, {"top_k": 0}, {"top_k": 10**12}, {"temperature": 0}, {"temperature": 100}, {"top_p": 1},
-        {"min_p": 1}, {"logprobs": -1}, {"logprobs": 0}, {"logprobs": 20}, {"prompt_logprobs": -1},
-        {"max_tokens": None}, {"min_tokens": 16}, {"stop": "\n"}, {"stop": ["a", "b"]}, {"stop": ("a", "b")},
-        {"stop": []}, {"stop_token_ids": []}, {"seed": -(10**30)}, {"seed": 0}, {"presence_penalty": -2},
-        {"frequency_penalty": 2.0}, {"n": 128},
-        {"logit_bias": {5: 100, 6: -100.0}}, {"logit_bias": {}}, {"repetition_penalty": 1e-3},
+        {"top_k": -1},
+        {"top_k": 0},
+        {"top_k": 10**12},
+        {"temperature": 0},
+        {"temperature": 100},
+        {"top_p": 1},
+        {"min_p": 1},
+        {"logprobs": -1},
+        {"logprobs": 0},
+        {"logprobs": 20},
+        {"prompt_logprobs": -1},
+        {"max_tokens": None},
+        {"min_tokens": 16},
+        {"stop": "\n"},
+        {"stop": ["a", "b"]},
+        {"stop": ("a", "b")},
+        {"stop": []},
+        {"stop_token_ids": []},
+        {"seed": -(10**30)},
+        {"seed": 0},
+        {"presence_penalty": -2},
+        {"frequency_penalty": 2.0},
+        {"n": 128},
+        {"logit_bias": {5: 100, 6: -100.0}},
+        {"logit_bias": {}},
+        {"repetition_penalty": 1e-3},
     ],
 )
 def test_accepted(accepted: dict[str, Any]) -> None:
@@ -115,8 +135,16 @@ def test_round_trip_between_processes(
     temperature: float, top_p: float, top_k: int, seed: int, ignore_eos: bool
 ) -> None:
     params = SamplingParams(
-        temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, ignore_eos=ignore_eos, stop=["停", "stop"],
-        logit_bias={7: -1.5}, stop_token_ids=[1, 2], max_tokens=None, eos_token_ids=[2],
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        seed=seed,
+        ignore_eos=ignore_eos,
+        stop=["停", "stop"],
+        logit_bias={7: -1.5},
+        stop_token_ids=[1, 2],
+        max_tokens=None,
+        eos_token_ids=[2],
     )
     assert msgspec.msgpack.decode(msgspec.msgpack.encode(params), type=SamplingParams) == params
 
