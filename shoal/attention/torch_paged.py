@@ -23,9 +23,18 @@ class _Decodes:
 
     tokens: torch.Tensor | None
     seq_lens: list[int]
-    blocks: torch.Tensor  # [S * blocks per sequence]
+    tables: torch.Tensor  # [S, blocks of the longest]
+    views: dict[int | None, _View]  # by window: made once a step
+
+
+@dataclasses.dataclass(slots=True)
+class _View:
+    """What decodes read: `context` positions of these blocks [S * blocks of each], less what the additive mask
+    [S, 1, 1, C] hides (None: nothing)."""
+
+    blocks: torch.Tensor
     context: int
-    masks: dict[int | None, torch.Tensor | None]
+    mask: torch.Tensor | None
 
 
 @dataclasses.dataclass(slots=True)
@@ -123,24 +132,28 @@ def _plan_decodes(metadata: AttentionMetadata, rows: list[int]) -> _Decodes:
             first_tokens.append(first_tokens[-1] + num_new)
         tokens = torch.tensor([first_tokens[row] for row in rows], device=device)
         tables = tables[torch.tensor(rows, device=device)]
-    context = max(seq_lens) if len(rows) == 1 else num_blocks * metadata.block_size
-    return _Decodes(tokens, seq_lens, tables.flatten(), context, {})
+    return _Decodes(tokens, seq_lens, tables, {})
 
 
-def _decode_mask(decodes: _Decodes, query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """Additive mask [S, 1, 1, C], None where every key is visible. Made once a step for each distinct window."""
-    if window not in decodes.masks:
-        if len(decodes.seq_lens) == 1 and (window is None or window >= decodes.context):
-            decodes.masks[window] = None
-        else:
-            lengths = torch.tensor(decodes.seq_lens, device=query.device)[:, None]
-            position = torch.arange(decodes.context, device=query.device)[None, :]
-            hidden = position >= lengths
-            if window is not None:
-                hidden |= position < lengths - window
-            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-            decodes.masks[window] = mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)[:, None, None, :]
-    return decodes.masks[window]
+def _decode_view(decodes: _Decodes, block_size: int, dtype: torch.dtype, window: int | None) -> _View:
+    """With a window, only the blocks that it touches are read: they begin elsewhere in each sequence."""
+    tables, device = decodes.tables, decodes.tables.device
+    longest = max(decodes.seq_lens)
+    if len(decodes.seq_lens) == 1 and (window is None or window >= longest):
+        return _View(tables.flatten(), longest, None)
+    lengths = torch.tensor(decodes.seq_lens, device=device)[:, None]
+    position = torch.arange(tables.shape[1] * block_size, device=device)[None, :]
+    if window is not None and (num_blocks := (window - 2) // block_size + 2) < tables.shape[1]:
+        first_block = (lengths - window).clamp_(min=0) // block_size
+        column = first_block + torch.arange(num_blocks, device=device)
+        tables = tables.gather(1, column.clamp_(max=tables.shape[1] - 1))
+        position = first_block * block_size + position[:, : num_blocks * block_size]
+    hidden = position >= lengths
+    if window is not None:
+        hidden |= position < lengths - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device)
+    mask.masked_fill_(hidden, torch.finfo(dtype).min)
+    return _View(tables.flatten(), hidden.shape[1], mask[:, None, None, :])
 
 
 def _attend_decodes(
@@ -149,11 +162,13 @@ def _attend_decodes(
     """query [S, Hq, D], one row a sequence; returns [S, Hq, D]."""
     num_sequences, num_heads, head_dim = query.shape
     num_kv_heads = kv_cache.shape[1]
-    gathered = kv_cache.index_select(2, decodes.blocks).view(2, num_kv_heads, num_sequences, -1, head_dim)
-    keys, values = gathered[:, :, :, : decodes.context].transpose(1, 2).unbind(0)  # [S, Hk, C, D]
+    if window not in decodes.views:
+        decodes.views[window] = _decode_view(decodes, kv_cache.shape[3], query.dtype, window)
+    view = decodes.views[window]
+    gathered = kv_cache.index_select(2, view.blocks).view(2, num_kv_heads, num_sequences, -1, head_dim)
+    keys, values = gathered[:, :, :, : view.context].transpose(1, 2).unbind(0)  # [S, Hk, C, D]
     grouped = query.reshape(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    mask = _decode_mask(decodes, query, window)
-    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=view.mask, scale=scale)
     return output.reshape(num_sequences, num_heads, head_dim)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from shoal.attention.base import AttentionMetadata
 from shoal.attention.registry import create_attention_backend, make_backend
+from shoal.attention.torch_paged import _decode_view, _Decodes
 from shoal.errors import ConfigError
 
 NUM_BLOCKS = 300
@@ -115,3 +116,16 @@ def test_names() -> None:
     assert make_backend(True, torch.device("cpu")).name == "deterministic"
     with pytest.raises(ConfigError, match="deterministic mode runs on CPU, not on cuda"):
         make_backend(True, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("window", [1, 2, 16, 17, 18, 33, 100])
+def test_decodes_read_the_blocks_of_their_windows_only(window: int) -> None:
+    seq_lens = [1, 15, 16, 17, 99, 100, 101, 300, 512]
+    step = make_step([1] * len(seq_lens), seq_lens, (4, 2, 16), 16, torch.float32)
+    torch.testing.assert_close(run("torch_paged", step, window), run("reference", step, window), atol=2e-5, rtol=1e-5)
+    for length in (100, 257):
+        alone = make_step([1], [length], (4, 2, 16), 16, torch.float32)
+        expected = run("reference", alone, window)
+        torch.testing.assert_close(run("torch_paged", alone, window), expected, atol=2e-5, rtol=1e-5)
+        view = _decode_view(_Decodes(None, [length], alone.metadata.block_tables, {}), 16, torch.float32, window)
+        assert len(view.blocks) <= window // 16 + 2
