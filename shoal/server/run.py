@@ -222,9 +222,8 @@ class _Service:
         if options.host not in _LOOPBACK and not options.api_key:
             logger.warning("everybody who reaches %s can use this server; --api-key asks for a key", options.host)
         url = format_url(options.host, port_of(self.listener), "https" if options.ssl_certfile else "http")
-        has_chat = engine.tokenizer is not None and engine.tokenizer.has_chat_template
         lines = describe_engine(self.config, ready, seconds)
-        lines += describe_address(url, served_names(options, self.model)[0], options, has_chat)
+        lines += describe_address(url, served_names(options, self.model)[0], options, engine.tokenizer)
         print("\n".join(lines), flush=True)
 
     # --- serving and ending ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shoal.config.engine_config import EngineConfig
 from shoal.config.options import ServerOptions
 from shoal.config.sizes import format_size
+from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import UnavailableError
 from shoal.log import get_logger
 from shoal.messages import CoreReady, StartupProgress
@@ -104,13 +105,14 @@ def describe_engine(config: EngineConfig, ready: CoreReady, seconds: float) -> l
     ]
 
 
-def describe_address(url: str, model: str, options: ServerOptions, has_chat: bool) -> list[str]:
+def describe_address(url: str, model: str, options: ServerOptions, tokenizer: Tokenizer | None) -> list[str]:
     """Where it is, and a line that works."""
     key = ' -H "Authorization: Bearer $SHOAL_API_KEY"' if options.api_key else ""
     insecure = " -k" if options.ssl_certfile else ""
-    path, content = ("chat/completions", {"messages": [{"role": "user", "content": "你好"}]})
-    if not has_chat:
-        path, content = "completions", {"prompt": "Hello", "max_tokens": 32}  # type: ignore[dict-item]
+    path = "completions"
+    content: dict[str, object] = {"prompt": [1, 2, 3] if tokenizer is None else "Hello", "max_tokens": 32}
+    if tokenizer is not None and tokenizer.has_chat_template:
+        path, content = "chat/completions", {"messages": [{"role": "user", "content": "你好"}]}
     body = shlex.quote(json.dumps({"model": model, **content}, ensure_ascii=False))
     return [
         f"{model} is served at {url}/v1 (documentation: {url}/docs). Try:",

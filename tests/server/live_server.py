@@ -7,6 +7,7 @@ import contextlib
 import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import httpx
@@ -59,7 +60,7 @@ class LiveServer:
         return not self.core.running and self.engine.num_unfinished == 0
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=30, trust_env=False, **options)
+        return httpx.Client(base_url=self.url, trust_env=False, **{"timeout": 30, **options})
 
 
 @contextlib.contextmanager
@@ -84,7 +85,7 @@ def live_server(
     ready, stop = threading.Event(), asyncio.Event()
 
     async def main() -> None:
-        metrics = EngineMetrics(server_options.served_model_name[0])
+        metrics = EngineMetrics("tiny")
         server.core = FakeClient(engine_config, script, tokens_per_step)
         server.engine = AsyncEngine(
             server.core,
@@ -121,6 +122,26 @@ def live_server(
         assert not thread.is_alive()
         loop.close()
     assert server.engine.num_unfinished == 0
+
+
+@contextlib.contextmanager
+def in_background(server: LiveServer, body: dict[str, Any]) -> Iterator[None]:
+    """A completion that runs beside the test, and succeeds in the end."""
+    with server.client() as client, ThreadPoolExecutor(1) as pool:
+        response = pool.submit(client.post, "/v1/completions", json=body)
+        yield
+        assert response.result(20).status_code == 200
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error object of a response, checked for OpenAI's form."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/json"
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
+    assert "Traceback" not in response.text
+    return dict(body["error"])
 
 
 def trusting(certificate: str) -> ssl.SSLContext:

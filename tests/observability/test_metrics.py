@@ -1,0 +1,68 @@
+"""What Prometheus reads."""
+
+from __future__ import annotations
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from shoal.messages import EngineStats
+from shoal.observability.metrics import EngineMetrics
+from shoal.types import FinishReason
+
+
+def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
+    """(name, the label beside model_name) -> value, as Prometheus parses it."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            if sample.name.startswith("shoal:"):
+                assert sample.labels.pop("model_name") == "tiny"
+                found[sample.name, next(iter(sample.labels.values()), "")] = sample.value
+    return found
+
+
+def test_the_engines_numbers_have_the_names_that_dashboards_know() -> None:
+    metrics = EngineMetrics("tiny")
+    metrics.stats = EngineStats(
+        num_requests_running=3, num_requests_waiting=2, kv_cache_usage=0.25, num_preemptions_total=4,
+        prompt_tokens_total=50, generation_tokens_total=60, prefix_cache_queries_total=70, prefix_cache_hits_total=8,
+    )  # fmt: skip
+    found = samples(metrics)
+    assert found["shoal:num_requests_running", ""] == 3
+    assert found["shoal:num_requests_waiting", ""] == 2
+    assert found["shoal:kv_cache_usage_perc", ""] == 0.25
+    assert found["shoal:num_preemptions_total", ""] == 4
+    assert found["shoal:prompt_tokens_total", ""] == 50
+    assert found["shoal:generation_tokens_total", ""] == 60
+    assert found["shoal:prefix_cache_queries_total", ""] == 70
+    assert found["shoal:prefix_cache_hits_total", ""] == 8
+
+
+def test_histograms_are_cumulative() -> None:
+    metrics = EngineMetrics("tiny")
+    for seconds in (0.003, 0.003, 0.6, 1000.0):
+        metrics.time_to_first_token.add(seconds)
+    found = samples(metrics)
+    name = "shoal:time_to_first_token_seconds"
+    assert [found[f"{name}_bucket", bound] for bound in ("0.001", "0.005", "0.75", "160.0", "+Inf")] == [0, 2, 3, 3, 4]
+    assert found[f"{name}_count", ""] == 4
+    assert found[f"{name}_sum", ""] == 1000.606
+    counts = [value for (key, _), value in found.items() if key == f"{name}_bucket"]
+    assert counts == sorted(counts)
+
+
+def test_endings_are_counted_by_reason() -> None:
+    metrics = EngineMetrics("tiny")
+    metrics.request_finished(FinishReason.STOP, 10, 5, 1.5)
+    metrics.request_finished(FinishReason.ABORT, 20, 0, 0.1)
+    found = samples(metrics)
+    by_reason = {reason: found["shoal:request_success_total", reason] for reason in map(str, FinishReason)}
+    assert by_reason == {"stop": 1, "length": 0, "abort": 1, "error": 0}
+    assert found["shoal:e2e_request_latency_seconds_count", ""] == 2
+    assert found["shoal:request_prompt_tokens_sum", ""] == 30
+    assert found["shoal:request_generation_tokens_sum", ""] == 5
+
+
+def test_two_engines_in_one_process_do_not_meet() -> None:
+    one, other = EngineMetrics("tiny"), EngineMetrics("tiny")
+    one.request_finished(FinishReason.STOP, 1, 1, 1.0)
+    assert samples(other)["shoal:request_success_total", "stop"] == 0

@@ -1,0 +1,274 @@
+"""`serve` from start to end, as a process: what it prints, how it drains, and that nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from shoal.config.options import ServerOptions
+from shoal.errors import ConfigError
+from shoal.server.run import check_tls, read_chat_template
+from tests.config.model_directory import write_model_directory
+from tests.engine import tokenizers_for_tests
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = write_model_directory(tmp_path_factory.mktemp("models") / "model", vocab_size=512)
+    tokenizers_for_tests.save("byte_level", directory)
+    return directory
+
+
+IDS = {"return_token_ids": True}
+
+
+class Serving:
+    """The process, what it printed so far, and its address."""
+
+    def __init__(self, process: subprocess.Popen[str], port: int) -> None:
+        self.process = process
+        self.url = f"http://127.0.0.1:{port}"
+        self.output = ""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 40
+        while not condition():
+            assert time.monotonic() < deadline, self.output
+            time.sleep(0.01)
+
+    def until_ready(self) -> None:
+        self.until(lambda: "Ctrl-C" in self.output)
+
+    def core(self) -> psutil.Process:
+        (core,) = psutil.Process(self.process.pid).children()
+        return core
+
+    def wait(self) -> int:
+        code = self.process.wait(40)
+        self._reader.join(10)
+        return code
+
+    def status(self, path: str) -> int:
+        return httpx.get(self.url + path, trust_env=False).status_code
+
+    def num_running(self) -> int:
+        text = httpx.get(self.url + "/metrics", trust_env=False).text
+        found = re.search(r"shoal:time_to_first_token_seconds_count\S* (\S+)", text)
+        assert found is not None
+        return int(float(found[1]))
+
+
+@contextlib.contextmanager
+def serving(model: Path, *core: str, with_tokenizer: bool = False, **options: Any) -> Iterator[Serving]:
+    """A server on a free port. At the end no process of it is left, whoever ended it.
+
+    Without a tokenizer it takes token ids only, and is up in a second instead of several.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as reserved:
+        port = reserved.getsockname()[1]
+    model_options = {"model": str(model), "skip_tokenizer_init": not with_tokenizer}
+    given = {"port": port, "served_model_name": ["tiny"], **options}
+    program = [sys.executable, "-m", "tests.server.serve_program"]
+    command = [*program, json.dumps(model_options), json.dumps(given), *core]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        running = Serving(process, port)
+        children: list[psutil.Process] = []
+        try:
+            yield running
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                children = psutil.Process(process.pid).children(recursive=True)
+            if process.poll() is None:
+                process.kill()
+            process.wait(20)
+            _, alive = psutil.wait_procs(children, timeout=15)
+            assert not alive, "the core outlived its server"
+
+
+@contextlib.contextmanager
+def streaming(server: Serving, num_tokens: int) -> Iterator[Future[httpx.Response]]:
+    """A stream that has begun; its result is the whole of it."""
+    body = {"model": "tiny", "prompt": [1], "max_tokens": num_tokens, "stream": True, **IDS}
+    before = server.num_running()
+    with ThreadPoolExecutor(1) as pool, httpx.Client(timeout=60, trust_env=False) as http:
+        future = pool.submit(http.post, f"{server.url}/v1/completions", json=body)
+        server.until(lambda: server.num_running() > before)
+        yield future
+
+
+def test_says_what_it_is_and_where_and_serves_and_ends(model: Path) -> None:
+    with serving(model, with_tokenizer=True) as server:
+        server.until_ready()
+        assert f"tiny is served at {server.url}/v1" in server.output
+        assert "KV cache: 1,024 tokens (1 MiB), 2.0 requests of the full 512 tokens" in server.output
+        assert "float32 on no device" in server.output
+        assert "/v1/chat/completions" in server.output
+        assert json.loads(run_curl(server))["choices"][0]["message"]["content"]
+        assert server.status("/health") == 200
+        assert httpx.get(server.url + "/version", trust_env=False).json()["engine"]["device"] == "no device"
+        core = server.core()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.wait() == 0
+        assert not core.is_running()
+        assert "Traceback" not in server.output
+
+
+def test_the_curl_line_works_without_a_tokenizer_too(model: Path) -> None:
+    with serving(model) as server:
+        server.until_ready()
+        assert json.loads(run_curl(server))["choices"][0]["finish_reason"] == "length"
+
+
+def run_curl(server: Serving) -> str:
+    curl = next(line for line in server.output.splitlines() if line.strip().startswith("curl"))
+    return subprocess.run(["bash", "-c", f"{curl} -s"], capture_output=True, text=True, timeout=30).stdout
+
+
+def test_says_that_it_is_starting_until_it_is_there(model: Path) -> None:
+    with serving(model, "--load-seconds", "4") as server:
+        server.until(lambda: "load weights" in server.output)
+        assert server.status("/livez") == 200
+        for path in ("/readyz", "/health", "/v1/models"):
+            response = httpx.get(server.url + path, trust_env=False)
+            assert response.status_code == 503 and response.headers["retry-after"]
+        assert "starting (load weights)" in response.json()["error"]["message"]
+        server.until_ready()
+        assert server.status("/readyz") == 200
+
+
+def test_ctrl_c_while_it_starts_ends_it_at_once(model: Path) -> None:
+    with serving(model, "--load-seconds", "60") as server:
+        server.until(lambda: "load weights" in server.output)
+        core = server.core()
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait() == 0
+        assert not core.is_running()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_drains_running_requests_finish_and_new_ones_are_sent_away(model: Path, number: signal.Signals) -> None:
+    with serving(model, "--pause", "0.02") as server:
+        server.until_ready()
+        with streaming(server, 100) as stream:
+            server.process.send_signal(number)
+            server.until(lambda: server.status("/health") == 503)
+            refused = httpx.post(f"{server.url}/v1/completions", json={"prompt": [1]}, trust_env=False)
+            assert refused.status_code == 503 and refused.headers["retry-after"]
+            assert "shutting down" in refused.json()["error"]["message"]
+            assert server.status("/livez") == 200
+            text = stream.result(40).text
+        assert text.endswith("data: [DONE]\n\n")
+        assert text.count('"token_ids":[3') == 100
+        assert server.wait() == 0
+
+
+def test_what_does_not_finish_in_time_gets_an_error(model: Path) -> None:
+    with serving(model, "--pause", "0.1", shutdown_timeout=0.3) as server:
+        server.until_ready()
+        with streaming(server, 500) as stream:
+            server.process.send_signal(signal.SIGTERM)
+            text = stream.result(40).text
+        last = json.loads(text.strip().splitlines()[-1].removeprefix("data: "))
+        assert "shut down" in last["error"]["message"]
+        assert "[DONE]" not in text
+        assert server.wait() == 0
+        assert "1 requests were ended" in server.output
+
+
+def test_a_second_ctrl_c_does_not_wait(model: Path) -> None:
+    with serving(model, "--pause", "0.5", shutdown_timeout=1000) as server:
+        server.until_ready()
+        core = server.core()
+        with streaming(server, 500) as stream:
+            server.process.send_signal(signal.SIGINT)
+            server.until(lambda: server.status("/health") == 503)
+            server.process.send_signal(signal.SIGINT)
+            assert server.wait() == 0
+            with contextlib.suppress(httpx.HTTPError):
+                stream.result(10)
+        assert not core.is_running()
+
+
+def test_a_core_that_dies_ends_streams_with_an_error_and_the_server_with_a_reason(model: Path) -> None:
+    with serving(model, "--pause", "0.05") as server:
+        server.until_ready()
+        with streaming(server, 500) as stream:
+            server.core().kill()
+            text = stream.result(40).text
+        last = json.loads(text.strip().splitlines()[-1].removeprefix("data: "))
+        assert "killed by signal 9" in last["error"]["message"]
+        assert server.wait() == 1
+        assert "error: the engine core was killed by signal 9" in server.output
+        assert "Traceback" not in server.output
+
+
+def test_a_server_that_is_killed_takes_its_core_along(model: Path) -> None:
+    with serving(model) as server:
+        server.until_ready()
+        core = server.core()
+        server.process.kill()
+        assert core.wait(20) is not None or not core.is_running()
+
+
+def test_a_busy_port_is_known_before_anything_is_loaded(model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with serving(model, "--load-seconds", "60", port=port) as server:
+            assert server.wait() == 1
+            assert f"error: port {port} on 127.0.0.1 is taken" in server.output
+            assert "--port" in server.output
+            assert "load weights" not in server.output and "Traceback" not in server.output
+
+
+def test_a_model_without_a_tokenizer_is_an_error_that_names_it(tmp_path: Path) -> None:
+    directory = write_model_directory(tmp_path / "model", vocab_size=512)
+    with serving(directory, "--load-seconds", "60", with_tokenizer=True) as server:
+        assert server.wait() == 1
+        assert "error: no tokenizer files in" in server.output
+
+
+def test_tls_files_are_checked_first(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs --ssl-certfile"):
+        check_tls(ServerOptions(ssl_keyfile="key.pem"))
+    with pytest.raises(ConfigError, match="no-such-file"):
+        check_tls(ServerOptions(ssl_certfile="/no-such-file", ssl_keyfile="/no-such-file"))
+    broken = tmp_path / "broken.pem"
+    broken.write_text("nothing")
+    with pytest.raises(ConfigError, match="must be PEM files"):
+        check_tls(ServerOptions(ssl_certfile=str(broken), ssl_keyfile=str(broken)))
+    check_tls(ServerOptions())
+
+
+def test_chat_template_file(tmp_path: Path) -> None:
+    file = tmp_path / "template.jinja"
+    file.write_text("{{ 你 }}", encoding="utf-8")
+    assert read_chat_template(ServerOptions(chat_template=str(file))) == "{{ 你 }}"
+    assert read_chat_template(ServerOptions()) is None
+    with pytest.raises(ConfigError, match="cannot read the chat template /no-such"):
+        read_chat_template(ServerOptions(chat_template="/no-such"))
