@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 from shoal.config.model_config import SUPPORTED_ARCHITECTURES, ModelConfig
 from shoal.errors import ConfigError, ModelError
 from shoal.layers.context import BuildContext
 from shoal.models.base import CausalLM
+from shoal.quantization.registry import create_quantization
 
 _MODELS = {
     "LlamaForCausalLM": ("shoal.models.llama", "LlamaForCausalLM"),
@@ -20,11 +22,15 @@ assert _MODELS.keys() == SUPPORTED_ARCHITECTURES.keys()
 
 
 def build_model(config: ModelConfig, context: BuildContext) -> CausalLM:
-    """This rank's part of the model, its weights not yet filled. Raises ModelError for an unknown architecture."""
+    """This rank's part of the model, its weights not yet filled; quantized as its config says.
+
+    Raises ModelError for an unknown architecture, activation or quantization, ConfigError for unsupported parallelism.
+    """
     if config.architecture not in _MODELS:
         raise ModelError(f"architecture {config.architecture!r} is not supported; supported: {', '.join(_MODELS)}")
     if context.parallel.tensor_size > 1:
         raise ConfigError(f"tensor parallelism ({context.parallel.tensor_size} ranks) is not supported; use 1")
+    context = dataclasses.replace(context, quantization=create_quantization(config.raw))
     module, class_name = _MODELS[config.architecture]
     model: CausalLM = getattr(importlib.import_module(module), class_name)(config, context)
     return model

@@ -93,6 +93,9 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
         build_model(dataclasses.replace(config, hidden_act="mish"), context)
     with pytest.raises(ModelError, match="'GPT2LMHeadModel' is not supported; supported: LlamaForCausalLM"):
         build_model(dataclasses.replace(config, architecture="GPT2LMHeadModel"), context)
+    quantized = {**config.raw, "quantization_config": {"quant_method": "awq", "bits": 4}}
+    with pytest.raises(ModelError, match="quantized with 'awq', which is not supported"):
+        build_model(dataclasses.replace(config, raw=quantized), context)
     parallel = dataclasses.replace(context, parallel=ParallelDims(tensor_size=2))
     with pytest.raises(ConfigError, match="tensor parallelism"):
         build_model(config, parallel)
