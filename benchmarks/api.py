@@ -5,6 +5,9 @@
 Three processes: the real server (`shoal.server.run.serve`), a core that runs no model but emits one token per running
 request and step, and a client that reads raw sockets. The server's CPU time per token says what one core could send,
 however busy the machine is with the other two. `--steps-per-second 0` emits as fast as the core can.
+
+2026-11, two cores of an AMD EPYC, Python 3.11, uvloop: 64 streams, 25,000 tokens/s offered and sent at 19 to 28 µs of
+CPU a token; as fast as it goes 40,000 to 53,000 tokens/s at 19 µs.
 """
 
 from __future__ import annotations

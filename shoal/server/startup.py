@@ -8,7 +8,7 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -47,7 +47,7 @@ class Gate:
 
 
 class StartupDisplay:
-    """Shows the phases of the start: a bar on a terminal, a line now and then elsewhere."""
+    """Shows the phases of the start: one live line on a terminal, a line now and then elsewhere."""
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
@@ -60,15 +60,13 @@ class StartupDisplay:
         if self._console.is_terminal:
             self._progress = Progress(
                 SpinnerColumn(),
-                TextColumn("{task.description}"),
-                BarColumn(),
-                TextColumn("{task.fields[done]}"),
+                TextColumn("{task.description} {task.fields[share]}"),
                 TimeElapsedColumn(),
                 console=self._console,
                 transient=True,
             )
             self._progress.start()
-            self._task = self._progress.add_task("start the engine", total=None, done="")
+            self._task = self._progress.add_task("start the engine", total=None, share="")
         return self
 
     def __exit__(
@@ -83,9 +81,7 @@ class StartupDisplay:
         self._gate.phase = news.phase
         share = f"{100 * news.done // news.total} %" if news.total else ""
         if self._progress is not None and self._task is not None:
-            self._progress.update(
-                self._task, description=news.phase, completed=news.done, total=news.total or None, done=share
-            )
+            self._progress.update(self._task, description=news.phase, share=share)
         elif is_new or time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
             logger.info("%s%s", news.phase, f" … {share}" if share and not is_new else "")
