@@ -22,7 +22,7 @@ from shoal.engine.core import EngineCore
 from shoal.errors import ShoalError
 from shoal.executor.registry import make_executor
 from shoal.log import configure, get_logger
-from shoal.messages import ClientMessage, CoreFailed, CoreMessage, Shutdown
+from shoal.messages import ClientMessage, CoreFailed, CoreMessage
 
 logger = get_logger(__name__)
 
@@ -40,20 +40,16 @@ class SocketChannel:
         self._output.connect(output_endpoint)
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
-        self.stop_requested = False
 
     def receive(self, block: bool) -> list[ClientMessage]:
         messages: list[ClientMessage] = []
-        while block and not self.stop_requested and not self._input.poll(500):
-            pass  # looks up twice a second for a SIGTERM
+        if block:
+            self._input.poll()
         while True:
             try:
                 messages.append(self._decoder.decode(self._input.recv(zmq.NOBLOCK)))
             except zmq.Again:
                 break
-        if self.stop_requested:
-            self.stop_requested = False
-            messages.append(Shutdown())
         return messages
 
     def send(self, message: CoreMessage) -> None:
@@ -82,14 +78,11 @@ def main() -> int:
     arguments = parser.parse_args()
     config = EngineConfig.from_json(sys.stdin.buffer.readline())
     configure(role="engine")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which decides
+    # Ctrl-C, and a service manager's SIGTERM, reach the parent too: it decides when running requests have finished.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, args=(arguments.input,), name="parent-watch", daemon=True).start()
     channel = SocketChannel(arguments.input, arguments.output)
-
-    def stop(*_: object) -> None:
-        channel.stop_requested = True
-
-    signal.signal(signal.SIGTERM, stop)
     try:
         core = EngineCore(config, make_executor(config), channel)
         core.start()

@@ -22,6 +22,7 @@ from pathlib import Path
 import uvicorn
 
 from shoal.config.engine_config import EngineConfig
+from shoal.config.model_path import resolve_model_path
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.engine.async_engine import AsyncEngine
 from shoal.engine.client import SubprocessClient
@@ -214,7 +215,7 @@ class _Service:
     def _load_tokenizer(self) -> Tokenizer | None:
         if self.model.skip_tokenizer_init:
             return None
-        path = self.model.tokenizer or self.config.model.path
+        path = str(resolve_model_path(self.model.tokenizer) if self.model.tokenizer else self.config.model.path)
         return load_tokenizer(path, trust_remote_code=self.model.trust_remote_code, chat_template=self.chat_template)
 
     def _announce(self, engine: AsyncEngine, ready: CoreReady, seconds: float) -> None:

@@ -36,7 +36,8 @@ def num_blocks_for(config: EngineConfig, bytes_per_block: int, weight_bytes: int
     if num_blocks < needed:
         raise ConfigError(
             f"the KV cache gets {budget / _MIB:.0f} MiB ({source}), "
-            f"one request of max_model_len {config.max_model_len} needs {needed * bytes_per_block / _MIB:.0f} MiB; give it more, or set --max-model-len "
+            f"one request of max_model_len {config.max_model_len} needs {needed * bytes_per_block / _MIB:.0f} MiB; "
+            "give it more, or set --max-model-len "
             f"{max(0, (num_blocks - 1) * config.block_size)} or less"
         )
     return num_blocks

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from shoal import env
 from shoal.attention.registry import make_backend
 from shoal.config.engine_config import EngineConfig
 from shoal.errors import ConfigError
@@ -22,6 +23,8 @@ from shoal.worker.model_runner import ModelRunner
 
 logger = get_logger(__name__)
 
+# Below, an operation is shorter than waking a second thread, and waits for whatever else uses that thread's core.
+_ONE_THREAD_WEIGHTS = 64 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 512 << 20
 
@@ -65,9 +68,11 @@ class Worker:
             lambda done, total: on_progress(StartupProgress("load weights", done, total)),
         )
         load_seconds = time.monotonic() - started
+        weight_bytes = model.weight_bytes()
+        if device.type == "cpu" and weight_bytes < _ONE_THREAD_WEIGHTS and env.omp_num_threads() is None:
+            torch.set_num_threads(1)
         self._runner = ModelRunner(config, model, backend, device)
         on_progress(StartupProgress("size the KV cache"))
-        weight_bytes = model.weight_bytes()
         num_blocks, cache_bytes = self._make_kv_caches(weight_bytes, device, dtype)
         on_progress(StartupProgress("warm up"))
         self._runner.warm_up(1)
