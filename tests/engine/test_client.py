@@ -43,12 +43,10 @@ def request(request_id: str, max_tokens: int = 5) -> AddRequest:
     return AddRequest(EngineRequest(request_id, [1, 2, 3], SamplingParams(max_tokens=max_tokens, temperature=0.0)))
 
 
-def directories_left() -> set[str]:
-    return {name for name in os.listdir(tempfile.gettempdir()) if name.startswith("shoal-")}
-
-
-async def test_answers_and_leaves_nothing_behind(checkpoint: Path) -> None:
-    before = directories_left()
+async def test_answers_and_leaves_nothing_behind(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     client, phases = make_client(checkpoint), []
 
     def on_progress(progress: StartupProgress) -> None:
@@ -64,7 +62,7 @@ async def test_answers_and_leaves_nothing_behind(checkpoint: Path) -> None:
     assert (await client.utility("stats"))["generation_tokens_total"] == 5
     await client.close()
     assert not psutil.pid_exists(process_id)
-    assert directories_left() <= before
+    assert not list(tmp_path.iterdir())
     with pytest.raises(EngineDeadError):
         await client.send(request("late"))
 
@@ -110,7 +108,7 @@ async def test_a_core_that_is_late_is_ended(checkpoint: Path) -> None:
     assert client.process_id is not None and not psutil.pid_exists(client.process_id)
 
 
-def test_the_core_ends_with_a_parent_that_was_killed(checkpoint: Path) -> None:
+def test_the_core_ends_with_a_parent_that_was_killed(checkpoint: Path, tmp_path: Path) -> None:
     program = f"""
 import asyncio, os
 from pathlib import Path
@@ -122,8 +120,9 @@ async def main():
     await asyncio.sleep(60)
 asyncio.run(main())
 """
-    before = directories_left()
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
         assert parent.stdout is not None
         core = int(parent.stdout.readline())
         assert psutil.pid_exists(core)
@@ -132,4 +131,4 @@ asyncio.run(main())
     while psutil.pid_exists(core) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not psutil.pid_exists(core)
-    assert directories_left() <= before
+    assert not list(tmp_path.glob("shoal-*"))
