@@ -57,7 +57,9 @@ def test_answers_in_chinese_sensibly(client: openai.OpenAI) -> None:
     for question in ("给我推荐中国适合旅游的地方", "给我推荐中国适合旅游的方"):
         answer = ask(client, question, stream=False, max_tokens=300)
         assert sum("\u4e00" <= character <= "\u9fff" for character in answer) > 20
-        assert any(place in answer for place in ("北京", "西安", "成都", "杭州", "桂林", "上海", "云南", "丽江")), answer
+        assert any(place in answer for place in ("北京", "西安", "成都", "杭州", "桂林", "上海", "云南", "丽江")), (
+            answer
+        )
     assert "你好" in ask(client, "你好", stream=False)
 
 
