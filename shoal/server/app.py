@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from shoal.config.options import ModelOptions, ServerOptions
@@ -16,7 +17,7 @@ from shoal.server.completions import completions_router
 from shoal.server.documentation import complete_openapi
 from shoal.server.error_handlers import install_error_handlers
 from shoal.server.health import health_router
-from shoal.server.middleware import Authentication, RequestContext
+from shoal.server.middleware import STATIC_PATH, Authentication, RequestContext
 from shoal.server.models import models_router
 from shoal.server.state import ServerState
 from shoal.server.tokenization import tokenization_router
@@ -38,11 +39,13 @@ def create_app(
     chat_template: the Jinja text that the engine's tokenizer was given in place of the model's.
     """
     state = ServerState.make(engine, options, model, metrics, facts, chat_template)
-    app = FastAPI(
+    # /docs with its scripts served from here: many machines that serve models reach nothing outside.
+    app = FastAPIOffline(
         title="Shoal",
         version=__version__,
         description="The OpenAI API, served by Shoal.",
         redoc_url=None,
+        static_url=STATIC_PATH,
     )
     for make_router in (chat_router, completions_router, tokenization_router, models_router, health_router):
         app.include_router(make_router(state))

@@ -22,11 +22,17 @@ from shoal.server.error_handlers import error_response, internal_error_response
 OPEN_PATHS = frozenset(
     {"/health", "/livez", "/readyz", "/ping", "/version", "/metrics", "/docs", "/docs/oauth2-redirect", "/openapi.json"}
 )
+# The documentation's own scripts and styles.
+STATIC_PATH = "/static-docs"
 _PROBES = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics"})
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _CLIENT_GONE = 499  # as nginx logs it
 
 logger = get_logger(__name__)
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(f"{STATIC_PATH}/")
 
 
 class RequestContext:
@@ -76,7 +82,7 @@ class Authentication:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self._keys or scope["path"] in OPEN_PATHS:
+        if scope["type"] != "http" or not self._keys or _is_open(scope["path"]):
             await self._app(scope, receive, send)
             return
         kind, _, given = Request(scope).headers.get("authorization", "").partition(" ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 
 import httpx
 import pytest
@@ -38,7 +39,12 @@ def test_probes_tell_the_truth() -> None:
 
 def test_version_and_documentation(http: httpx.Client) -> None:
     assert http.get("/version").json()["version"] == __version__
-    assert "swagger" in http.get("/docs").text
+    page = http.get("/docs").text
+    assert "swagger" in page
+    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert len(links) >= 2
+    for link in links:  # all of it comes from this server
+        assert link.startswith("/") and http.get(link).status_code == 200, link
     document = http.get("/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/completions", "/tokenize", "/health"} <= set(document["paths"])
     reference = document["paths"]["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
