@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Make shoal-tiny from scratch: generate its corpus, train its tokenizer and its weights, and measure it.
 
-python tools/train_tiny.py --max-seconds 420 --workers 14    # on one GPU, minutes
+python tools/train_tiny.py --max-seconds 310 --workers 14    # on one GPU, minutes
 python tools/train_tiny.py --steps 3 --out /tmp/smoke        # a smoke run on a CPU
 python tools/train_tiny.py --evaluate                        # measure the model that ships with Shoal
 """
