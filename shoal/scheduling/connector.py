@@ -13,7 +13,8 @@ class KVConnector(Protocol):
     def num_matched_tokens(self, request: EngineRequest, num_local_tokens: int) -> tuple[int, bool]:
         """Tokens beyond `num_local_tokens` whose KV exists outside, and whether loading them takes steps of its own.
 
-        With True the request waits as WAITING_FOR_KV until `finished_loading` names it.
+        With True the request waits as WAITING_FOR_KV until `finished_loading` names it. Asked again, so without side
+        effects, while there is no room. At least the last token is computed here, whatever is matched.
         """
         ...
 
@@ -22,11 +23,14 @@ class KVConnector(Protocol):
         ...
 
     def delay_free(self, request_id: str, block_ids: list[int]) -> bool:
-        """The request ended. True keeps its blocks until `finished_sending` names it."""
+        """The request ended. True keeps its blocks until `finished_sending` names it.
+
+        Not asked for one that ends while it waits for KV: its blocks stay until `finished_loading` names it.
+        """
         ...
 
     def finished_loading(self) -> list[str]:
-        """Requests whose external KV has arrived since the last call."""
+        """Requests whose external KV has arrived since the last call; those that ended meanwhile are named too."""
         ...
 
     def finished_sending(self) -> list[str]:

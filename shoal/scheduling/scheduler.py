@@ -79,7 +79,9 @@ class Scheduler:
         self._waiting = WaitingQueue()
         self._running: list[RequestState] = []
         self._loading: dict[str, RequestState] = {}
-        self._sending: dict[str, list[int]] = {}
+        # Ended requests whose blocks a transfer still reads (sending) or writes (a load that cannot be recalled).
+        self._sending: dict[str, _Release] = {}
+        self._abandoned: dict[str, _Release] = {}
         self._free_slots = list(range(config.max_num_seqs))
         self._released_slots: list[int] = []
         self._releases: deque[_Release] = deque()
@@ -95,9 +97,12 @@ class Scheduler:
         if request.request_id in self._requests:
             self._refuse(request, f"request id {request.request_id!r} is running already")
             return
-        num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-        if not 0 < num_tokens < self.config.max_model_len:
-            self._refuse(request, f"{num_tokens} tokens in, where 1 to {self.config.max_model_len - 1} can be served")
+        if request.request_id in self._sending or request.request_id in self._abandoned:
+            self._refuse(request, f"request id {request.request_id!r} has ended, but its KV cache is still in transfer")
+            return
+        num_prompt = len(request.prompt_token_ids)
+        if not 0 < num_prompt < self.config.max_model_len:
+            self._refuse(request, f"{num_prompt} tokens in, where 1 to {self.config.max_model_len - 1} can be served")
             return
         key = (request.priority if self.config.by_priority else 0, self._next_arrival)
         self._next_arrival += 1
@@ -151,7 +156,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether `schedule` may have something to do now or after a result."""
-        return bool(self._requests or self._in_flight or self._sending)
+        return bool(self._requests or self._in_flight or self._sending or self._abandoned)
 
     def reset_prefix_cache(self) -> None:
         """Forget every cached prefix; running requests go on, and what they compute from now on is cached anew."""
@@ -304,6 +309,8 @@ class Scheduler:
             hits = self.pool.find(state.extend_hashes(num_tokens - 1))
             num_local = len(hits) * self.config.block_size
             num_external, asynchronous = self._connector.num_matched_tokens(state.request, num_local)
+            # The last token is always computed here: its logits choose the next one.
+            num_external = min(num_external, num_tokens - 1 - num_local)
         else:
             state.prompt_logprobs = [None]
         num_known = len(hits) * self.config.block_size + num_external
@@ -344,10 +351,11 @@ class Scheduler:
                 state.status = RequestStatus.WAITING
                 state.external_ready = True
                 self._waiting.push(state)
+            elif (release := self._abandoned.pop(request_id, None)) is not None:
+                self._apply_when_done(release)
         for request_id in self._connector.finished_sending():
-            block_ids = self._sending.pop(request_id, None)
-            if block_ids is not None:
-                self.pool.release(block_ids)
+            if (release := self._sending.pop(request_id, None)) is not None:
+                self._apply_when_done(release)
 
     def _commit_blocks(self, state: RequestState) -> None:
         """Make findable the blocks that are full of known ids and computed, or being computed by a step in flight."""
@@ -409,23 +417,30 @@ class Scheduler:
 
     def _finish(self, state: RequestState, reason: FinishReason) -> None:
         state.finish_reason = reason
+        keep: dict[str, _Release] | None = None
+        if state.status is RequestStatus.WAITING_FOR_KV:
+            del self._loading[state.request_id]
+            keep = self._abandoned
+        elif state.block_ids and self._connector.delay_free(state.request_id, list(state.block_ids)):
+            keep = self._sending
+        if keep is not None:
+            keep[state.request_id] = _Release(state.last_step, -1, state.block_ids)
+            state.block_ids = []
         if state.status is RequestStatus.RUNNING:
             self._running.remove(state)
         elif state.status is RequestStatus.WAITING:
             self._waiting.forget()
-        else:
-            del self._loading[state.request_id]
         state.status = RequestStatus.FINISHED
         del self._requests[state.request_id]
-        if state.block_ids and self._connector.delay_free(state.request_id, list(state.block_ids)):
-            self._sending[state.request_id] = state.block_ids
-            state.block_ids = []
         self._release(state)
 
     def _release(self, state: RequestState) -> None:
         """Give slot and blocks back: now, or when the last step that names them is done."""
         release = _Release(state.last_step, state.slot, state.block_ids)
         state.slot, state.block_ids = -1, []
+        self._apply_when_done(release)
+
+    def _apply_when_done(self, release: _Release) -> None:
         if self._is_in_flight(release.after_step):
             self._releases.append(release)
         else:

@@ -1,4 +1,7 @@
-"""The queue of requests that wait for a slot, by key: (priority, arrival). Preempted ones keep their place."""
+"""The queue of requests that wait for a slot, by key: (priority, arrival). Preempted ones keep their place.
+
+Those that hold blocks already, filled from outside, come first: everybody else may be waiting for just these blocks.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,19 @@ class WaitingQueue:
     """A heap with lazy removal: a finished request is skipped when it comes up."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[tuple[int, int], RequestState]] = []
+        self._heap: list[tuple[bool, tuple[int, int], RequestState]] = []
         self._num_waiting = 0
 
     def __len__(self) -> int:
         return self._num_waiting
 
     def push(self, request: RequestState) -> None:
-        heapq.heappush(self._heap, (request.key, request))
+        heapq.heappush(self._heap, (not request.external_ready, request.key, request))
         self._num_waiting += 1
 
     def peek(self) -> RequestState | None:
         while self._heap:
-            request = self._heap[0][1]
+            request = self._heap[0][2]
             if request.status is not RequestStatus.FINISHED:
                 return request
             heapq.heappop(self._heap)

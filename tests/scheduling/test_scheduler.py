@@ -165,11 +165,15 @@ def test_requests_that_cannot_run_end_at_once() -> None:
     done = make_request("done", [1, 2], max_tokens=2)
     done.emitted_token_ids = [3, 4]
     harness.add(done)
+    full = make_request("full", [1, 2], max_tokens=100)
+    full.emitted_token_ids = [3] * 62
+    harness.add(full)
     harness.take(harness.scheduler.take_early_deltas())
     assert harness.endings == {
         "long": [FinishReason.ERROR],
         "empty": [FinishReason.ERROR],
         "done": [FinishReason.LENGTH],
+        "full": [FinishReason.LENGTH],
     }
     harness.run()
 
