@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from shoal.attention.base import AttentionBackend, AttentionMetadata
 
+# PyTorch's memory-efficient kernel (2.11, H200) gets the last row wrong when it has a mask and 64 k + 1 query rows.
+_CUDA_QUERY_ROWS = 8
 # Tokens of context: below, one call with padding is faster than several.
 _MUCH_PADDING = 4096
 
@@ -188,12 +190,15 @@ def _attend_prefill(
     grouped = query.view(num_new, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hk, G, Q, D]
     causal = num_new == context and (window is None or window >= context)
     mask = None if causal else _prefill_mask(prefill, context, query, window)
+    if mask is not None and num_new < mask.shape[0]:
+        grouped = F.pad(grouped, (0, 0, 0, mask.shape[0] - num_new))
     output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
+    output = output[:, :, :num_new]
     return output.permute(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)
 
 
 def _prefill_mask(prefill: _Prefill, context: int, query: torch.Tensor, window: int | None) -> torch.Tensor | None:
-    """Additive mask [Q, C], made once a step for each distinct window."""
+    """Additive mask [Q, C], made once a step for each distinct window. On CUDA Q is padded, by rows that see all."""
     if window not in prefill.masks:
         key = torch.arange(context, device=query.device)[None, :]
         position = torch.arange(context - prefill.num_new, context, device=query.device)[:, None]
@@ -201,5 +206,7 @@ def _prefill_mask(prefill: _Prefill, context: int, query: torch.Tensor, window: 
         if window is not None:
             hidden |= key <= position - window
         mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
-        prefill.masks[window] = mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)
+        mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)
+        padding = -prefill.num_new % _CUDA_QUERY_ROWS if query.is_cuda else 0
+        prefill.masks[window] = F.pad(mask, (0, 0, 0, padding))
     return prefill.masks[window]
