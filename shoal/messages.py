@@ -1,6 +1,6 @@
 """What crosses Shoal's processes: API server <-> engine core, engine core <-> worker. msgspec only, never pickle.
 
-Every message that an engine sends or receives carries its `generation`: a message of an older generation is dropped.
+Ready, outputs, batches and their results carry the `generation` of the engine: outputs of an older one are dropped.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ The first line of standard input is the EngineConfig as JSON; its end means that
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -60,14 +60,19 @@ class SocketChannel:
         self._context.destroy(linger=1000)
 
 
-def _end_with_parent(endpoint: str) -> None:
+def _end_with_parent(endpoints: list[str]) -> None:
     """Read standard input to its end, which comes when the parent has closed it or died; then end at once.
 
-    A parent that was killed could not remove the directory of its sockets: so this does.
+    A parent that was killed could not remove its sockets and their directory: so this does, and touches nothing else.
     """
     while os.read(sys.stdin.fileno(), 4096):
         pass
-    shutil.rmtree(Path(endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
+    sockets = [Path(endpoint.removeprefix("ipc://")) for endpoint in endpoints if endpoint.startswith("ipc://")]
+    with contextlib.suppress(OSError):
+        for path in sockets:
+            path.unlink(missing_ok=True)
+        for directory in {path.parent for path in sockets}:
+            directory.rmdir()  # refused where anything else lies in it
     os._exit(3)
 
 
@@ -81,7 +86,9 @@ def main() -> int:
     # Ctrl-C, and a service manager's SIGTERM, reach the parent too: it decides when running requests have finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, args=(arguments.input,), name="parent-watch", daemon=True).start()
+    threading.Thread(
+        target=_end_with_parent, args=([arguments.input, arguments.output],), name="parent-watch", daemon=True
+    ).start()
     channel = SocketChannel(arguments.input, arguments.output)
     try:
         core = EngineCore(config, make_executor(config), channel)

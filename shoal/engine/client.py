@@ -23,6 +23,7 @@ import zmq.asyncio
 from shoal import errors
 from shoal.config.engine_config import EngineConfig
 from shoal.errors import EngineDeadError, EngineError, ShoalError, StartupError
+from shoal.log import get_logger
 from shoal.messages import (
     ClientMessage,
     CoreFailed,
@@ -34,6 +35,8 @@ from shoal.messages import (
     Utility,
     UtilityResult,
 )
+
+logger = get_logger(__name__)
 
 ProgressCallback = Callable[[StartupProgress], None]
 _LAST_MESSAGES_SECONDS = 0.5
@@ -89,6 +92,7 @@ class SubprocessClient(EngineClient):
         self._failure: ShoalError | None = None
         self._exited = asyncio.Event()
         self._calls: dict[int, asyncio.Future[Any]] = {}
+        self._unsent: set[asyncio.Future[Any]] = set()
         self._call_ids = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
         self._closing = False
@@ -150,8 +154,14 @@ class SubprocessClient(EngineClient):
 
     async def _read(self) -> None:
         decoder = msgspec.msgpack.Decoder(CoreMessage)
-        while True:
-            self._take(decoder.decode(await self._output.recv()))
+        try:
+            while True:
+                self._take(decoder.decode(await self._output.recv()))
+        except Exception as error:  # nothing that comes later would be heard: say so, instead of waiting for ever
+            logger.exception("what the engine core sends cannot be taken in")
+            self._fail(
+                EngineDeadError(f"what the engine core sends cannot be taken in: {type(error).__name__}: {error}")
+            )
 
     def _take(self, message: CoreMessage) -> None:
         match message:
@@ -193,6 +203,9 @@ class SubprocessClient(EngineClient):
             if not future.done():
                 future.set_exception(EngineDeadError(str(self._failure)))
         self._calls.clear()
+        for sending in self._unsent:
+            if not sending.done():
+                sending.set_exception(EngineDeadError(str(self._failure)))
         self._news.set()
 
     async def _wait_for_news(self) -> None:
@@ -201,7 +214,11 @@ class SubprocessClient(EngineClient):
 
     async def send(self, message: ClientMessage) -> None:
         self._check_alive()
-        await self._input.send(self._encoder.encode(message))
+        sending: asyncio.Future[Any] = asyncio.ensure_future(self._input.send(self._encoder.encode(message)))
+        if not sending.done():  # nobody is connected: a core that has died, and whose end is noticed in a moment
+            self._unsent.add(sending)
+            sending.add_done_callback(self._unsent.discard)
+        await sending
 
     async def receive(self) -> CoreOutputs:
         while not self._outputs:
@@ -240,10 +257,11 @@ class SubprocessClient(EngineClient):
     async def _end_process(self, process: subprocess.Popen[bytes], drain_seconds: float) -> None:
         """Ask it to end, then make it: by message, by SIGTERM's big brother after a deadline."""
         if self._ready is not None and process.poll() is None:
-            with contextlib.suppress(zmq.ZMQError):
-                await self._input.send(self._encoder.encode(Shutdown(drain_seconds)))
+            shutdown = self._encoder.encode(Shutdown(drain_seconds))
+            asked: asyncio.Future[Any] = asyncio.ensure_future(self._input.send(shutdown))
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._exited.wait(), drain_seconds + _KILL_AFTER_SECONDS)
+            asked.cancel()  # where it is still not sent, nobody is there to take it
         if process.poll() is None:
             process.kill()
         await self._exited.wait()

@@ -89,6 +89,10 @@ class RequestPreparer:
         add_special_tokens: bool,
     ) -> PreparedRequest:
         """Validate and resolve. Raises InvalidRequestError, saying what was found and what would work."""
+        if type(priority) is not int or abs(priority) >= 2**63:
+            raise InvalidRequestError(
+                f"priority must be an integer of at most 63 bits; got {priority!r:.50}", "priority"
+            )
         text, token_ids = self._tokenize(prompt, add_special_tokens)
         self._check_prompt(token_ids)
         params, stop_token_strings = self._resolve(params, len(token_ids))

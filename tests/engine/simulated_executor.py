@@ -13,12 +13,25 @@ from shoal.messages import BatchResult, ClientMessage, CoreMessage, ScheduledBat
 from tests.scheduling.simulated_worker import SimulatedWorker
 
 
+class _CountedFuture(Future[BatchResult]):
+    """Tells the executor when the core takes its result."""
+
+    def __init__(self, executor: SimulatedExecutor) -> None:
+        super().__init__()
+        self.executor = executor
+
+    def result(self, timeout: float | None = None) -> BatchResult:
+        self.executor.num_in_flight -= 1
+        return super().result(timeout)
+
+
 class SimulatedExecutor(Executor):
     def __init__(self, worker: SimulatedWorker, fail_at_step: int | None = None) -> None:
         self.worker = worker
         self.fail_at_step = fail_at_step
         self.batches: deque[ScheduledBatch] = deque()
-        self.num_in_flight_seen = 0
+        self.num_in_flight = 0
+        self.most_in_flight = 0
         self.closed = False
 
     def start(self, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
@@ -29,7 +42,9 @@ class SimulatedExecutor(Executor):
         self.batches.append(batch)
 
     def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Future[BatchResult]:
-        future: Future[BatchResult] = Future()
+        self.num_in_flight += 1
+        self.most_in_flight = max(self.most_in_flight, self.num_in_flight)
+        future = _CountedFuture(self)
         if step_id == self.fail_at_step:
             future.set_exception(RuntimeError("the device is on fire"))
         else:

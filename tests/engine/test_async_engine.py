@@ -290,6 +290,14 @@ async def test_bad_requests_are_refused_and_nothing_is_queued(prompt: Any, param
         assert not client.sent
 
 
+@pytest.mark.parametrize("priority", [2**63, -(10**30), 1.5, "high", True])
+async def test_a_priority_that_no_message_can_carry_is_refused(priority: Any) -> None:
+    async with running() as (engine, client):
+        with pytest.raises(InvalidRequestError, match="priority must be an integer"):
+            engine.prepare([5], SamplingParams(), priority=priority)
+        assert not client.sent
+
+
 async def test_an_id_that_is_running_is_refused() -> None:
     async with running() as (engine, client):
         one = engine.prepare("x", SamplingParams(max_tokens=200), request_id="same")

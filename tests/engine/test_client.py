@@ -92,6 +92,18 @@ async def test_a_killed_core_is_reported_to_all_who_wait(checkpoint: Path) -> No
     await client.close()
 
 
+async def test_what_is_sent_to_a_core_that_has_just_died_is_not_waited_for(checkpoint: Path) -> None:
+    client = make_client(checkpoint)
+    await client.start()
+    assert client._process is not None
+    client._process.kill()
+    client._process.wait()
+    await asyncio.sleep(0.1)  # its end of the socket is gone, and the client does not know yet
+    with pytest.raises(EngineDeadError, match="signal 9"):
+        await asyncio.wait_for(client.send(request("r")), 10)
+    await asyncio.wait_for(client.close(), 10)
+
+
 async def test_a_core_that_cannot_start_says_why(checkpoint: Path, tmp_path: Path) -> None:
     broken = make_checkpoint(tmp_path, "qwen2")
     for file in broken.glob("*.safetensors"):
@@ -132,3 +144,35 @@ asyncio.run(main())
         time.sleep(0.05)
     assert not psutil.pid_exists(core)
     assert not list(tmp_path.glob("shoal-*"))
+
+
+def test_the_core_removes_nothing_but_its_sockets_when_the_parent_is_gone(tmp_path: Path) -> None:
+    for name in ("in", "out", "somebody's file"):
+        (tmp_path / name).touch()
+    endpoints = [f"ipc://{tmp_path / name}" for name in ("in", "out")]
+    program = f"from shoal.engine.__main__ import _end_with_parent; _end_with_parent({endpoints!r})"
+    ended = subprocess.run([sys.executable, "-c", program], stdin=subprocess.DEVNULL, timeout=60)
+    assert ended.returncode == 3
+    assert [path.name for path in tmp_path.iterdir()] == ["somebody's file"]
+
+
+async def test_a_core_that_speaks_nonsense_is_reported(checkpoint: Path) -> None:
+    program = """
+import sys, msgspec, zmq
+from shoal.messages import CoreReady
+sys.stdin.buffer.readline()
+context = zmq.Context()
+output = context.socket(zmq.PUSH)
+output.connect(sys.argv[sys.argv.index("--output") + 1])
+output.send(msgspec.msgpack.encode(CoreReady(0, 128, 64, 16, {})))
+output.send(b"nonsense")
+sys.stdin.buffer.read()
+"""
+    client = make_client(checkpoint)
+    client.program = [sys.executable, "-c", program]
+    await client.start()
+    with pytest.raises(EngineDeadError, match="cannot be taken in"):
+        await asyncio.wait_for(client.receive(), 10)
+    assert client._process is not None
+    client._process.kill()
+    await client.close()

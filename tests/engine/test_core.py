@@ -66,6 +66,7 @@ def test_serves_requests_and_ends(config: EngineConfig, async_scheduling: bool) 
         output, reason = expected_output(request, 64)
         assert [token for delta in deltas for token in delta.token_ids] == output
         assert [delta.finish_reason for delta in deltas if delta.finish_reason] == [reason]
+    assert executor.most_in_flight == (2 if async_scheduling else 1)
     assert executor.closed
     assert core.stats().num_free_blocks == core.stats().num_blocks
     assert all(message.generation == 3 for message in channel.sent if isinstance(message, CoreOutputs))
