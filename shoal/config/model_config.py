@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from shoal.config.rope import RopeConfig, parse_rope
-from shoal.errors import ModelError
+from shoal.errors import InvalidRequestError, ModelError
+from shoal.types.sampling_params import SamplingParams
 
 __all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig", "load_model_config"]
 
@@ -70,6 +71,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
     if raw is None:
         raise ModelError(f"{str(directory)!r} has no config.json; it must be a Hugging Face model directory")
     generation = _read_json(directory / "generation_config.json") or {}
+    defaults = _generation_defaults(generation, directory)
     architecture = _architecture(raw, directory)
     try:
         shape = _opt_fields(raw) if architecture == "OPTForCausalLM" else _llama_like_fields(architecture, raw)
@@ -80,7 +82,7 @@ def load_model_config(path: str | Path) -> ModelConfig:
             dtype=_dtype(raw),
             bos_token_id=_first_id(raw.get("bos_token_id", generation.get("bos_token_id"))),
             eos_token_ids=_eos_ids(raw.get("eos_token_id"), generation.get("eos_token_id")),
-            generation_defaults={k: generation[k] for k in _SAMPLING_DEFAULTS if generation.get(k) is not None},
+            generation_defaults=defaults,
             raw=raw,
             **shape,
         )
@@ -88,6 +90,17 @@ def load_model_config(path: str | Path) -> ModelConfig:
     except ModelError as error:
         raise ModelError(f"{directory / 'config.json'}: {error}") from None
     return config
+
+
+def _generation_defaults(generation: dict[str, Any], directory: Path) -> dict[str, Any]:
+    """The sampling defaults, known to be valid: a bad one is the operator's to mend, not a client's."""
+    defaults = {name: generation[name] for name in _SAMPLING_DEFAULTS if generation.get(name) is not None}
+    try:
+        SamplingParams(**defaults)
+    except InvalidRequestError as error:
+        path = directory / "generation_config.json"
+        raise ModelError(f"{path}: {error}; mend or remove the file") from None
+    return defaults
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -118,6 +118,9 @@ class ServerOptions:
     ssl_keyfile: str | None = option(None, "TLS key file (PEM).")
     ssl_certfile: str | None = option(None, "TLS certificate file (PEM).")
     chat_template: str | None = option(None, "File with a Jinja chat template; default: the model's.")
+    trust_request_chat_template: bool = option(
+        False, "Let requests bring their own chat_template: a program, which can use up time and memory."
+    )
     response_role: str = option("assistant", "Role of the answers in chat completions.")
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests have to finish after Ctrl-C or SIGTERM.", minimum=0

@@ -11,6 +11,10 @@ from shoal.config.knobs import KnobTable
 from shoal.errors import ConfigError
 
 
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
 def read_yaml(path: str | Path, table: KnobTable) -> dict[str, Any]:
     """The options that the file sets, by field name.
 
@@ -37,8 +41,10 @@ def read_yaml(path: str | Path, table: KnobTable) -> dict[str, Any]:
     for key, value in content.items():
         if not isinstance(key, str):
             raise ConfigError(f"{path}: the key {key!r} must be an option's name")
-        dashed = "-" in key
-        knob = table.find(key, lambda name, dashed=dashed: f"{path}: {name.replace('_', '-') if dashed else name}")  # type: ignore[misc]
+        try:
+            knob = table.find(key, _dashed if "-" in key else str)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
         if knob.name in values:
             raise ConfigError(f"{path}: {key} sets {knob.name} a second time")
         values[knob.name] = knob.from_value(value, f"{path}: {key}")

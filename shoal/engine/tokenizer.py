@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 from shoal.engine.chat import normalize_messages
 from shoal.engine.detokenizer import (
     ByteFallbackDetokenizer,
@@ -19,7 +21,7 @@ from shoal.engine.detokenizer import (
     WindowDetokenizer,
 )
 from shoal.engine.pieces import DecoderRules, PieceTable
-from shoal.errors import InvalidRequestError, ModelError
+from shoal.errors import ConfigError, InvalidRequestError, ModelError
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -224,6 +226,20 @@ class Tokenizer:
                 f"the chat template failed on these messages: {type(error).__name__}: {error}", "messages"
             ) from error
         return rendered
+
+    def check_chat_template(self) -> None:
+        """Raise ConfigError for a template, the model's or --chat-template's, that is not Jinja at all.
+
+        One that only refuses a conversation of a single "user" message is none of our business.
+        """
+        if not self.has_chat_template:
+            return
+        try:
+            self.apply_chat_template([{"role": "user", "content": "hi"}])
+        except InvalidRequestError as error:
+            if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+                fault = error.__cause__
+                raise ConfigError(f"the chat template is not valid, line {fault.lineno}: {fault.message}") from error
 
 
 _RESERVED_ARGUMENTS = frozenset({

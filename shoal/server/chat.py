@@ -54,7 +54,8 @@ def chat_router(state: ServerState) -> APIRouter:
 
 async def _prepare(state: ServerState, body: ChatCompletionRequest, engine_id: str) -> PreparedRequest:
     params = body.to_sampling_params(state.model_defaults)
-    messages = prepare_messages(body.messages, body.chat_template or state.template)
+    template = state.request_template(body.chat_template)
+    messages = prepare_messages(body.messages, template or state.template)
 
     def prepare() -> PreparedRequest:
         return state.engine.prepare_chat(
@@ -62,7 +63,7 @@ async def _prepare(state: ServerState, body: ChatCompletionRequest, engine_id: s
             params,
             request_id=engine_id,
             priority=body.priority or 0,
-            chat_template=body.chat_template,
+            chat_template=template,
             add_generation_prompt=_generation_prompt(body),
             continue_final_message=bool(body.continue_final_message),
             chat_template_kwargs=body.chat_template_kwargs,
@@ -71,7 +72,7 @@ async def _prepare(state: ServerState, body: ChatCompletionRequest, engine_id: s
 
     size = sum(len(str(message.get("content", ""))) for message in messages)
     # A client's own template is a program: it may take its time, but not the other clients'.
-    return await off_the_loop(size, prepare, always=body.chat_template is not None)
+    return await off_the_loop(size, prepare, always=template is not None)
 
 
 def _generation_prompt(body: ChatCompletionRequest) -> bool:

@@ -59,6 +59,7 @@ def serve(
     ModelError, or EngineDeadError when the engine core died.
     """
     check_tls(options)
+    served_names(options, model)
     chat_template = read_chat_template(options)
     with contextlib.closing(listen(options.host, options.port)) as listener:
         service = _Service(config, options, model, chat_template, listener, make_client)
@@ -216,7 +217,11 @@ class _Service:
         if self.model.skip_tokenizer_init:
             return None
         path = str(resolve_model_path(self.model.tokenizer) if self.model.tokenizer else self.config.model.path)
-        return load_tokenizer(path, trust_remote_code=self.model.trust_remote_code, chat_template=self.chat_template)
+        tokenizer = load_tokenizer(
+            path, trust_remote_code=self.model.trust_remote_code, chat_template=self.chat_template
+        )
+        tokenizer.check_chat_template()
+        return tokenizer
 
     def _announce(self, engine: AsyncEngine, ready: CoreReady, seconds: float) -> None:
         options = self.options

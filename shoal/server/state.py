@@ -14,7 +14,7 @@ from starlette.requests import Request
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.engine.async_engine import AsyncEngine
 from shoal.engine.tokenizer import Tokenizer
-from shoal.errors import InvalidRequestError, NotFoundError
+from shoal.errors import ConfigError, InvalidRequestError, NotFoundError
 from shoal.observability.metrics import EngineMetrics
 from shoal.protocol.logprobs import CompletionLogprobsBuilder
 
@@ -81,6 +81,16 @@ class ServerState:
             )
         return wanted
 
+    def request_template(self, template: str | None) -> str | None:
+        """A request's own chat template. Raises InvalidRequestError unless the operator trusts those: a template is a
+        program, and one line of it can take all memory."""
+        if template is not None and not self.options.trust_request_chat_template:
+            raise InvalidRequestError(
+                "chat_template is not taken from requests here; the server's --trust-request-chat-template allows it",
+                "chat_template",
+            )
+        return template
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token's text; without a tokenizer its number."""
         if self.engine.tokenizer is None:
@@ -99,5 +109,7 @@ class ServerState:
 
 
 def served_names(options: ServerOptions, model: ModelOptions) -> list[str]:
-    """The names of the model in the API."""
+    """The names of the model in the API. Raises ConfigError for an empty one."""
+    if not all(name.strip() for name in options.served_model_name):
+        raise ConfigError(f"--served-model-name must not be empty; got {options.served_model_name}")
     return list(options.served_model_name) or [model.model]

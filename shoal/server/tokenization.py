@@ -56,9 +56,10 @@ def tokenization_router(state: ServerState) -> APIRouter:
 def _render(state: ServerState, body: TokenizeRequest) -> str:
     messages: list[dict[str, Any]] = body.messages or []
     generation = body.add_generation_prompt
+    template = state.request_template(body.chat_template)
     return state.tokenizer.apply_chat_template(
-        prepare_messages(messages, body.chat_template or state.template),
-        chat_template=body.chat_template,
+        prepare_messages(messages, template or state.template),
+        chat_template=template,
         add_generation_prompt=not body.continue_final_message if generation is None else generation,
         continue_final_message=bool(body.continue_final_message),
         chat_template_kwargs=body.chat_template_kwargs,

@@ -36,11 +36,14 @@ def num_blocks_for(config: EngineConfig, bytes_per_block: int, weight_bytes: int
     if num_blocks < needed:
         raise ConfigError(
             f"the KV cache gets {budget / _MIB:.0f} MiB ({source}), "
-            f"one request of max_model_len {config.max_model_len} needs {needed * bytes_per_block / _MIB:.0f} MiB; "
-            "give it more, or set --max-model-len "
-            f"{max(0, (num_blocks - 1) * config.block_size)} or less"
+            f"one request of max_model_len {config.max_model_len} needs {needed * bytes_per_block / _MIB:.1f} MiB; "
+            f"give it more{_shorter_hint((num_blocks - 1) * config.block_size)}"
         )
     return num_blocks
+
+
+def _shorter_hint(num_tokens: int) -> str:
+    return f", or set --max-model-len to {num_tokens} or less" if num_tokens > 1 else ""
 
 
 def memory_budget(config: EngineConfig, weight_bytes: int, device: torch.device) -> tuple[int, str]:

@@ -152,4 +152,5 @@ def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU, {torch.get_num_threads()} threads"
+    num_threads = torch.get_num_threads()
+    return f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''}"

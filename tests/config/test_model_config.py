@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from shoal.config.model_config import ModelConfig, load_model_config
 from shoal.errors import ModelError
 from shoal.layers.rotary import inverse_frequencies
+from tests.checkpoints import make_checkpoint
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -223,3 +224,10 @@ def test_directories_that_are_none(tmp_path: Path) -> None:
         path = write(tmp_path / "generation")
         (path / "generation_config.json").write_text("nonsense")
         load_model_config(path)
+
+
+def test_sampling_defaults_that_no_request_could_use_are_found_at_once(tmp_path: Path) -> None:
+    directory = make_checkpoint(tmp_path, "qwen2")
+    (directory / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(ModelError, match="generation_config.json.*temperature"):
+        load_model_config(directory)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from shoal.engine.tokenizer import Tokenizer, load_tokenizer
-from shoal.errors import InvalidRequestError, ModelError
+from shoal.errors import ConfigError, InvalidRequestError, ModelError
 from tests.engine.tokenizers_for_tests import CHAT_TEMPLATE, KINDS, TEXTS, hugging_face, save, tokenizer
 
 
@@ -213,3 +213,12 @@ def test_a_template_that_refuses_or_breaks(loaded: Tokenizer) -> None:
         loaded.apply_chat_template(HELLO, chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(InvalidRequestError, match="chat template failed"):
         loaded.apply_chat_template(HELLO, chat_template="{% for %}")
+
+
+def test_a_template_that_is_not_jinja_is_found_before_the_first_chat(tmp_path: Path) -> None:
+    save("byte_level", tmp_path)
+    load_tokenizer(str(tmp_path)).check_chat_template()
+    with pytest.raises(ConfigError, match="chat template is not valid, line 2"):
+        load_tokenizer(str(tmp_path), chat_template="{{ messages }}\n{% oops").check_chat_template()
+    refusing = "{{ raise_exception('no') }}"
+    load_tokenizer(str(tmp_path), chat_template=refusing).check_chat_template()

@@ -111,13 +111,20 @@ def test_tokenize_a_chat_as_the_chat_endpoint_does(http: httpx.Client) -> None:
     assert len(tokens) == usage["prompt_tokens"]
     without = http.post("/tokenize", json={"messages": messages, "add_generation_prompt": False}).json()["tokens"]
     assert without == tokens[: len(without)] and len(without) < len(tokens)
-    template = {"messages": messages, "chat_template": "{{ x }}", "chat_template_kwargs": {"x": "hi"}}
-    assert http.post("/tokenize", json=template).json() == http.post("/tokenize", json={"prompt": "hi"}).json()
 
 
-def test_a_template_that_fails_is_the_clients_error(http: httpx.Client) -> None:
-    error = error_of(http.post("/v1/chat/completions", json={**CHAT, "chat_template": "{% oops"}), 400)
-    assert "chat template" in error["message"]
+def test_templates_of_requests_are_refused_unless_trusted(http: httpx.Client) -> None:
+    """A template is a program: `{{ 'a' * 10**9 }}` takes gigabytes."""
+    for path in ("/v1/chat/completions", "/tokenize"):
+        body = {"messages": CHAT["messages"], "chat_template": "{{ 'a' * 10**9 }}"}
+        error = error_of(http.post(path, json=body), 400)
+        assert error["param"] == "chat_template" and "--trust-request-chat-template" in error["message"]
+    with live_server(trust_request_chat_template=True) as server, server.client() as trusting:
+        template = {"messages": CHAT["messages"], "chat_template": "{{ x }}", "chat_template_kwargs": {"x": "hi"}}
+        expected = trusting.post("/tokenize", json={"prompt": "hi"}).json()
+        assert trusting.post("/tokenize", json=template).json() == expected
+        error = error_of(trusting.post("/v1/chat/completions", json={**CHAT, "chat_template": "{% oops"}), 400)
+        assert "chat template" in error["message"]
 
 
 def test_long_texts_go_through_a_thread(http: httpx.Client) -> None:

@@ -21,9 +21,10 @@ import httpx
 import psutil
 import pytest
 
-from shoal.config.options import ServerOptions
+from shoal.config.options import ModelOptions, ServerOptions
 from shoal.errors import ConfigError
 from shoal.server.run import check_tls, read_chat_template
+from shoal.server.state import served_names
 from tests.config.model_directory import write_model_directory
 from tests.engine import tokenizers_for_tests
 
@@ -272,3 +273,8 @@ def test_chat_template_file(tmp_path: Path) -> None:
     assert read_chat_template(ServerOptions()) is None
     with pytest.raises(ConfigError, match="cannot read the chat template /no-such"):
         read_chat_template(ServerOptions(chat_template="/no-such"))
+
+
+def test_names_of_the_model_are_not_empty() -> None:
+    with pytest.raises(ConfigError, match="--served-model-name"):
+        served_names(ServerOptions(served_model_name=["a", " "]), ModelOptions())
