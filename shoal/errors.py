@@ -53,5 +53,9 @@ class EngineDeadError(EngineError):
     """The engine core ended or stopped answering; requests in flight cannot go on here."""
 
 
+class CollectiveError(EngineError):
+    """Ranks that work together lost one of them: it is gone, or did not come in time. Their group is of no more use."""
+
+
 class StartupError(ShoalError):
     """The engine did not come up: which phase failed, and why."""

@@ -66,6 +66,11 @@ class ParallelDims:
         """Global ranks that hold the same weights as this one."""
         return [self.rank_at(index, self.pipeline_rank, self.tensor_rank) for index in range(self.data_size)]
 
+    def group(self, name: str) -> list[int]:
+        """Global ranks of this rank's "world", "tensor", "pipeline" or "data" group, in the order of the group."""
+        groups = {"tensor": self.tensor_group, "pipeline": self.pipeline_group, "data": self.data_group}
+        return list(range(self.world_size)) if name == "world" else groups[name]()
+
     def tensor_slice(self, size: int, what: str) -> slice:
         """This rank's part of `size` rows or columns. ConfigError if they do not divide evenly; `what` names them."""
         if size % self.tensor_size:

@@ -1,0 +1,133 @@
+"""Collectives between CUDA ranks, through torch's NCCL process group. `rendezvous` makes it.
+
+Operations are queued on the current stream and return at once: a lost rank shows as a step that does not end, which
+the executor sees, or as NCCL's own watchdog ending the process after `timeout`.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from shoal.distributed.communicator import DeviceCommunicator, Transfer
+from shoal.errors import CollectiveError, StartupError
+
+_TAG = 0
+
+
+class NcclCommunicator(DeviceCommunicator):
+    """Its constructor connects to all ranks, which must all construct it; it may block: the caller keeps the deadline.
+
+    NCCL sums bf16 and fp16 in its own order, rounding on the way.
+    """
+
+    kind = "NCCL"
+
+    def __init__(
+        self,
+        store: Any,
+        rank: int,
+        names: Sequence[str],
+        *,
+        device: torch.device,
+        timeout: float,
+    ) -> None:
+        """store: a torch.distributed Store of this group's own prefix. StartupError when NCCL does not connect."""
+        super().__init__(rank, names, device, timeout)
+        try:
+            from torch.distributed import ProcessGroupNCCL
+        except ImportError as error:
+            raise StartupError("this build of torch has no NCCL; install a CUDA build, or use the CPU") from error
+        try:
+            with torch.cuda.device(device):
+                options = ProcessGroupNCCL.Options()
+                options._timeout = datetime.timedelta(seconds=timeout)
+                self._group = ProcessGroupNCCL(store, rank, self.size, options)
+                # Connect now, and not within the first step.
+                self._group.eager_connect_single_device(device)
+        except RuntimeError as error:
+            raise StartupError(f"{names[rank]}: NCCL on {device} did not connect: {error}") from error
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        if x.numel():
+            options = torch.distributed.AllreduceOptions()
+            options.asyncOp = False
+            self._wait("all_reduce", self._group.allreduce, [x], options)
+        return x
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        output = x.new_empty((self.size, *x.shape))
+        if x.numel():
+            options = torch.distributed.AllgatherOptions()
+            options.asyncOp = False
+            self._wait("all_gather", self._group._allgather_base, output, x.contiguous(), options)
+        return output
+
+    def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
+        output = x.new_empty(x.shape[1:])
+        if output.numel():
+            options = torch.distributed.ReduceScatterOptions()
+            options.asyncOp = False
+            self._wait("reduce_scatter", self._group._reduce_scatter_base, output, x.contiguous(), options)
+        return output
+
+    def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        x = x.contiguous()
+        if x.numel():
+            options = torch.distributed.BroadcastOptions()
+            options.rootRank, options.rootTensor, options.asyncOp = source, 0, False
+            self._wait("broadcast", self._group.broadcast, [x], options)
+        return x
+
+    def gather(self, x: torch.Tensor, destination: int) -> torch.Tensor | None:
+        output = x.new_empty((self.size, *x.shape)) if self.rank == destination else None
+        if x.numel():
+            outputs = [] if output is None else [list(output)]
+            options = torch.distributed.GatherOptions()
+            options.rootRank, options.asyncOp = destination, False
+            self._wait("gather", self._group.gather, outputs, [x.contiguous()], options)
+        return output
+
+    def isend(self, x: torch.Tensor, destination: int) -> Transfer:
+        """The send runs on a stream of its own; `wait` makes the current stream wait for it, not the host."""
+        if not x.numel():
+            return Transfer()
+        data = x.contiguous()
+        work = self._call("send", self._group.send, [data], destination, _TAG)
+
+        def finish() -> torch.Tensor:
+            work.wait()
+            return data
+
+        return Transfer(finish)
+
+    def recv(self, x: torch.Tensor, source: int) -> torch.Tensor:
+        if x.numel():
+            self._wait("recv", self._group.recv, [x], source, _TAG)
+        return x
+
+    def barrier(self) -> None:
+        """Waits on the host too."""
+        self.all_reduce(torch.zeros(1, device=self.device))
+        torch.cuda.current_stream(self.device).synchronize()
+
+    def close(self) -> None:
+        """Ends the communicator without asking the others, which may be gone."""
+        group, self._group = self._group, None
+        if group is not None:
+            group.abort()
+
+    def _wait(self, what: str, method: Any, *arguments: Any) -> None:
+        work = self._call(what, method, *arguments)
+        if work is not None:
+            work.wait()
+
+    def _call(self, what: str, method: Any, *arguments: Any) -> Any:
+        try:
+            return method(*arguments)
+        except RuntimeError as error:
+            raise CollectiveError(f"{self.names[self.rank]} is in {what}: {error}") from error
