@@ -135,7 +135,10 @@ def check_tensor_dicts(group: GroupCoordinator, kind: str) -> None:
         }
         entries |= {"step": 7, "name": "prefill", "flags": [True, None, 1.5], "map": {"a": b"\0"}}
         transfer = group.isend_tensor_dict(entries)
-        for received in (group.recv_tensor_dict(), group.broadcast_tensor_dict(entries if rank == 1 else None, 1)):
+        for received in (
+            group.recv_tensor_dict(),
+            group.broadcast_tensor_dict(entries if group.rank_in_group == 1 else None, 1),
+        ):
             assert list(received) == list(entries)
             for name, value in entries.items():
                 if isinstance(value, torch.Tensor):
