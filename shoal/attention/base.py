@@ -18,8 +18,8 @@ class AttentionMetadata:
     """One step, as attention sees it: the same for all layers.
 
     query_lens, seq_lens: on the host, per sequence: new tokens, and context with the new tokens counted in.
-    block_tables [S, B]: int32, block ids by position // block_size; entries past a sequence's end
-    are valid ids, but what lies there is not seen.
+    block_tables [S, B]: int32, block ids by position // block_size; entries past a sequence's end are valid ids, and
+    what lies there is finite but not seen.
     slot_mapping [T]: int64, block * block_size + offset, where each new token's key and value go.
     plan: what the backend's `prepare` made of it.
     """
@@ -39,10 +39,17 @@ class AttentionBackend(abc.ABC):
     """
 
     name: str
+    # Whether cells behind a sequence's end are read and then masked: what is not a number there would spread, so the
+    # runner clears blocks before their first use.
+    reads_past_end: bool = True
 
     @abc.abstractmethod
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         """Shape of one layer's cache. Zeros are a valid content; whoever owns the memory fills it so once."""
+
+    @abc.abstractmethod
+    def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
+        """Fill blocks of one layer's cache with zeros; blocks: int64 ids."""
 
     @abc.abstractmethod
     def prepare(self, metadata: AttentionMetadata) -> None:

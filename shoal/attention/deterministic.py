@@ -44,6 +44,9 @@ class DeterministicAttention(AttentionBackend):
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return (2, num_kv_heads, num_blocks, block_size, head_dim)
 
+    def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
+        kv_cache.index_fill_(2, blocks, 0)
+
     def prepare(self, metadata: AttentionMetadata) -> None:
         decodes: dict[int, list[tuple[int, int]]] = {}  # padded length -> (row, token)
         groups, first_token = [], 0

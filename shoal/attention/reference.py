@@ -14,9 +14,13 @@ class ReferenceAttention(AttentionBackend):
     """Slow and obviously right. Computes in float64. Cache: [2, num_blocks, block_size, Hk, D], keys then values."""
 
     name = "reference"
+    reads_past_end = False
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return (2, num_blocks, block_size, num_kv_heads, head_dim)
+
+    def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
+        kv_cache.index_fill_(1, blocks, 0)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         metadata.plan = None

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from shoal.messages import ScheduledBatch, SlotAssignment
+from shoal.scheduling.block_pool import NULL_BLOCK
 
 _INT = np.int64
 
@@ -69,6 +70,11 @@ class InputBatch:
         self._given_ids[slot] = np.asarray(assignment.token_ids, _INT)
         self._num_given[slot] = len(assignment.token_ids)
         self._num_blocks[slot] = 0
+        self._block_table[slot] = NULL_BLOCK  # where a longer neighbour's padding reads
+
+    def num_blocks(self, slot: int) -> int:
+        """Blocks in a slot's table."""
+        return int(self._num_blocks[slot])
 
     def prepare(self, batch: ScheduledBatch) -> StepInputs:
         """Take new blocks in and lay the step out. Costs a few microseconds a row, independent of context lengths."""

@@ -82,7 +82,24 @@ class ModelRunner:
                 assignment.slot, assignment.sampling, assignment.token_ids, assignment.num_prompt_tokens
             )
         inputs = self.batch.prepare(batch)
+        if self.backend.reads_past_end:
+            self._clear(batch)
         self._executed[batch.step_id] = _Executed(inputs, self._forward(inputs))
+
+    def _clear(self, batch: ScheduledBatch) -> None:
+        """Zero the new blocks that this step does not fill: another request's numbers are in them."""
+        block_size = self.config.block_size
+        blocks: list[int] = []
+        for item in batch.work:
+            if item.new_block_ids:
+                end = item.num_computed_tokens + item.num_new_tokens
+                num_partial = self.batch.num_blocks(item.slot) - end // block_size
+                if num_partial > 0:
+                    blocks += item.new_block_ids[-num_partial:]
+        if blocks:
+            index = torch.tensor(blocks, device=self.device)
+            for kv_cache in self.kv_caches:
+                self.backend.clear_blocks(kv_cache, index)
 
     def _forward(self, inputs: StepInputs) -> torch.Tensor:
         metadata = AttentionMetadata(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 from shoal.config.engine_config import EngineConfig
 from shoal.engine.core import EngineCore
 from shoal.executor.uniproc import UniprocExecutor
 from shoal.messages import AddRequest, CoreOutputs, EngineStats, Shutdown
 from shoal.types import EngineRequest, FinishReason, TokenLogprobs
+from shoal.worker.worker import Worker
 from tests.engine.simulated_executor import InMemoryChannel
 
 
@@ -39,11 +41,16 @@ def collect(channel: InMemoryChannel) -> dict[str, Answer]:
     return answers
 
 
-def run_engine(config: EngineConfig, *waves: list[EngineRequest]) -> tuple[dict[str, Answer], EngineStats]:
+def run_engine(
+    config: EngineConfig, *waves: list[EngineRequest], after_start: Callable[[Worker], None] | None = None
+) -> tuple[dict[str, Answer], EngineStats]:
     """Serve waves of requests one after the other on one engine; each wave is whole before the next begins."""
     channel = InMemoryChannel()
-    core = EngineCore(config, UniprocExecutor(config), channel)
+    executor = UniprocExecutor(config)
+    core = EngineCore(config, executor, channel)
     core.start()
+    if after_start is not None:
+        after_start(executor._worker)
     pending = [[AddRequest(request) for request in wave] for wave in waves]
 
     def next_wave() -> object:

@@ -14,6 +14,7 @@ from shoal.config.engine_config import EngineConfig
 from shoal.config.resolve import make_engine_config
 from shoal.errors import ConfigError
 from shoal.types import EngineRequest, SamplingParams
+from shoal.worker.worker import Worker
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_engine import run_engine
 
@@ -98,6 +99,25 @@ def test_greedy_tokens_equal_transformers(checkpoints: dict[str, Path], family: 
         assert stats.num_preemptions_total > 0
     for index, (tokens, _) in enumerate(reference(path)):
         assert answers[f"r{index}"].token_ids == tokens, f"prompt of {len(prompts()[index])} tokens"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("setting", ["whole prompts", "chunks of 7", "preempted"])
+def test_what_other_requests_left_in_the_cache_does_not_matter(
+    checkpoints: dict[str, Path], setting: str, deterministic: bool
+) -> None:
+    """Not even if it is no number: one request that overflows must not spoil those that get its blocks."""
+
+    def poison(worker: Worker) -> None:
+        for kv_cache in worker.runner.kv_caches:
+            kv_cache.fill_(float("nan"))
+            worker.runner.backend.clear_blocks(kv_cache, torch.tensor([0]))  # the null block belongs to nobody
+
+    for family in ("qwen2", "mistral"):
+        config = make_config(checkpoints[family], deterministic=deterministic, **SETTINGS[setting])
+        answers, _ = run_engine(config, make_requests(), after_start=poison)
+        for index, (tokens, _) in enumerate(reference(checkpoints[family])):
+            assert answers[f"r{index}"].token_ids == tokens
 
 
 @pytest.mark.parametrize("device", DEVICES)

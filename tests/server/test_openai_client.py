@@ -9,7 +9,8 @@ from typing import Any
 import openai
 import pytest
 
-from tests.engine.fake_client import say
+from shoal.types import EngineRequest
+from tests.engine.fake_client import counting, say
 from tests.engine.tokenizers_for_tests import hugging_face, tokenizer
 from tests.server.live_server import LiveServer, live_server
 
@@ -200,11 +201,17 @@ def test_a_key_that_is_wrong_is_an_authentication_error() -> None:
 
 
 async def test_an_engine_that_dies_ends_streams_with_an_error_and_new_requests_with_503() -> None:
-    with live_server() as server:
+    servers = []
+
+    def stall_after_five(request: EngineRequest, position: int) -> int:
+        if position == 5:
+            servers[0].core.gate.clear()  # nobody gets further before the engine dies
+        return counting(request, position)
+
+    with live_server(stall_after_five) as server:
+        servers.append(server)
         client = openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-        server.do(server.core.gate.clear)
         waiting = asyncio.create_task(client.chat.completions.create(model="tiny", messages=USER, max_tokens=200))
-        server.do(server.core.gate.set)
         stream = await client.chat.completions.create(
             model="tiny", messages=USER, max_tokens=200, stream=True, extra_body={"ignore_eos": True}
         )
