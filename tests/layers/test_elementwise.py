@@ -31,9 +31,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 @pytest.mark.parametrize("width", [512, 100, 40000])
 def test_deterministic_activations(name: str, width: int, threads: int) -> None:
     function = activation(name, deterministic=True)
-    x = torch.randn(200 if width < 1000 else 5, 2 * width) * 3
+    generator = torch.Generator().manual_seed(width)
+    x = torch.randn(200 if width < 1000 else 5, 2 * width, generator=generator) * 3
     whole = gated(function, x)
-    torch.testing.assert_close(whole, gated(activation(name), x))
+    gate, up = x.chunk(2, dim=-1)
+    # Kernels differ in the last bits of an exponential, which the gate and the other half then multiply.
+    assert ((whole - gated(activation(name), x)).abs() <= 1e-6 * (gate * up).abs() + 1e-7).all()
     for first, last in ((0, 1), (3, 5), (1, len(x) - 1)):
         assert torch.equal(gated(function, x[first:last]), whole[first:last])
 

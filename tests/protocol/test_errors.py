@@ -13,6 +13,7 @@ from shoal.protocol.errors import error_body, error_headers, status_of
 
 STATUS = {
     "ShoalError": 500, "ConfigError": 500, "ModelError": 500, "StartupError": 500, "EngineError": 500,
+    "CollectiveError": 500,
     "InvalidRequestError": 400, "AuthenticationError": 401, "NotFoundError": 404, "RequestTooLargeError": 413,
     "UnavailableError": 503, "EngineDeadError": 503,
 }  # fmt: skip
