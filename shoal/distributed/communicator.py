@@ -73,7 +73,7 @@ class DeviceCommunicator(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """Give back what this rank holds. The others may still be at work; they see this rank as ended."""
+        """Give back what this rank holds, without a word to the others: they may still be at work."""
 
     def all_reduce_tree(self, x: torch.Tensor) -> torch.Tensor:
         """As `all_reduce`, but summed as `tree_sum` does, whatever the transport."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d as c10d
 
 from shoal.distributed.communicator import DeviceCommunicator, Transfer, tree_sum
 from shoal.errors import CollectiveError, StartupError
@@ -89,7 +90,7 @@ class GlooCommunicator(DeviceCommunicator):
         output = x.new_empty((self.size, *x.shape)) if self.rank == destination else None
         if x.numel():
             outputs = [] if output is None else [list(output)]
-            options = torch.distributed.GatherOptions()
+            options = c10d.GatherOptions()
             options.rootRank = destination
             work = self._call("gather", self._group.gather, outputs, [x.contiguous()], options)
             self._finish(work, "gather")

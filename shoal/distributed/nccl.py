@@ -2,6 +2,9 @@
 
 Operations are queued on the current stream and return at once: a lost rank shows as a step that does not end, which
 the executor sees, or as NCCL's own watchdog ending the process after `timeout`.
+
+Whoever ends a group calls `close`, after deleting the CUDA graphs that hold its operations: torch's own destructor of a
+group that is still connected was seen to wait for ever (2.11).
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d as c10d
 
+from shoal import env
 from shoal.distributed.communicator import DeviceCommunicator, Transfer
 from shoal.errors import CollectiveError, StartupError
 
@@ -34,8 +39,13 @@ class NcclCommunicator(DeviceCommunicator):
         *,
         device: torch.device,
         timeout: float,
+        both_ways: bool,
     ) -> None:
-        """store: a torch.distributed Store of this group's own prefix. StartupError when NCCL does not connect."""
+        """
+        store: a torch.distributed Store of this group's own prefix. StartupError when NCCL does not connect.
+        both_ways: sends to lower ranks get a connection of their own. Without it, two ranks that each send much before
+        they receive wait for each other for ever: NCCL runs the sends of one connection in turn.
+        """
         super().__init__(rank, names, device, timeout)
         try:
             from torch.distributed import ProcessGroupNCCL
@@ -43,18 +53,24 @@ class NcclCommunicator(DeviceCommunicator):
             raise StartupError("this build of torch has no NCCL; install a CUDA build, or use the CPU") from error
         try:
             with torch.cuda.device(device):
+                # It advises a group for each direction, which is what `both_ways` makes.
+                env.set_default("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
                 options = ProcessGroupNCCL.Options()
                 options._timeout = datetime.timedelta(seconds=timeout)
-                self._group = ProcessGroupNCCL(store, rank, self.size, options)
+                self._group = self._upward = self._downward = ProcessGroupNCCL(store, rank, self.size, options)
                 # Connect now, and not within the first step.
                 self._group.eager_connect_single_device(device)
+                if both_ways:
+                    prefix = torch.distributed.PrefixStore("downward", store)
+                    self._downward = ProcessGroupNCCL(prefix, rank, self.size, options)
+                    self._downward.eager_connect_single_device(device)
         except RuntimeError as error:
             raise StartupError(f"{names[rank]}: NCCL on {device} did not connect: {error}") from error
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
         if x.numel():
-            options = torch.distributed.AllreduceOptions()
+            options = c10d.AllreduceOptions()
             options.asyncOp = False
             self._wait("all_reduce", self._group.allreduce, [x], options)
         return x
@@ -62,7 +78,7 @@ class NcclCommunicator(DeviceCommunicator):
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         output = x.new_empty((self.size, *x.shape))
         if x.numel():
-            options = torch.distributed.AllgatherOptions()
+            options = c10d.AllgatherOptions()
             options.asyncOp = False
             self._wait("all_gather", self._group._allgather_base, output, x.contiguous(), options)
         return output
@@ -70,7 +86,7 @@ class NcclCommunicator(DeviceCommunicator):
     def reduce_scatter(self, x: torch.Tensor) -> torch.Tensor:
         output = x.new_empty(x.shape[1:])
         if output.numel():
-            options = torch.distributed.ReduceScatterOptions()
+            options = c10d.ReduceScatterOptions()
             options.asyncOp = False
             self._wait("reduce_scatter", self._group._reduce_scatter_base, output, x.contiguous(), options)
         return output
@@ -78,7 +94,7 @@ class NcclCommunicator(DeviceCommunicator):
     def broadcast(self, x: torch.Tensor, source: int) -> torch.Tensor:
         x = x.contiguous()
         if x.numel():
-            options = torch.distributed.BroadcastOptions()
+            options = c10d.BroadcastOptions()
             options.rootRank, options.rootTensor, options.asyncOp = source, 0, False
             self._wait("broadcast", self._group.broadcast, [x], options)
         return x
@@ -87,7 +103,7 @@ class NcclCommunicator(DeviceCommunicator):
         output = x.new_empty((self.size, *x.shape)) if self.rank == destination else None
         if x.numel():
             outputs = [] if output is None else [list(output)]
-            options = torch.distributed.GatherOptions()
+            options = c10d.GatherOptions()
             options.rootRank, options.asyncOp = destination, False
             self._wait("gather", self._group.gather, outputs, [x.contiguous()], options)
         return output
@@ -97,7 +113,7 @@ class NcclCommunicator(DeviceCommunicator):
         if not x.numel():
             return Transfer()
         data = x.contiguous()
-        work = self._call("send", self._group.send, [data], destination, _TAG)
+        work = self._call("send", self._between(self.rank, destination).send, [data], destination, _TAG)
 
         def finish() -> torch.Tensor:
             work.wait()
@@ -107,7 +123,7 @@ class NcclCommunicator(DeviceCommunicator):
 
     def recv(self, x: torch.Tensor, source: int) -> torch.Tensor:
         if x.numel():
-            self._wait("recv", self._group.recv, [x], source, _TAG)
+            self._wait("recv", self._between(source, self.rank).recv, [x], source, _TAG)
         return x
 
     def barrier(self) -> None:
@@ -117,9 +133,13 @@ class NcclCommunicator(DeviceCommunicator):
 
     def close(self) -> None:
         """Ends the communicator without asking the others, which may be gone."""
-        group, self._group = self._group, None
-        if group is not None:
+        groups = [each for each in dict.fromkeys((self._group, self._downward)) if each is not None]
+        self._group = self._upward = self._downward = None
+        for group in groups:
             group.abort()
+
+    def _between(self, source: int, destination: int) -> Any:
+        return self._upward if source < destination else self._downward
 
     def _wait(self, what: str, method: Any, *arguments: Any) -> None:
         work = self._call(what, method, *arguments)

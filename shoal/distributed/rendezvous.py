@@ -109,7 +109,7 @@ def form_groups(
     meeting.arrive(address, facts or {})
     board, status = _status_board(meeting, dims)
     status.update(generation=generation, phase="rendezvous")
-    builder = _Builder(meeting, dims.rank, device, address, timeout)
+    builder = _Builder(meeting, dims, device, address, timeout)
     groups = {}
     for name in GROUPS:
         ranks = dims.group(name)
@@ -151,9 +151,12 @@ def _status_board(meeting: Meeting, dims: ParallelDims) -> tuple[StatusBoard, St
 class _Builder:
     """Makes communicators; groups of the same ranks share one."""
 
-    def __init__(self, meeting: Meeting, rank: int, device: torch.device, address: str, timeout: float) -> None:
+    def __init__(
+        self, meeting: Meeting, dims: ParallelDims, device: torch.device, address: str, timeout: float
+    ) -> None:
         self._meeting = meeting
-        self._rank = rank
+        self._dims = dims
+        self._rank = dims.rank
         self._device = device
         self._address = address
         self._timeout = timeout
@@ -216,6 +219,8 @@ class _Builder:
                 self._names(ranks),
                 device=self._device,
                 timeout=self._timeout,
+                # Hidden states go up the stages, tokens come down.
+                both_ways=list(ranks) == self._dims.pipeline_group(),
             ),
             ranks,
         )

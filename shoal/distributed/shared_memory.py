@@ -18,7 +18,7 @@ from shoal.distributed.segment import Segment
 from shoal.distributed.signals import LINE_BYTES, MAX_RANKS, PeerWatch, SignalBoard
 
 # Up to ONE_SHOT_BYTES every rank sums everything; above, each sums its part and the parts are exchanged.
-# 2 ranks on 2 cores, 2026-11: see benchmarks/collectives.py.
+# Figures stand in benchmarks/collectives.py.
 ONE_SHOT_BYTES = 64 << 10
 _PAGE = 4096
 # The receiver starts to copy when this much is there. Tensors start at whole cache lines of a channel.

@@ -209,7 +209,7 @@ def describe_stall(records: Sequence[RankStatus]) -> str:
     for (group, members, number, operation), waiting in waits.items():
         sentences += _describe_wait(group, members, number, operation, waiting, by_rank)
     if not sentences:
-        sentences = ["no rank waits in a collective", *(_whereabouts(record) for record in records)]
+        sentences = ["no rank waits in a collective", *_behind(by_rank), *(_whereabouts(record) for record in records)]
     return "; ".join(dict.fromkeys(sentences))
 
 
@@ -239,6 +239,21 @@ def _describe_wait(
         sentences.append(f"{_names(past)} left it already")
     if absent:
         sentences.append(f"{_names(absent)}: no record on this host")
+    return sentences
+
+
+def _behind(by_rank: dict[int, RankStatus]) -> list[str]:
+    """On a GPU, collectives are queued and nobody is inside: whoever has queued fewer than its group is suspect."""
+    sentences = []
+    for group in GROUPS:
+        for members in dict.fromkeys(_members(record, group) for record in by_rank.values()):
+            numbers = {rank: _number(by_rank[rank], group) for rank in members if rank in by_rank}
+            furthest = max(numbers.values())
+            sentences += [
+                f"rank {rank} has begun {number} collectives ({group}), others {furthest}"
+                for rank, number in numbers.items()
+                if number < furthest
+            ]
     return sentences
 
 

@@ -5,6 +5,7 @@ Every scenario compares with plain torch on data that all ranks can compute, and
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -25,6 +26,8 @@ from shoal.errors import CollectiveError, StartupError
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 # 300,001 fp32 are more than a slot of shared memory, and more than one part of a channel.
 SHAPES = ((1,), (3, 5), (7, 1, 9), (0, 4), (128, 64), (300_001,))
+# A scenario that is not about the end of groups leaves them to the end of the process.
+KEPT: list[ParallelGroups] = []
 SCENARIOS: dict[str, Callable[..., None]] = {}
 
 
@@ -46,8 +49,10 @@ def inputs(seed: int, size: int, shape: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def group_of(rank: int, size: int, store: str, kind: str, timeout: float = 20.0) -> GroupCoordinator:
-    """A tensor-parallel group, over shared memory, NCCL, or Gloo between ranks that could share memory."""
-    if kind != "gloo":
+    """A tensor-parallel group, over shared memory, or Gloo between ranks that could share it; NCCL: one of stages."""
+    if kind == "nccl":
+        return form(rank, size, store, kind, timeout, pipeline_size=size).pipeline
+    if kind == "shm":
         return form(rank, size, store, kind, timeout).tensor
     meeting = Meeting(file_store(store, size), rank, size, timeout=20.0, generation=0, names={})
     meeting.arrive("127.0.0.1", {})
@@ -68,9 +73,11 @@ def form(rank: int, size: int, store: str, kind: str, timeout: float = 20.0, **s
     device = torch.device("cuda", rank) if kind == "nccl" else torch.device("cpu")
     if kind == "nccl":
         torch.cuda.set_device(device)
-    return form_groups(
+    groups = form_groups(
         dims, device=device, address="127.0.0.1", store_file=store, startup_timeout=60.0, timeout=timeout
     )
+    KEPT.append(groups)
+    return groups
 
 
 def same(actual: torch.Tensor, expected: torch.Tensor, what: str) -> None:
@@ -317,6 +324,8 @@ def graph(rank: int, size: int, store: str, kind: str) -> None:
 def main() -> None:
     name, rank, size, store, kind, *rest = sys.argv[1:]
     torch.set_num_threads(1)
+    # Sooner than the parent gives up: a rank that hangs says where.
+    faulthandler.dump_traceback_later(80, exit=True)
     SCENARIOS[name](int(rank), int(size), store, kind, *rest)
     print("ok", flush=True)
     # Gloo's own threads must not turn a finished test into a crash at exit.

@@ -93,6 +93,17 @@ def test_a_receive_names_its_peer_and_the_group_that_keeps_that_one() -> None:
     )
 
 
+def test_who_is_behind_where_collectives_are_only_queued() -> None:
+    board, records = board_of(3)
+    for rank, number in enumerate((5, 4, 5)):
+        for _ in range(number):
+            records[rank].enter(TENSOR, ALL_REDUCE)
+            records[rank].leave(TENSOR)
+    assert describe_stall(board.read()).startswith(
+        "no rank waits in a collective; rank 1 has begun 4 collectives (tensor), others 5; rank 0 "
+    )
+
+
 def test_nobody_waits() -> None:
     board, records = board_of(1, tensor_size=1)
     records[0].update(step=9, phase="sample")
