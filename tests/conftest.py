@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 # Before torch is imported anywhere: two test processes with two threads each are many times slower than with one.
@@ -28,6 +29,13 @@ def no_settings_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     # `shoal serve` sets it for its children; so it is put back after each test.
     monkeypatch.setenv("SHOAL_LOG_LEVEL", "info")
     monkeypatch.delenv("SHOAL_LOG_LEVEL")
+
+
+@pytest.fixture(autouse=True)
+def the_same_random_tensors_each_time() -> None:
+    """A test that fails can be run again; tests without torch do not import it for this."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)
