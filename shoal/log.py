@@ -10,7 +10,6 @@ import sys
 
 from shoal import env
 
-LEVELS = ("debug", "info", "warning", "error")
 _ROOT = "shoal"
 _COLORS = {
     logging.DEBUG: "\033[2m",
@@ -55,7 +54,7 @@ def get_logger(name: str) -> logging.Logger:
 def configure(level: str | None = None, *, role: str = "", rank: int | None = None, world_size: int = 1) -> None:
     """Send Shoal's records to stderr, once however often it is called; the last call decides.
 
-    level: one of LEVELS; None takes SHOAL_LOG_LEVEL, else "info".
+    level: "debug", "info", "warning" or "error"; None takes SHOAL_LOG_LEVEL, else "info".
     role: who speaks ("engine"); with `world_size` > 1 the rank is added ("worker 3/8").
     """
     if rank is not None and world_size > 1:

@@ -6,19 +6,18 @@ The first line of standard input is the EngineConfig as JSON; its end means that
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
 import threading
 import traceback
-from pathlib import Path
 
 import msgspec
 import zmq
 
 from shoal.config.engine_config import EngineConfig
 from shoal.engine.core import EngineCore
+from shoal.engine.parent import end_with_parent
 from shoal.errors import ShoalError
 from shoal.executor.registry import make_executor
 from shoal.log import configure, get_logger
@@ -60,22 +59,6 @@ class SocketChannel:
         self._context.destroy(linger=1000)
 
 
-def _end_with_parent(endpoints: list[str]) -> None:
-    """Read standard input to its end, which comes when the parent has closed it or died; then end at once.
-
-    A parent that was killed could not remove its sockets and their directory: so this does, and touches nothing else.
-    """
-    while os.read(sys.stdin.fileno(), 4096):
-        pass
-    sockets = [Path(endpoint.removeprefix("ipc://")) for endpoint in endpoints if endpoint.startswith("ipc://")]
-    with contextlib.suppress(OSError):
-        for path in sockets:
-            path.unlink(missing_ok=True)
-        for directory in {path.parent for path in sockets}:
-            directory.rmdir()  # refused where anything else lies in it
-    os._exit(3)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m shoal.engine", description=__doc__)
     parser.add_argument("--input", required=True, help="endpoint that brings requests")
@@ -87,7 +70,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(
-        target=_end_with_parent, args=([arguments.input, arguments.output],), name="parent-watch", daemon=True
+        target=end_with_parent, args=([arguments.input, arguments.output],), name="parent-watch", daemon=True
     ).start()
     channel = SocketChannel(arguments.input, arguments.output)
     try:

@@ -16,7 +16,6 @@ from shoal.config.engine_config import EngineConfig
 from shoal.engine.journal import RequestJournal
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import InvalidRequestError
-from shoal.types.request import EngineRequest
 from shoal.types.sampling_params import SamplingParams
 from shoal.types.seeds import derive_seed
 from shoal.types.token_ids import validate_token_ids
@@ -59,10 +58,6 @@ class PreparedRequest:
             priority=self.priority,
             arrival_time=self.arrival_time,
         )
-
-    def engine_requests(self) -> list[EngineRequest]:
-        """What the engine is asked for: one request per answer."""
-        return [self.journal(index).engine_request() for index in range(self.params.n)]
 
 
 class RequestPreparer:

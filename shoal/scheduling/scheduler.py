@@ -147,10 +147,6 @@ class Scheduler:
         return len(self._waiting) + len(self._loading)
 
     @property
-    def num_steps_in_flight(self) -> int:
-        return len(self._in_flight)
-
-    @property
     def num_unfinished(self) -> int:
         return len(self._requests)
 

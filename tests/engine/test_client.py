@@ -150,7 +150,7 @@ def test_the_core_removes_nothing_but_its_sockets_when_the_parent_is_gone(tmp_pa
     for name in ("in", "out", "somebody's file"):
         (tmp_path / name).touch()
     endpoints = [f"ipc://{tmp_path / name}" for name in ("in", "out")]
-    program = f"from shoal.engine.__main__ import _end_with_parent; _end_with_parent({endpoints!r})"
+    program = f"from shoal.engine.parent import end_with_parent; end_with_parent({endpoints!r})"
     ended = subprocess.run([sys.executable, "-c", program], stdin=subprocess.DEVNULL, timeout=60)
     assert ended.returncode == 3
     assert [path.name for path in tmp_path.iterdir()] == ["somebody's file"]

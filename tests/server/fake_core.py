@@ -6,7 +6,6 @@ Emits tokens 300, 301, … one per request and step, `--pause` seconds apart. Sp
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 import threading
@@ -16,6 +15,7 @@ import msgspec
 import zmq
 
 from shoal.config.engine_config import EngineConfig
+from shoal.engine.parent import end_with_parent
 from shoal.messages import (
     AbortRequests,
     AddRequest,
@@ -41,7 +41,8 @@ def main() -> None:
     arguments = parser.parse_args()
     config = EngineConfig.from_json(sys.stdin.buffer.readline())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), os._exit(3)), daemon=True).start()
+    endpoints = [arguments.input, arguments.output]
+    threading.Thread(target=end_with_parent, args=(endpoints,), daemon=True).start()
     context = zmq.Context()
     receiver, sender = context.socket(zmq.PULL), context.socket(zmq.PUSH)
     receiver.connect(arguments.input)
