@@ -14,7 +14,7 @@ from pathlib import Path
 from shoal.errors import ConfigError
 
 PREFIX = "SHOAL_"
-_OWN_NAMES = ("SHOAL_HOST_IP", "SHOAL_LOG_LEVEL", "SHOAL_API_KEY")
+_OWN_NAMES = ("SHOAL_HOST_IP", "SHOAL_LOG_LEVEL", "SHOAL_API_KEY", "SHOAL_CLUSTER_TOKEN")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off", "")
 _RELEVANT_PREFIXES = (PREFIX, "VLLM_", "CUDA_", "NCCL_", "GLOO_", "OMP_", "KMP_", "MKL_", "RAY_", "HF_", "TORCH")
@@ -85,6 +85,26 @@ def omp_num_threads() -> int | None:
     return int(first)
 
 
+def startup_timeout() -> float | None:
+    """TORCH_DISTRIBUTED_INIT_TIMEOUT: seconds for each phase of the start."""
+    return _seconds("TORCH_DISTRIBUTED_INIT_TIMEOUT")
+
+
+def step_timeout() -> float | None:
+    """NCCL_TIMEOUT, else GLOO_TIMEOUT: seconds that one step may take."""
+    return _seconds("NCCL_TIMEOUT") or _seconds("GLOO_TIMEOUT")
+
+
+def ray_address() -> str | None:
+    """RAY_ADDRESS: the Ray cluster to join ("host:port", or "auto")."""
+    return _text("RAY_ADDRESS")
+
+
+def cluster_token() -> str | None:
+    """SHOAL_CLUSTER_TOKEN: what a machine shows to join a cluster."""
+    return _text("SHOAL_CLUSTER_TOKEN")
+
+
 def option_values() -> dict[str, str]:
     """The SHOAL_* variables by option name ("SHOAL_MAX_MODEL_LEN" -> "max_model_len"), unparsed, no service links."""
     values = {}
@@ -135,6 +155,19 @@ def export_log_level(level: str) -> None:
 def _text(name: str) -> str | None:
     value = os.environ.get(name, "").strip()
     return value or None
+
+
+def _seconds(name: str) -> float | None:
+    value = _text(name)
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{name} must be a number of seconds above 0; got {value!r}")
+    return seconds
 
 
 def _flag(name: str) -> bool:

@@ -184,3 +184,158 @@ class BatchResult(msgspec.Struct, array_like=True):
     step_id: int
     generation: int
     results: list[SlotResult]
+
+
+# --- executor -> worker processes ------------------------------------------------------------------------------
+# Steps go to every rank in one order, through shared memory on the executor's host and ZeroMQ to others.
+
+
+class ExecuteStep(msgspec.Struct, tag="execute"):
+    """Start the forward pass of a step."""
+
+    batch: ScheduledBatch
+
+
+class SampleStep(msgspec.Struct, tag="sample"):
+    """Choose tokens for a step that was given before. grammar_masks: see `Executor.sample`."""
+
+    step_id: int
+    grammar_masks: dict[int, bytes] | None = None
+
+
+class IdleStep(msgspec.Struct, tag="idle"):
+    """Enter a collective of all ranks and answer IdleDone: so that a lost peer is found without traffic."""
+
+    number: int
+
+
+class StopWorker(msgspec.Struct, tag="stop"):
+    """End the process. Nothing comes after it."""
+
+
+StepMessage = ExecuteStep | SampleStep | IdleStep | StopWorker
+
+
+class WorkerSetup(msgspec.Struct, tag="setup"):
+    """The answer to WorkerHello once every rank has come: all that a worker needs to know.
+
+    config: the EngineConfig as JSON. local_rank, local_size: among this engine's ranks of the same host.
+    device_index: of the CUDA device among those that this process sees. store_address, store_port: where rank 0 serves
+    the store of the rendezvous. names: how to call each rank. environment: variables of the executor's host that count
+    here unless they are set here. ring: address of the shared memory with the steps; empty: they come from `steps`, a
+    ZeroMQ endpoint.
+    """
+
+    config: bytes
+    local_rank: int
+    local_size: int
+    device_index: int
+    store_address: str
+    store_port: int
+    names: dict[int, str]
+    environment: dict[str, str]
+    ring: str
+    steps: str
+
+
+class AllocateCache(msgspec.Struct, tag="allocate"):
+    """Every rank has loaded; this many blocks fit on all of them (the null block counted). Allocate and warm up."""
+
+    num_blocks: int
+
+
+class ExecutorBeat(msgspec.Struct, tag="executor_beat"):
+    """The executor lives. Workers of other hosts that hear none for long end."""
+
+
+WorkerOrder = WorkerSetup | AllocateCache | ExecutorBeat | StopWorker
+
+# --- worker processes -> executor ------------------------------------------------------------------------------
+
+
+class WorkerHello(msgspec.Struct, tag="hello"):
+    """The first message of a worker.
+
+    address, interface: of this host, where other ranks reach it. store_port: where rank 0 will serve the store (0 on
+    other ranks). facts: what must be equal on all ranks (versions, a digest of the model's config), by name.
+    """
+
+    rank: int
+    generation: int
+    pid: int
+    hostname: str
+    host_identity: str
+    address: str
+    interface: str
+    store_port: int
+    facts: dict[str, str]
+
+
+class WorkerProgress(msgspec.Struct, tag="worker_progress"):
+    """A phase of this rank's start, done of total."""
+
+    rank: int
+    phase: str
+    done: int = 0
+    total: int = 0
+
+
+class WorkerLoaded(msgspec.Struct, tag="loaded"):
+    """The weights are in memory, and there is room for num_blocks blocks of KV cache. facts: for the start message."""
+
+    rank: int
+    num_blocks: int
+    facts: dict[str, Any]
+
+
+class WorkerReady(msgspec.Struct, tag="worker_ready"):
+    """The KV cache is allocated, the model is warm. status_address: of this host's status board."""
+
+    rank: int
+    facts: dict[str, Any]
+    status_address: str
+
+
+class StepDone(msgspec.Struct, tag="done"):
+    """The result of a step, from the output rank."""
+
+    result: BatchResult
+
+
+class IdleDone(msgspec.Struct, tag="idle_done"):
+    number: int
+
+
+class WorkerBeat(msgspec.Struct, tag="beat"):
+    """A worker of another host lives; `status` is its raw status record."""
+
+    rank: int
+    status: bytes
+
+
+class WorkerExited(msgspec.Struct, tag="exited"):
+    """From whoever watches a worker's process on another host: it has ended, and how ("was killed by signal 9")."""
+
+    rank: int
+    how: str
+
+
+class WorkerFailed(msgspec.Struct, tag="worker_failed"):
+    """This rank cannot start or go on. `kind`: the name of a ShoalError class."""
+
+    rank: int
+    kind: str
+    message: str
+
+
+WorkerMessage = (
+    WorkerHello
+    | WorkerProgress
+    | WorkerLoaded
+    | WorkerReady
+    | StepDone
+    | IdleDone
+    | WorkerBeat
+    | WorkerExited
+    | WorkerFailed
+)

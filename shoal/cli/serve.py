@@ -7,17 +7,23 @@ import importlib.util
 from shoal import env, log
 from shoal.cli.client_options import CLIENT_SECTIONS
 from shoal.cli.command import Command
-from shoal.config.options import CacheOptions, ModelOptions, SchedulerOptions, ServerOptions
+from shoal.config.options import CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions, ServerOptions
 from shoal.config.resolve import resolve
 from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
 from shoal.errors import ConfigError
 
 
-def _run(model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOptions, server: ServerOptions) -> int:
+def _run(
+    model: ModelOptions,
+    cache: CacheOptions,
+    scheduler: SchedulerOptions,
+    parallel: ParallelOptions,
+    server: ServerOptions,
+) -> int:
     log.configure(server.log_level)
     env.export_log_level(server.log_level)
     warn_about_environment((*SERVE_SECTIONS, *CLIENT_SECTIONS))
-    engine_config = resolve(model, cache, scheduler)
+    engine_config = resolve(model, cache, scheduler, parallel)
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(

@@ -7,6 +7,7 @@ import dataclasses
 import msgspec
 
 from shoal.config.model_config import ModelConfig
+from shoal.config.parallel import ParallelConfig
 from shoal.errors import ConfigError
 
 
@@ -38,6 +39,7 @@ class EngineConfig:
     long_prefill_token_threshold: int
     scheduling_policy: str
     async_scheduling: bool
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     generation: int = 0
 
     def to_json(self) -> bytes:

@@ -19,11 +19,7 @@ _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 # Flags of vLLM's that people bring along and this version has no counterpart of.
 NOT_YET = {
-    "tensor_parallel_size": "a model runs on one device in this version",
-    "pipeline_parallel_size": "a model runs on one device in this version",
-    "data_parallel_size": "a model runs on one device in this version",
-    "enable_expert_parallel": "a model runs on one device in this version",
-    "distributed_executor_backend": "a model runs on one device in this version",
+    "enable_expert_parallel": "models with experts cannot be served in this version",
     "quantization": "quantized checkpoints cannot be read in this version",
     "kv_cache_dtype": "the KV cache has the model's dtype in this version",
     "speculative_config": "speculative decoding is not built in this version",
@@ -31,8 +27,7 @@ NOT_YET = {
     "tool_call_parser": "tool calls are not built in this version",
     "reasoning_parser": "reasoning parsers are not built in this version",
 }
-_NOT_YET_SHORT = {"tp": "tensor_parallel_size", "pp": "pipeline_parallel_size", "dp": "data_parallel_size"}
-_NOT_YET_SHORT["q"] = "quantization"
+_NOT_YET_SHORT = {"q": "quantization"}
 
 
 @dataclasses.dataclass(frozen=True)

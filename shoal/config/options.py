@@ -105,6 +105,43 @@ class SchedulerOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelOptions:
+    """One model on many devices and machines."""
+
+    tensor_parallel_size: int = option(1, "Ranks that share each layer.", short="tp", minimum=1)
+    pipeline_parallel_size: int = option(
+        1, "Pipeline stages: runs of layers, one after the other.", short="pp", minimum=1
+    )
+    data_parallel_size: int = option(1, "Replicas of the model behind this server.", short="dp", minimum=1)
+    pipeline_layer_partition: str | None = option(
+        None, "Layers of each stage, such as 10,11,11; default: balanced, the head counted."
+    )
+    distributed_executor_backend: str = option(
+        "auto",
+        "Where ranks run. uni: in the engine's process; mp: subprocesses; ray: on a Ray cluster; auto: uni for one "
+        "rank, mp where they fit this host, else ray.",
+        choices=("auto", "uni", "mp", "ray"),
+    )
+    nnodes: int = option(1, "Machines without Ray: the same command on each, with its own --node-rank.", minimum=1)
+    node_rank: int = option(0, "Which of the --nnodes machines this is; 0 serves.", minimum=0)
+    master_addr: str | None = option(None, "Address of the machine with --node-rank 0.")
+    master_port: int = option(
+        29500, "Port on which --node-rank 0 takes the other machines in.", minimum=1, maximum=65535
+    )
+    token_file: str | None = option(
+        None, "File with the cluster's token; default: SHOAL_CLUSTER_TOKEN, else ~/.shoal/cluster-token."
+    )
+    startup_timeout: float | None = option(
+        None,
+        "Seconds that each phase of the start may take; default 600, or TORCH_DISTRIBUTED_INIT_TIMEOUT.",
+        minimum=1,
+    )
+    step_timeout: float | None = option(
+        None, "Seconds that one step may take; default 300, or NCCL_TIMEOUT, or GLOO_TIMEOUT.", minimum=1
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerOptions:
     """The HTTP server."""
 
@@ -125,7 +162,6 @@ class ServerOptions:
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests have to finish after Ctrl-C or SIGTERM.", minimum=0
     )
-    startup_timeout: float = option(600.0, "Seconds that the engine may take to come up.", minimum=1)
     log_level: str = option(
         "info", "How much is logged.", choices=("debug", "info", "warning", "error"), aliases=("uvicorn_log_level",)
     )

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import os
+from pathlib import Path
 from typing import Any
 
 from shoal import env
 from shoal.config.engine_config import EngineConfig
 from shoal.config.model_config import ModelConfig, load_model_config
 from shoal.config.model_path import resolve_model_path
-from shoal.config.options import EMBEDDED_MODEL, CacheOptions, ModelOptions, SchedulerOptions
+from shoal.config.options import EMBEDDED_MODEL, CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions
+from shoal.config.parallel import ParallelConfig, balance_layers, check_degrees
 from shoal.config.sizes import parse_size
 from shoal.config.sources import options_from_kwargs
 from shoal.errors import ConfigError
@@ -19,17 +22,20 @@ from shoal.log import get_logger
 _DTYPE_ALIASES = {"float": "float32", "half": "float16"}
 _MAX_NUM_SEQS = {"cpu": 64, "cuda": 256}
 _MAX_NUM_BATCHED_TOKENS = {"cpu": 2048, "cuda": 8192}
+_STARTUP_TIMEOUT = 600.0
+_STEP_TIMEOUT = 300.0
 
 _logger = get_logger(__name__)
 
 
 def make_engine_config(**kwargs: Any) -> EngineConfig:
     """The EngineConfig of keyword arguments named as the flags (`model=`, `max_model_len=` …), as LLM takes them."""
-    model, cache, scheduler = options_from_kwargs(kwargs)
-    return resolve(model, cache, scheduler)
+    return resolve(*options_from_kwargs(kwargs))
 
 
-def resolve(model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOptions) -> EngineConfig:
+def resolve(
+    model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOptions, parallel: ParallelOptions
+) -> EngineConfig:
     """Settle every option.
 
     Raises ModelError for a model that is missing or broken, ConfigError for options that do not go together or
@@ -64,7 +70,88 @@ def resolve(model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOption
         long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
         scheduling_policy=scheduler.scheduling_policy,
         async_scheduling=scheduler.async_scheduling,
+        parallel=_resolve_parallel(parallel, model_config, device, deterministic),
     )
+
+
+def _resolve_parallel(options: ParallelOptions, model: ModelConfig, device: str, deterministic: bool) -> ParallelConfig:
+    """Degrees that the model can be cut into, and where the ranks run."""
+    num_ranks = options.tensor_parallel_size * options.pipeline_parallel_size
+    config = ParallelConfig(
+        tensor_size=options.tensor_parallel_size,
+        pipeline_size=options.pipeline_parallel_size,
+        data_size=options.data_parallel_size,
+        layer_partition=_parse_partition(options.pipeline_layer_partition),
+        backend=_resolve_backend(options, device),
+        num_nodes=options.nnodes,
+        node_rank=options.node_rank,
+        master_address=options.master_addr,
+        master_port=options.master_port,
+        token_file=options.token_file,
+        startup_timeout=options.startup_timeout or env.startup_timeout() or _STARTUP_TIMEOUT,
+        step_timeout=options.step_timeout or env.step_timeout() or _STEP_TIMEOUT,
+    )
+    check_degrees(model, config, deterministic=deterministic)
+    if config.backend == "uni" and num_ranks > 1:
+        raise ConfigError(
+            f"distributed_executor_backend uni runs one rank, and {num_ranks} are wanted; mp and ray run several"
+        )
+    if options.nnodes > 1:
+        _check_nodes(options, config.backend, num_ranks * options.data_parallel_size)
+    elif options.node_rank:
+        raise ConfigError(f"node_rank {options.node_rank} needs nnodes: of how many machines is this one?")
+    if config.layer_partition is None:
+        config = dataclasses.replace(config, layer_partition=balance_layers(model, config.pipeline_size))
+    return config
+
+
+def _check_nodes(options: ParallelOptions, backend: str, num_ranks: int) -> None:
+    if backend != "mp":
+        raise ConfigError(f"nnodes is the way without Ray; distributed_executor_backend {backend} does not go with it")
+    if options.master_addr is None:
+        raise ConfigError("nnodes needs master_addr: the address of the machine with node_rank 0")
+    if options.node_rank >= options.nnodes:
+        raise ConfigError(
+            f"node_rank {options.node_rank} is not one of {options.nnodes} nodes: 0 to {options.nnodes - 1}"
+        )
+    if num_ranks % options.nnodes:
+        raise ConfigError(
+            f"{num_ranks} ranks cannot be spread evenly over {options.nnodes} nodes; make "
+            "tensor_parallel_size × pipeline_parallel_size × data_parallel_size a multiple of nnodes"
+        )
+
+
+def _parse_partition(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(
+            f"pipeline_layer_partition must be numbers of layers such as 10,11,11; got {text!r}"
+        ) from None
+
+
+def _resolve_backend(options: ParallelOptions, device: str) -> str:
+    """Where the ranks run, unless it is said: one rank in the core, several on this host if they fit, else on Ray."""
+    backend = options.distributed_executor_backend
+    if backend != "auto":
+        return backend
+    num_ranks = options.tensor_parallel_size * options.pipeline_parallel_size
+    if options.nnodes > 1:
+        return "mp"
+    if num_ranks == 1:
+        return "uni"
+    num_here = num_gpus() if device == "cuda" else os.cpu_count() or 1
+    if num_ranks * options.data_parallel_size <= num_here or (device == "cpu" and env.ray_address() is None):
+        return "mp"
+    return "ray"
+
+
+def num_gpus() -> int:
+    """GPUs that this process may use, without importing torch."""
+    visible = env.cuda_visible_devices()
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) if visible is None else len(visible)
 
 
 def resolve_device(device: str) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 from shoal import env
 from shoal.config.flags import parse_flags, spell_flag
 from shoal.config.knobs import KnobTable
-from shoal.config.options import CacheOptions, ModelOptions, SchedulerOptions, ServerOptions
+from shoal.config.options import CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions, ServerOptions
 from shoal.config.yaml_file import read_yaml
 from shoal.errors import ConfigError
 from shoal.log import get_logger
 
-ENGINE_SECTIONS = (ModelOptions, CacheOptions, SchedulerOptions)
+ENGINE_SECTIONS = (ModelOptions, CacheOptions, SchedulerOptions, ParallelOptions)
 SERVE_SECTIONS = (*ENGINE_SECTIONS, ServerOptions)
 
 _logger = get_logger(__name__)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -41,6 +42,7 @@ logger = get_logger(__name__)
 ProgressCallback = Callable[[StartupProgress], None]
 _LAST_MESSAGES_SECONDS = 0.5
 _KILL_AFTER_SECONDS = 10.0
+_EXECUTORS_OWN_SECONDS = 15.0
 
 
 class EngineClient(ABC):
@@ -78,9 +80,13 @@ class SubprocessClient(EngineClient):
     # The core. A benchmark or a test puts another one in its place that speaks the same messages.
     program: Sequence[str] = (sys.executable, "-m", "shoal.engine")
 
-    def __init__(self, config: EngineConfig, startup_timeout: float = 600.0) -> None:
+    def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        self._startup_timeout = startup_timeout
+        # An executor of several ranks keeps the same deadline, and can say which of them did not come.
+        several = config.parallel.world_size > 1
+        self._startup_timeout = config.parallel.startup_timeout + (_EXECUTORS_OWN_SECONDS if several else 0.0)
+        self._phase = "start"
+        self._phase_began = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: str | None = None
         self._context: zmq.asyncio.Context | None = None
@@ -109,14 +115,18 @@ class SubprocessClient(EngineClient):
     async def start(self, on_progress: ProgressCallback | None = None) -> CoreReady:
         self._on_progress = on_progress
         self._spawn()
+        self._phase_began = time.monotonic()
         try:
-            async with asyncio.timeout(self._startup_timeout):
-                while self._ready is None and self._failure is None:
-                    await self._wait_for_news()
-        except TimeoutError:
-            self._failure = StartupError(
-                f"the engine core was not ready within {self._startup_timeout:g} s (--startup-timeout)"
-            )
+            while self._ready is None and self._failure is None:
+                left = self._phase_began + self._startup_timeout - time.monotonic()
+                try:
+                    await asyncio.wait_for(self._wait_for_news(), max(left, 0.0))
+                except TimeoutError:
+                    if time.monotonic() >= self._phase_began + self._startup_timeout:
+                        self._failure = StartupError(
+                            f"the engine core did not finish phase {self._phase!r} within "
+                            f"{self._startup_timeout:g} s (--startup-timeout)"
+                        )
         except BaseException:
             await self.close()
             raise
@@ -176,7 +186,9 @@ class SubprocessClient(EngineClient):
                     else:
                         future.set_exception(EngineError(error))
                 return
-            case StartupProgress():
+            case StartupProgress(phase):
+                if phase != self._phase:
+                    self._phase, self._phase_began = phase, time.monotonic()
                 if self._on_progress is not None:
                     self._on_progress(message)
                 return

@@ -11,12 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from shoal.config.parallel import virtual_shards
 from shoal.layers.checkpoint import CheckpointTensor
 from shoal.layers.context import BuildContext
 from shoal.quantization.base import LinearSpec, LinearTensor
-
-# Deterministic mode: a row-parallel sum is a tree over this many shards of the inputs, at any number of ranks.
-NUM_VIRTUAL_SHARDS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +158,3 @@ class RowLinear(Linear):
             columns=columns,
             num_input_shards=max(1, num_shards),
         )
-
-
-def virtual_shards(in_features: int) -> int:
-    """The largest power of two up to NUM_VIRTUAL_SHARDS that divides the inputs: a matter of the model alone."""
-    shards = NUM_VIRTUAL_SHARDS
-    while in_features % shards:
-        shards //= 2
-    return shards

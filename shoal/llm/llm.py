@@ -30,20 +30,20 @@ class LLM:
     """One model, ready to generate. The engine runs in a subprocess that ends with `shutdown`, with this object, or
     with the program. Usable as a context manager, from several threads, and where an event loop runs already."""
 
-    def __init__(self, model: str = EMBEDDED_MODEL, *, startup_timeout: float = 600.0, **options: Any) -> None:
+    def __init__(self, model: str = EMBEDDED_MODEL, **options: Any) -> None:
         """Load `model`; returns when it is ready.
 
         model: a Hugging Face directory, or shoal-tiny. options: named as the flags of `shoal serve` (`dtype`,
-        `max_model_len`, `max_num_seqs`, `enable_prefix_caching`, `seed` …). startup_timeout: seconds.
+        `max_model_len`, `max_num_seqs`, `tensor_parallel_size`, `seed` …).
         Raises ConfigError (an unknown name with the nearest right one), ModelError, StartupError.
         """
-        model_options, cache_options, scheduler_options = options_from_kwargs({"model": model, **options})
-        config = resolve(model_options, cache_options, scheduler_options)
+        model_options, *others = options_from_kwargs({"model": model, **options})
+        config = resolve(model_options, *others)
         path = str(resolve_model_path(model_options.tokenizer) if model_options.tokenizer else config.model.path)
         with StartupDisplay() as display:
             engine = OfflineEngine(
                 config,
-                lambda: SubprocessClient(config, startup_timeout=startup_timeout),
+                lambda: SubprocessClient(config),
                 lambda: (
                     None
                     if model_options.skip_tokenizer_init

@@ -37,7 +37,7 @@ from shoal.server.observer import MetricsObserver
 from shoal.server.startup import Gate, StartupDisplay, describe_address, describe_engine
 from shoal.server.state import served_names
 
-ClientMaker = Callable[[EngineConfig, float], SubprocessClient]
+ClientMaker = Callable[[EngineConfig], SubprocessClient]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Longer than the clients' own keep-alive, so that it is they who close an idle connection, never in mid-request.
@@ -115,7 +115,7 @@ class _Service:
         self.model = model
         self.chat_template = chat_template
         self.listener = listener
-        self.client = make_client(config, options.startup_timeout)
+        self.client = make_client(config)
         self.gate = Gate()
         self.http = _Server(self._http_config())
         self.stop = asyncio.Event()

@@ -56,7 +56,7 @@ def test_what_a_command_line_sets(line, values):
         ("--no-port 3", "--no-port is not an option; --port N takes a value"),
         ("--xyzzy", "--xyzzy is not an option"),
         ("-x", "-x is not an option"),
-        ("-tp 4", "-tp is not supported: .*one device"),
+        ("-q gptq", "-q is not supported: .*quantized"),
         ("--quantization gptq", "--quantization is not supported: quantized checkpoints"),
         ("--port", "--port needs a value: --port N"),
         ("--port --host x", "--port needs a value"),

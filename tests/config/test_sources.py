@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from shoal.config.options import CacheOptions, ModelOptions, SchedulerOptions, ServerOptions
+from shoal.config.options import CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions, ServerOptions
 from shoal.config.sources import (
     SERVE_SECTIONS,
     options_from_arguments,
@@ -24,13 +24,13 @@ def config_file(tmp_path):
     return write
 
 
-def serve(*arguments: str) -> tuple[ModelOptions, CacheOptions, SchedulerOptions, ServerOptions]:
+def serve(*arguments: str) -> tuple[ModelOptions, CacheOptions, SchedulerOptions, ParallelOptions, ServerOptions]:
     return tuple(options_from_arguments(arguments, SERVE_SECTIONS, "model"))
 
 
 def test_nothing_given_is_all_defaults():
-    assert serve() == (ModelOptions(), CacheOptions(), SchedulerOptions(), ServerOptions())
-    assert options_from_kwargs({}) == [ModelOptions(), CacheOptions(), SchedulerOptions()]
+    assert serve() == (ModelOptions(), CacheOptions(), SchedulerOptions(), ParallelOptions(), ServerOptions())
+    assert options_from_kwargs({}) == [ModelOptions(), CacheOptions(), SchedulerOptions(), ParallelOptions()]
 
 
 def test_flag_over_file_over_environment_over_default(monkeypatch, config_file):
@@ -40,7 +40,7 @@ def test_flag_over_file_over_environment_over_default(monkeypatch, config_file):
     file = config_file("port: 2\nhost: file\n")
     *_, server = serve("--config", file, "--port", "3")
     assert (server.port, server.host, server.response_role) == (3, "file", "assistant")
-    _, cache, _, server = serve()
+    _, cache, _, _, server = serve()
     assert (server.port, server.host, cache.block_size) == (1, "env", 32)
     assert options_from_kwargs({"block_size": 64})[1].block_size == 64
 
@@ -50,7 +50,7 @@ def test_file_takes_dashes_underscores_and_aliases(config_file):
         "model: /models/x\nmax-model-len: 4096\nkv_cache_memory_bytes: 4096\nserved-model-name: [a, b]\n"
         "enable_prefix_caching: false\ndeterministic: null\ngpu-memory-utilization: 1\n"
     )
-    model, cache, _, server = serve(f"--config={file}")
+    model, cache, _, _, server = serve(f"--config={file}")
     assert (model.model, model.max_model_len, model.deterministic) == ("/models/x", 4096, None)
     assert (cache.kv_cache_memory, cache.enable_prefix_caching, cache.gpu_memory_utilization) == (4096, False, 1.0)
     assert server.served_model_name == ["a", "b"]
@@ -93,7 +93,7 @@ def test_variables_are_checked_and_named(monkeypatch):
     with pytest.raises(ConfigError, match="SHOAL_PORT must be an integer from 0 to 65535; got 'eighty'"):
         serve()
     monkeypatch.setenv("SHOAL_PORT", "  ")
-    assert serve()[3].port == 8000
+    assert serve()[4].port == 8000
 
 
 def test_keywords_are_checked(monkeypatch):
@@ -102,7 +102,8 @@ def test_keywords_are_checked(monkeypatch):
         ({"max_model_len": "4096"}, "max_model_len must be an integer, 1 or more; got '4096'"),
         ({"port": 1}, "port is not an option"),
         ({"kv_cache_memory": 1, "kv_cache_memory_bytes": 2}, "a second time"),
-        ({"tensor_parallel_size": 2}, "not supported"),
+        ({"quantization": "gptq"}, "not supported"),
+        ({"tensor_parallel_size": 0}, "1 or more"),
     ]:
         with pytest.raises(ConfigError, match=message):
             options_from_kwargs(kwargs)

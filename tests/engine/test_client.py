@@ -28,8 +28,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_client(checkpoint: Path, **options: object) -> SubprocessClient:
-    config = make_engine_config(model=str(checkpoint), device="cpu", max_model_len=128, num_gpu_blocks_override=64)
-    return SubprocessClient(config, **options)  # type: ignore[arg-type]
+    values = {"device": "cpu", "max_model_len": 128, "num_gpu_blocks_override": 64, **options}
+    return SubprocessClient(make_engine_config(model=str(checkpoint), **values))
 
 
 async def receive_all(client: SubprocessClient, request_id: str) -> list[TokenDelta]:
@@ -114,7 +114,7 @@ async def test_a_core_that_cannot_start_says_why(checkpoint: Path, tmp_path: Pat
 
 
 async def test_a_core_that_is_late_is_ended(checkpoint: Path) -> None:
-    client = make_client(checkpoint, startup_timeout=0.05)
+    client = make_client(checkpoint, startup_timeout=1)
     with pytest.raises(StartupError, match="startup-timeout"):
         await client.start()
     assert client.process_id is not None and not psutil.pid_exists(client.process_id)

@@ -10,7 +10,7 @@ import torch
 from shoal.attention.registry import create_attention_backend
 from shoal.distributed.parallel_dims import ParallelDims
 from shoal.layers.context import BuildContext
-from shoal.layers.linear import ColumnLinear, GateUpLinear, Linear, QKVLinear, RowLinear, virtual_shards
+from shoal.layers.linear import ColumnLinear, GateUpLinear, Linear, QKVLinear, RowLinear
 
 Weights = dict[str, torch.Tensor]
 
@@ -112,7 +112,3 @@ def test_kv_heads_are_copied_when_there_are_more_ranks() -> None:
     key = x @ weights["attn.k_proj.weight"].T
     for rank, layer in enumerate(ranks):
         torch.testing.assert_close(layer(x)[:, 16:24], key[:, rank // 2 * 8 : rank // 2 * 8 + 8])
-
-
-def test_virtual_shards() -> None:
-    assert [virtual_shards(size) for size in (896, 4864, 12, 6, 7)] == [8, 8, 4, 2, 1]

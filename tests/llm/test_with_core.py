@@ -53,7 +53,7 @@ def llm(model: str) -> Iterator[LLM]:
 @contextlib.asynccontextmanager
 async def running(model: str) -> AsyncIterator[tuple[AsyncEngine, SubprocessClient]]:
     config = make_engine_config(model=model, **OPTIONS)
-    client = SubprocessClient(config, startup_timeout=60)
+    client = SubprocessClient(config)
     await client.start()
     engine = AsyncEngine(client, config, load_tokenizer(model))
     await engine.start()
