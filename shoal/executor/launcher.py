@@ -1,0 +1,65 @@
+"""Launcher: brings the worker processes of one engine up, sees them end, and ends them. DistributedExecutor uses one.
+
+It knows nothing of steps: those go between the executor's hub and the workers themselves.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import sys
+from collections.abc import Callable
+
+# Called from any thread: the rank, and how its process ended ("was killed by signal 9").
+OnExit = Callable[[int, str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerLink:
+    """What a worker process is told when it starts: where the hub listens, and the token that opens the connection.
+
+    endpoint: a ZeroMQ endpoint. token: None where the endpoint is a private file (ipc) that needs none.
+    """
+
+    endpoint: str
+    generation: int
+    token: str | None = None
+
+    def command(self, rank: int) -> list[str]:
+        """The worker's command line. The token goes in as the first line of standard input, seen by nobody else; the
+        end of standard input ends the worker."""
+        arguments = ["--link", self.endpoint, "--rank", str(rank), "--generation", str(self.generation)]
+        return [sys.executable, "-m", "shoal.worker", *arguments]
+
+
+class Launcher(abc.ABC):
+    """One for each way of placing ranks: subprocesses of this host, a Ray cluster, the nodes of --nnodes."""
+
+    @abc.abstractmethod
+    def listen_address(self) -> str | None:
+        """The address of this host on which the hub listens for the workers; None: all run here, a file will do.
+
+        Raises StartupError when there is no cluster, or none of its resources are enough.
+        """
+
+    @abc.abstractmethod
+    def token(self) -> str | None:
+        """The cluster's token; None where the hub needs none. Raises ConfigError when there is none to be found."""
+
+    @abc.abstractmethod
+    def start(self, link: WorkerLink, on_exit: OnExit) -> None:
+        """Start the process of every rank; returns when they have been started, before they say hello.
+
+        Raises StartupError. `on_exit` is called once for each process that ends, until `stop` is called.
+        """
+
+    @abc.abstractmethod
+    def describe(self, rank: int) -> str:
+        """How to call a rank that has not said hello yet: "rank 3 (on node-b, 10.0.0.4)"."""
+
+    @abc.abstractmethod
+    def stop(self, grace_seconds: float) -> None:
+        """Wait so long for the processes to end by themselves, then end them by force; return when none is left.
+
+        May be called twice, and at any time, also while `start` failed half-way.
+        """
