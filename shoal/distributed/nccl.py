@@ -64,8 +64,24 @@ class NcclCommunicator(DeviceCommunicator):
                     prefix = torch.distributed.PrefixStore("downward", store)
                     self._downward = ProcessGroupNCCL(prefix, rank, self.size, options)
                     self._downward.eager_connect_single_device(device)
+                    self._connect_stages()
         except RuntimeError as error:
             raise StartupError(f"{names[rank]}: NCCL on {device} did not connect: {error}") from error
+
+    def _connect_stages(self) -> None:
+        """Send a first number from each stage to the next, and from the last one to the first.
+
+        NCCL connects two ranks when they first talk, and blocks the host of whoever comes first until the other makes
+        the matching call: two ranks that both begin with a send would wait for ever.
+        """
+        pairs = [(rank, rank + 1) for rank in range(self.size - 1)] + [(self.size - 1, 0)]
+        number = torch.zeros(1, device=self.device)
+        for source, destination in pairs:
+            if self.rank == source:
+                self.isend(number, destination).wait()
+            elif self.rank == destination:
+                self.recv(number, source)
+        torch.cuda.synchronize(self.device)
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()

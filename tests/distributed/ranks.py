@@ -159,7 +159,9 @@ def check_tensor_dicts(group: GroupCoordinator, kind: str) -> None:
 def check_large_transfers(group: GroupCoordinator, kind: str) -> None:
     """More than a channel holds, several at once, in both directions."""
     rank, size = group.rank_in_group, group.world_size
-    sent = [data(index * size + rank, (5_000_000 + index,), torch.float32) for index in range(3)]
+    assert group.communicator is not None
+    device = group.communicator.device
+    sent = [data(index * size + rank, (5_000_000 + index,), torch.float32).to(device) for index in range(3)]
     transfers = [group.isend(x) for x in sent]
     for index in range(3):
         expected = data(index * size + (rank - 1) % size, (5_000_000 + index,), torch.float32)
