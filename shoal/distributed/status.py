@@ -34,10 +34,12 @@ OPERATIONS = (
 _HEAD = struct.Struct("<IIIIII")  # rank + 1 (0: nobody yet), pid, data, pipeline and tensor size, zero
 _STEP = struct.Struct("<QQIid")  # generation, step, phase, layer, since
 _GROUP = struct.Struct("<QIIid")  # collectives entered, operation, inside, peer, since
+_BUSY = struct.Struct("<d")  # seconds
 _STEP_AT = _HEAD.size
 _GROUPS_AT = _STEP_AT + _STEP.size
+_BUSY_AT = _GROUPS_AT + _GROUP.size * len(GROUPS)
 RECORD_BYTES = 256
-assert _GROUPS_AT + _GROUP.size * len(GROUPS) <= RECORD_BYTES
+assert _BUSY_AT + _BUSY.size <= RECORD_BYTES
 
 
 class GroupStatus(msgspec.Struct, frozen=True):
@@ -52,7 +54,10 @@ class GroupStatus(msgspec.Struct, frozen=True):
 
 
 class RankStatus(msgspec.Struct, frozen=True):
-    """What one rank was doing when it was read. Times are seconds of this host's monotonic clock."""
+    """What one rank was doing when it was read. Times are seconds of this host's monotonic clock.
+
+    busy_seconds: how long it has computed steps since its start, without waiting for other stages.
+    """
 
     rank: int
     pid: int
@@ -65,6 +70,7 @@ class RankStatus(msgspec.Struct, frozen=True):
     layer: int
     since: float
     groups: dict[str, GroupStatus]
+    busy_seconds: float
     read_at: float
 
 
@@ -76,6 +82,7 @@ class StatusRecord:
         self._start = index * RECORD_BYTES
         self._numbers = [0] * len(GROUPS)
         self._step = (0, 0, 0, -1)
+        self._busy_seconds = 0.0
         _HEAD.pack_into(
             self._memory,
             self._start,
@@ -105,6 +112,11 @@ class StatusRecord:
             old[3] if layer is None else layer,
         )
         _STEP.pack_into(self._memory, self._start + _STEP_AT, *self._step, time.monotonic())
+
+    def add_busy(self, seconds: float) -> None:
+        """This rank has computed for so long, waits for other stages not counted: what is left is the bubble."""
+        self._busy_seconds += seconds
+        _BUSY.pack_into(self._memory, self._start + _BUSY_AT, self._busy_seconds)
 
     def enter(self, group: int, operation: int, peer: int = -1) -> None:
         """This rank enters `operation` (an index of OPERATIONS) of `group` (of GROUPS). A peer means send or recv."""
@@ -182,6 +194,7 @@ def _read(memory: mmap.mmap, start: int) -> RankStatus | None:
         layer=layer,
         since=since,
         groups=groups,
+        busy_seconds=_BUSY.unpack_from(memory, start + _BUSY_AT)[0],
         read_at=time.monotonic(),
     )
 

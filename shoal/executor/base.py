@@ -33,6 +33,11 @@ class Executor(ABC):
         for constrained requests only. They may be made while the forward pass runs.
         """
 
+    def stage_busy_seconds(self) -> list[float]:
+        """How long each pipeline stage has computed since the start; none where there is one stage. Called several
+        times a second, so from what the workers' status records say, without asking them."""
+        return []
+
     @abstractmethod
     def shutdown(self) -> None:
         """End the workers and give their memory back. May be called twice."""

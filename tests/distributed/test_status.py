@@ -28,10 +28,13 @@ def test_what_is_written_is_read(generation: int, step: int, phase: str, layer: 
     board, records = board_of(2)
     records[1].update(generation=generation, step=step, phase=phase, layer=layer)
     records[1].update(step=step)
+    records[1].add_busy(0.25)
+    records[1].add_busy(0.5)
     first, second = board.read()
     assert (first.rank, first.phase, first.layer, first.groups) == (0, "new", -1, {})
     assert (second.generation, second.step, second.phase, second.layer) == (generation, step, phase, layer)
     assert second.pid == os.getpid() and second.tensor_size == 2
+    assert (first.busy_seconds, second.busy_seconds) == (0.0, 0.75)
 
 
 def test_another_process_reads_it_and_ranks_that_never_came_have_none() -> None:
