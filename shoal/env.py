@@ -19,6 +19,14 @@ _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off", "")
 _RELEVANT_PREFIXES = (PREFIX, "VLLM_", "CUDA_", "NCCL_", "GLOO_", "OMP_", "KMP_", "MKL_", "RAY_", "HF_", "TORCH")
 _RELEVANT_NAMES = ("LD_LIBRARY_PATH", "LD_PRELOAD", "NVIDIA_VISIBLE_DEVICES", "TOKENIZERS_PARALLELISM", "NO_COLOR")
+_SHARED_PREFIXES = (
+    PREFIX, "VLLM_", "NCCL_", "GLOO_", "TP_", "UCX_", "TORCH", "PYTORCH_", "TRITON_", "CUDA_", "CUBLAS_", "CUDNN_",
+    "NVIDIA_TF32_OVERRIDE", "OMP_", "KMP_", "GOMP_", "MKL_", "DNNL_", "ONEDNN_", "ATEN_", "HF_", "TRANSFORMERS_",
+    "TOKENIZERS_", "SAFETENSORS_",
+)  # fmt: skip
+_PER_NODE = ("SHOAL_HOST_IP", "VLLM_HOST_IP", "CUDA_VISIBLE_DEVICES", "NCCL_HOSTID")
+# A path of this host says nothing about another; files that a user names for NCCL are the same everywhere or not set.
+_PATH_NAME = re.compile("(HOME|CACHE|CACHE_DIR|DIR|PATH|ROOT)$")
 _SECRET = re.compile("KEY|TOKEN(?!IZER)|SECRET|PASSWORD")
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 # Kubernetes puts these into every pod beside a Service named "shoal"; they are no settings.
@@ -105,6 +113,15 @@ def cluster_token() -> str | None:
     return _text("SHOAL_CLUSTER_TOKEN")
 
 
+def socket_interface() -> tuple[str, str] | None:
+    """NCCL_SOCKET_IFNAME, else GLOO_SOCKET_IFNAME: which one it is, and its value (NCCL's rules for names)."""
+    for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
+        value = _text(name)
+        if value is not None:
+            return name, value
+    return None
+
+
 def option_values() -> dict[str, str]:
     """The SHOAL_* variables by option name ("SHOAL_MAX_MODEL_LEN" -> "max_model_len"), unparsed, no service links."""
     values = {}
@@ -135,6 +152,23 @@ def relevant_variables() -> dict[str, str]:
         if name.startswith(_RELEVANT_PREFIXES) or name in _RELEVANT_NAMES:
             found[name] = "(set)" if _SECRET.search(name) else value
     return found
+
+
+def shared_variables() -> dict[str, str]:
+    """What of this process's environment the workers on all hosts shall have, unless their host sets it itself.
+
+    All that changes how Shoal and its libraries work, but for what belongs to one host (its addresses, devices, paths)
+    and for secrets.
+    """
+    return {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_SHARED_PREFIXES)
+        and name not in _PER_NODE
+        and not _SECRET.search(name)
+        and not _PATH_NAME.search(name)
+        and not _is_service_link(name, value)
+    }
 
 
 def subprocess_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:

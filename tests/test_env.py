@@ -97,6 +97,52 @@ def test_secrets_are_not_in_the_report(monkeypatch):
     assert report["NCCL_DEBUG"] == "INFO"
 
 
+def test_what_workers_on_other_hosts_are_given(monkeypatch):
+    shared = {
+        "NCCL_DEBUG": "INFO",
+        "NCCL_SOCKET_IFNAME": "eth0",
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "NCCL_IB_DISABLE": "1",
+        "TORCH_DISTRIBUTED_DEBUG": "DETAIL",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_USE_SOMETHING": "1",
+        "SHOAL_LOG_LEVEL": "debug",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    of_this_host = {
+        "SHOAL_HOST_IP": "10.0.0.1",
+        "VLLM_HOST_IP": "10.0.0.1",
+        "CUDA_VISIBLE_DEVICES": "0",
+        "CUDA_HOME": "/usr/local/cuda",
+        "NCCL_HOSTID": "a",
+        "HF_HOME": "/data",
+        "HF_HUB_CACHE": "/data/hub",
+        "TRITON_CACHE_DIR": "/tmp/triton",
+        "RAY_ADDRESS": "10.0.0.1:6379",
+        "LD_LIBRARY_PATH": "/usr/lib",
+        "PATH": "/bin",
+    }
+    secrets = {"SHOAL_CLUSTER_TOKEN": "hush", "SHOAL_API_KEY": "hush", "HF_TOKEN": "hush"}
+    for name, value in {**shared, **of_this_host, **secrets}.items():
+        monkeypatch.setenv(name, value)
+    given = env.shared_variables()
+    assert {name: given.get(name) for name in shared} == shared
+    assert not given.keys() & {*of_this_host, *secrets}
+
+
+def test_the_interface_is_named_as_for_nccl_or_gloo(monkeypatch):
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert env.socket_interface() is None
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    assert env.socket_interface() == ("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "^docker")
+    assert env.socket_interface() == ("NCCL_SOCKET_IFNAME", "^docker")
+
+
 def test_nobody_else_reads_the_environment():
     root = Path(env.__file__).parent
     readers = [

@@ -1,4 +1,4 @@
-"""Addresses and ports: a listening socket or an error that says why not. The server and the CLI call it."""
+"""Listening sockets: one that works, or an error that says why not. The server and the CLI call it."""
 
 from __future__ import annotations
 
@@ -62,6 +62,27 @@ def format_url(host: str, port: int, scheme: str = "http") -> str:
     if host in ("0.0.0.0", "::", ""):
         host = "127.0.0.1"
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+def format_endpoint(host: str, port: int) -> str:
+    """ "10.0.0.1:6379", "[fd00::1]:6379"."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def split_endpoint(endpoint: str, default_port: int | None = None) -> tuple[str, int]:
+    """Host and port of "host:port" or "[fd00::1]:port"; the port may be left out where there is a default.
+
+    Raises ConfigError.
+    """
+    host, colon, port = endpoint.rpartition(":")
+    if not colon or "]" in port or (":" in host and not host.startswith("[")):
+        host, port = endpoint, ""  # no port, or an IPv6 address alone
+    if not port and default_port is not None:
+        port = str(default_port)
+    host = host.removeprefix("[").removesuffix("]")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ConfigError(f"{endpoint!r} is no HOST:PORT; 10.0.0.1:6379, head.example:6379 and [fd00::1]:6379 are")
+    return host, int(port)
 
 
 def _why_not(host: str, port: int, error: OSError) -> str:

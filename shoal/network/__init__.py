@@ -1,0 +1,32 @@
+"""Where this process listens, under which address others reach this host, and the token that lets them in."""
+
+from shoal.network.addresses import Interface, format_interfaces, host_address, interface_of, interfaces, resolve_head
+from shoal.network.sockets import (
+    format_endpoint,
+    format_url,
+    free_port,
+    listen,
+    listen_preferably,
+    port_of,
+    split_endpoint,
+)
+from shoal.network.token import create_token, default_token_path, load_token
+
+__all__ = [
+    "Interface",
+    "create_token",
+    "default_token_path",
+    "format_endpoint",
+    "format_interfaces",
+    "format_url",
+    "free_port",
+    "host_address",
+    "interface_of",
+    "interfaces",
+    "listen",
+    "listen_preferably",
+    "load_token",
+    "port_of",
+    "resolve_head",
+    "split_endpoint",
+]
