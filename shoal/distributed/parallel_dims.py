@@ -7,6 +7,7 @@ group are neighbours, so they share a machine first.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from shoal.errors import ConfigError
 
@@ -88,20 +89,12 @@ class ParallelDims:
         head = self.tensor_rank // (self.tensor_size // num_kv_heads)
         return slice(head, head + 1)
 
-    def layer_range(self, num_layers: int, partition: list[int] | None = None) -> range:
-        """Layers of this rank's pipeline stage: as even as can be, or by `partition` (layers per stage).
-
-        What does not divide goes to the middle stages: the first also embeds, the last also has the head.
-        """
-        if partition is None:
-            base, rest = divmod(num_layers, self.pipeline_size)
-            partition = [base] * self.pipeline_size
-            for index in range(rest):
-                partition[-2 - index] += 1
+    def layer_range(self, num_layers: int, partition: Sequence[int]) -> range:
+        """Layers of this rank's pipeline stage. partition: layers per stage (`config.parallel.balance_layers`)."""
         if len(partition) != self.pipeline_size or sum(partition) != num_layers or min(partition) < 1:
             raise ConfigError(
-                f"layer partition {partition} must give each of {self.pipeline_size} stages at least one layer, "
-                f"{num_layers} in all"
+                f"layer partition {','.join(map(str, partition))} must give each of {self.pipeline_size} stages "
+                f"at least one layer, {num_layers} in all"
             )
         start = sum(partition[: self.pipeline_rank])
         return range(start, start + partition[self.pipeline_rank])

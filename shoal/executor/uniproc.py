@@ -7,6 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from shoal.config.engine_config import EngineConfig
+from shoal.distributed import set_parallel_groups
+from shoal.distributed.rendezvous import single_rank_groups
 from shoal.executor.base import Executor
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
 from shoal.worker.worker import Worker
@@ -20,13 +22,19 @@ class UniprocExecutor(Executor):
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        self._worker = Worker(config)
+        groups = single_rank_groups()
+        set_parallel_groups(groups)
+        self._worker = Worker(config, groups)
         self._launch = ThreadPoolExecutor(1, thread_name_prefix="worker-launch")
         self._collect = ThreadPoolExecutor(1, thread_name_prefix="worker-collect")
         self._executed: Future[None] | None = None
 
     def start(self, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
-        return self._launch.submit(self._worker.start, on_progress).result()
+        return self._launch.submit(self._start, on_progress).result()
+
+    def _start(self, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
+        num_blocks, facts = self._worker.load(on_progress)
+        return facts | self._worker.allocate(num_blocks, on_progress)
 
     def execute(self, batch: ScheduledBatch) -> None:
         self._executed = self._launch.submit(self._worker.execute, batch)
@@ -46,3 +54,4 @@ class UniprocExecutor(Executor):
         self._launch.shutdown(wait=True, cancel_futures=True)
         self._collect.shutdown(wait=True, cancel_futures=True)
         self._worker.shutdown()
+        set_parallel_groups(None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import psutil
 import torch
 
 from shoal.config.engine_config import EngineConfig
@@ -22,15 +21,18 @@ def block_bytes(cache_shape: tuple[int, ...], dtype: torch.dtype, num_layers: in
     return math.prod(cache_shape) * dtype.itemsize * num_layers
 
 
-def num_blocks_for(config: EngineConfig, bytes_per_block: int, weight_bytes: int, device: torch.device) -> int:
+def num_blocks_for(
+    config: EngineConfig, bytes_per_block: int, weight_bytes: int, device: torch.device, host_bytes: int
+) -> int:
     """Blocks that the budget holds, the null block counted. Raises ConfigError when that is too few.
 
+    host_bytes: this rank's part of the host's memory, weights included: what was free before any rank loaded.
     On CUDA the peak of a full-size step has been measured just before: torch knows it.
     """
     if config.num_blocks_override is not None:
         return config.num_blocks_override
     most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size) + 1
-    budget, source = memory_budget(config, weight_bytes, device)
+    budget, source = memory_budget(config, weight_bytes, device, host_bytes)
     num_blocks = min(budget // bytes_per_block, most_useful)
     needed = -(-config.max_model_len // config.block_size) + 1
     if num_blocks < needed:
@@ -46,22 +48,22 @@ def _shorter_hint(num_tokens: int) -> str:
     return f", or set --max-model-len to {num_tokens} or less" if num_tokens > 1 else ""
 
 
-def memory_budget(config: EngineConfig, weight_bytes: int, device: torch.device) -> tuple[int, str]:
+def memory_budget(config: EngineConfig, weight_bytes: int, device: torch.device, host_bytes: int) -> tuple[int, str]:
     """Bytes for the KV cache and where the number comes from."""
     if device.type == "cuda":
         if config.kv_cache_memory is not None:
             return config.kv_cache_memory, "--kv-cache-memory"
         return _cuda_budget(config, device)
-    available = psutil.virtual_memory().available
+    available = max(0, host_bytes - weight_bytes)
     if config.kv_cache_memory is not None:
         if config.kv_cache_memory > available:
             raise ConfigError(
                 f"--kv-cache-memory asks for {config.kv_cache_memory / _MIB:.0f} MiB, "
-                f"{available / _MIB:.0f} MiB are free"
+                f"{available / _MIB:.0f} MiB are free for each rank"
             )
         return config.kv_cache_memory, "--kv-cache-memory"
     budget = min(max(2 * weight_bytes, _CPU_DEFAULT_LEAST), _CPU_DEFAULT_MOST, available // 2)
-    return budget, "default: twice the weights, 512 MiB to 4 GiB, at most half of the free memory"
+    return budget, "default: twice the weights, 512 MiB to 4 GiB, at most half of what is free"
 
 
 def _cuda_budget(config: EngineConfig, device: torch.device) -> tuple[int, str]:

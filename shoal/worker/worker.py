@@ -1,65 +1,86 @@
-"""Worker: one rank. Finds its device, loads the model, sizes the KV cache, runs steps. Called by an executor."""
+"""Worker: one rank. Loads its part of the model, sizes its part of the KV cache, runs steps. Called by an executor, or
+by the worker process, which first forms the groups."""
 
 from __future__ import annotations
 
-import ctypes
 import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import torch
 
-from shoal import env
 from shoal.attention.registry import make_backend
 from shoal.config.engine_config import EngineConfig
-from shoal.errors import ConfigError
+from shoal.config.parallel import balance_layers
+from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
 from shoal.layers.context import BuildContext
 from shoal.log import get_logger
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
+from shoal.models.base import CausalLM
 from shoal.models.registry import build_model
 from shoal.weights.loader import load_weights
+from shoal.worker.device import (
+    check_dtype,
+    describe_device,
+    find_device,
+    keep_freed_memory,
+    share_cores,
+    use_few_threads,
+)
 from shoal.worker.kv_cache import block_bytes, num_blocks_for
 from shoal.worker.model_runner import ModelRunner
 
 logger = get_logger(__name__)
 
-# Below, an operation is shorter than waking a second thread, and waits for whatever else uses that thread's core.
-_ONE_THREAD_WEIGHTS = 64 << 20
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BYTES = 512 << 20
+OnProgress = Callable[[StartupProgress], None]
 
 
 class Worker:
-    """Everything of one rank, from device to steps. All calls come from one thread."""
+    """Everything of one rank, from device to steps. All calls come from one thread, and on all ranks in one order."""
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        groups: ParallelGroups | None = None,
+        *,
+        device_index: int = 0,
+        local_size: int = 1,
+    ) -> None:
+        """
+        groups: formed on `find_device(config.device, device_index)`; None: one rank alone. Whoever owns the process
+        registers them (`set_parallel_groups`) and closes them.
+        local_size: ranks of this engine on this host. They share its memory, so all of them make their workers before
+        any of them loads, as they do right after forming groups: what is free then is divided evenly.
+        """
         self.config = config
+        self.groups = groups or single_rank_groups()
+        self._device_index = device_index
+        self._local_size = local_size
+        self._host_bytes = psutil.virtual_memory().available // local_size
         self._runner: ModelRunner | None = None
 
     @property
     def runner(self) -> ModelRunner:
-        assert self._runner is not None, "start comes first"
+        assert self._runner is not None, "load comes first"
         return self._runner
 
-    def start(self, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
-        """Load and warm up. Returns facts for the start-up message, among them num_blocks."""
-        config = self.config
-        device = find_device(config.device)
+    def load(self, on_progress: OnProgress) -> tuple[int, dict[str, Any]]:
+        """Build this rank's part of the model and load its weights.
+
+        Returns the KV cache blocks that fit here (the null block counted), and facts for the start-up message.
+        Raises ConfigError or ModelError.
+        """
+        config, started = self.config, time.monotonic()
+        self.groups.status.update(generation=config.generation, phase="load")
+        device = find_device(config.device, self._device_index)
         if device.type == "cpu":
             keep_freed_memory()
-        dtype = getattr(torch, config.dtype)
-        check_dtype(dtype, device)
-        backend = make_backend(config.deterministic, device)
-        context = BuildContext(
-            dtype=dtype,
-            device=device,
-            deterministic=config.deterministic,
-            attention_backend=backend,
-            max_model_len=config.max_model_len,
-        )
-        started = time.monotonic()
+            share_cores(self._local_size)
+        else:
+            torch.cuda.set_device(device)
         on_progress(StartupProgress("load weights"))
-        model = build_model(config.model, context)
+        model, context = self._build(device)
         load_weights(
             model,
             config.model,
@@ -69,88 +90,99 @@ class Worker:
         )
         load_seconds = time.monotonic() - started
         weight_bytes = model.weight_bytes()
-        if device.type == "cpu" and weight_bytes < _ONE_THREAD_WEIGHTS and env.omp_num_threads() is None:
-            torch.set_num_threads(1)
-        self._runner = ModelRunner(config, model, backend, device)
+        if device.type == "cpu":
+            use_few_threads(weight_bytes)
+        self._runner = ModelRunner(config, model, context.attention_backend, device)
         on_progress(StartupProgress("size the KV cache"))
-        num_blocks, cache_bytes = self._make_kv_caches(weight_bytes, device, dtype)
-        on_progress(StartupProgress("warm up"))
-        self._runner.warm_up(1)
-        return {
-            "num_blocks": num_blocks,
+        self.groups.status.update(phase="size")
+        return self._count_blocks(weight_bytes), {
             "device": describe_device(device),
             "dtype": config.dtype,
             "deterministic": config.deterministic,
-            "attention": backend.name,
+            "attention": context.attention_backend.name,
             "weight_bytes": weight_bytes,
             "load_seconds": round(load_seconds, 2),
-            "kv_cache_bytes": cache_bytes,
+        }
+
+    def _build(self, device: torch.device) -> tuple[CausalLM, BuildContext]:
+        config, dims = self.config, self.groups.dims
+        dtype = getattr(torch, config.dtype)
+        check_dtype(dtype, device)
+        partition = config.parallel.layer_partition or balance_layers(config.model, dims.pipeline_size)
+        context = BuildContext(
+            dtype=dtype,
+            device=device,
+            deterministic=config.deterministic,
+            attention_backend=make_backend(config.deterministic, device),
+            parallel=dims,
+            tensor_group=self.groups.tensor,
+            layer_range=dims.layer_range(config.model.num_layers, partition),
+            max_model_len=config.max_model_len,
+        )
+        return build_model(config.model, context), context
+
+    def _count_blocks(self, weight_bytes: int) -> int:
+        """On CUDA a step of full size first shows how much memory activations take."""
+        runner = self.runner
+        if runner.device.type == "cuda":
+            runner.set_kv_caches(self._make_kv_caches(2))
+            runner.warm_up(self.config.max_num_batched_tokens)
+            torch.cuda.synchronize(runner.device)
+            runner.set_kv_caches([])
+        return num_blocks_for(self.config, self._block_bytes(), weight_bytes, runner.device, self._host_bytes)
+
+    def allocate(self, num_blocks: int, on_progress: OnProgress) -> dict[str, Any]:
+        """Make a KV cache of so many blocks, as many as every rank has room for, and warm up. Returns facts."""
+        config = self.config
+        self.runner.set_kv_caches(self._make_kv_caches(num_blocks))
+        on_progress(StartupProgress("warm up"))
+        self.groups.status.update(phase="capture")
+        self.runner.warm_up(1)
+        self.groups.status.update(phase="idle")
+        return {
+            "num_blocks": num_blocks,
+            "kv_cache_bytes": num_blocks * self._block_bytes(),
             "kv_cache_tokens": (num_blocks - 1) * config.block_size,
             "max_full_requests": (num_blocks - 1) * config.block_size // config.max_model_len,
         }
 
-    def _make_kv_caches(self, weight_bytes: int, device: torch.device, dtype: torch.dtype) -> tuple[int, int]:
-        """Size and allocate. On CUDA a step of full size first shows how much memory activations take."""
-        config, runner = self.config, self.runner
-        model = config.model
+    def _cache_shape(self, num_blocks: int) -> tuple[int, ...]:
+        """Of one layer, on this rank."""
+        model = self.config.model
+        heads = self.groups.dims.kv_head_slice(model.num_kv_heads)
+        return self.runner.backend.kv_cache_shape(
+            num_blocks, self.config.block_size, heads.stop - heads.start, model.head_dim
+        )
 
-        def shape(num_blocks: int) -> tuple[int, ...]:
-            return runner.backend.kv_cache_shape(num_blocks, config.block_size, model.num_kv_heads, model.head_dim)
+    def _block_bytes(self) -> int:
+        dtype = getattr(torch, self.config.dtype)
+        return block_bytes(self._cache_shape(1), dtype, len(self.runner.model.layer_range))
 
-        def allocate(num_blocks: int) -> list[torch.Tensor]:
-            return [torch.zeros(shape(num_blocks), dtype=dtype, device=device) for _ in range(model.num_layers)]
-
-        if device.type == "cuda":
-            runner.set_kv_caches(allocate(2))
-            runner.warm_up(config.max_num_batched_tokens)
-            torch.cuda.synchronize(device)
-        bytes_per_block = block_bytes(shape(1), dtype, model.num_layers)
-        num_blocks = num_blocks_for(config, bytes_per_block, weight_bytes, device)
-        runner.set_kv_caches(allocate(num_blocks))
-        return num_blocks, num_blocks * bytes_per_block
+    def _make_kv_caches(self, num_blocks: int) -> list[torch.Tensor]:
+        shape, dtype, device = self._cache_shape(num_blocks), getattr(torch, self.config.dtype), self.runner.device
+        return [torch.zeros(shape, dtype=dtype, device=device) for _ in self.runner.model.layer_range]
 
     def execute(self, batch: ScheduledBatch) -> None:
+        """Start the forward pass of a step."""
+        self.groups.status.update(step=batch.step_id, phase="forward")
         self.runner.execute(batch)
 
     def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Callable[[], BatchResult]:
-        return self.runner.sample(step_id, grammar_masks)
+        """Choose the step's tokens; returns what waits for the device and reads them, from any thread."""
+        self.groups.status.update(step=step_id, phase="sample")
+        collect = self.runner.sample(step_id, grammar_masks)
+        self.groups.status.update(phase="idle")
+        return collect
+
+    def idle(self) -> None:
+        """Meet all ranks, on the host and on the device, and wait until they have come: between steps, so that a lost
+        peer is found without traffic. Raises CollectiveError."""
+        world = self.groups.world
+        if world.world_size == 1:
+            return
+        world.barrier()
+        if self.runner.device.type == "cuda":
+            world.all_reduce(torch.zeros(1, device=self.runner.device)).item()
 
     def shutdown(self) -> None:
         self._runner = None
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed, up to half a gigabyte: otherwise every large temporary of every step is asked
-    of the kernel anew, page by page. Without glibc nothing is changed."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
-            mallopt(parameter, _KEPT_BYTES)
-
-
-def find_device(name: str) -> torch.device:
-    """The torch device of this rank. Raises ConfigError when CUDA is wanted and torch has none."""
-    if name == "cuda" and not torch.cuda.is_available():
-        built = f"this torch ({torch.__version__}) is built for CUDA {torch.version.cuda}"
-        reason = built if torch.version.cuda else f"this torch ({torch.__version__}) is a CPU build"
-        raise ConfigError(
-            f"CUDA is wanted and torch finds no usable GPU: {reason}; install a CUDA build, or pass --device cpu"
-        )
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
-
-
-def check_dtype(dtype: torch.dtype, device: torch.device) -> None:
-    """Raise ConfigError for a data type that the device does not compute in."""
-    if device.type == "cpu" and dtype is torch.float16:
-        raise ConfigError("float16 is not served on CPU; pass --dtype bfloat16 or --dtype float32")
-    if device.type == "cuda" and dtype is torch.bfloat16 and torch.cuda.get_device_capability(device) < (8, 0):
-        raise ConfigError(
-            f"{torch.cuda.get_device_name(device)} has no bfloat16; pass --dtype float16 or --dtype float32"
-        )
-
-
-def describe_device(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    num_threads = torch.get_num_threads()
-    return f"CPU, {num_threads} thread{'s' if num_threads > 1 else ''}"

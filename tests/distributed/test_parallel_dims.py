@@ -35,16 +35,6 @@ def test_coordinates_and_groups(data: int, pipeline: int, tensor: int) -> None:
         )
 
 
-@given(sizes, st.integers(5, 90))
-def test_layers_are_shared_evenly(pipeline: int, num_layers: int) -> None:
-    ranges = [ParallelDims(pipeline_size=pipeline, rank=rank).layer_range(num_layers) for rank in range(pipeline)]
-    assert [layer for stage in ranges for layer in stage] == list(range(num_layers))
-    lengths = [len(stage) for stage in ranges]
-    assert max(lengths) - min(lengths) <= 1
-    if pipeline > 1:
-        assert lengths[-1] == min(lengths), "the last stage has the head as well"
-
-
 def test_layers_by_hand() -> None:
     ranges = [ParallelDims(pipeline_size=3, rank=rank).layer_range(32, [10, 11, 11]) for rank in range(3)]
     assert ranges == [range(0, 10), range(10, 21), range(21, 32)]
