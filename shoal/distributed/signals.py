@@ -1,6 +1,7 @@
-"""Counters in shared memory that one rank raises and others wait for: a short spin, then a futex, with a deadline.
+"""Counters in shared memory that one process raises and others wait for: a short spin, then a futex.
 
-The shared-memory communicator waits here. It relies on x86-64's order of memory accesses: `supported()` says if so.
+The shared-memory communicator and the message ring wait here. It relies on x86-64's order of memory accesses:
+`supported()` says if so.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Sequence
 
 from shoal.errors import CollectiveError
 
-LINE_BYTES = 64  # a cache line each: the counter, then a byte for every rank that may sleep on it
+LINE_BYTES = 64  # a cache line each: the counter, then a byte for every process that may sleep on it
 MAX_RANKS = LINE_BYTES - 8
 SPIN_SECONDS = 20e-6
 _SLICE_NANOSECONDS = 20_000_000  # the longest sleep between two looks at the clock and at the peers
@@ -28,7 +29,9 @@ _FUTEX_WAKE = 1
 _EVERYONE = 2**31 - 1
 
 
-class _Timespec(ctypes.Structure):
+class Timespec(ctypes.Structure):
+    """How long a sleep may last."""
+
     _fields_ = [("seconds", ctypes.c_long), ("nanoseconds", ctypes.c_long)]
 
 
@@ -68,8 +71,86 @@ class PeerWatch:
         self._rank_of.clear()
 
 
-class SignalBoard:
-    """`num_lines` counters at the start of `memory`. Each has one rank that raises it; any rank may wait for it."""
+class Counters:
+    """`num_lines` counters at the start of `memory`, among `size` processes (at most MAX_RANKS); this one is `index`.
+
+    Each counter has one process that raises it; one thread of any other may wait for it.
+    """
+
+    def __init__(self, memory: mmap.mmap, num_lines: int, index: int, size: int) -> None:
+        self._bytes = memoryview(memory)[: num_lines * LINE_BYTES]
+        self._words = self._bytes.cast("Q")
+        self._sleeper_words = range(1, 1 + (size + 7) // 8)
+        self._index = index
+        # With more processes than cores, whoever spins takes the core of the one that it waits for.
+        self._spin_seconds = SPIN_SECONDS if size <= len(os.sched_getaffinity(0)) else 0.0
+        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self._syscall = ctypes.CDLL(None).syscall
+        self._fence = threading.Lock()
+
+    def value(self, line: int) -> int:
+        return self._words[line * 8]
+
+    def post(self, line: int, value: int) -> None:
+        """Raise a counter: everything written before it is seen by whoever sees it. Wakes those who sleep on it."""
+        words, first = self._words, line * 8
+        words[first] = value
+        # Taking a lock is a locked instruction, so a full fence on x86-64: who sleeps must be read after the post.
+        with self._fence:
+            pass
+        for word in self._sleeper_words:
+            if words[first + word]:
+                self.wake(line)
+                return
+
+    def wait_briefly(self, line: int, value: int, pause: Timespec) -> bool:
+        """Wait until the counter is at `value` or past it, or about as long as `pause`; returns whether it is."""
+        if self._spin(line, value):
+            return True
+        sleeper = line * LINE_BYTES + 8 + self._index
+        self._bytes[sleeper] = 1
+        try:
+            seen = self._words[line * 8]
+            if seen < value:
+                self._sleep_once(line, seen, pause)
+        finally:
+            self._bytes[sleeper] = 0
+        return self._words[line * 8] >= value
+
+    def wake(self, line: int) -> None:
+        """Let everyone who sleeps on this counter look again."""
+        self._futex(line, _FUTEX_WAKE, _EVERYONE, None)
+
+    def _spin(self, line: int, value: int) -> bool:
+        words, index = self._words, line * 8
+        if words[index] >= value:
+            return True
+        if self._spin_seconds:
+            end = time.perf_counter() + self._spin_seconds
+            while time.perf_counter() < end:
+                if words[index] >= value:
+                    return True
+        return False
+
+    def _sleep_once(self, line: int, seen: int, pause: Timespec) -> None:
+        """Sleep unless the counter is no longer at `seen`, until it is raised or `pause` is over."""
+        self._futex(line, _FUTEX_WAIT, seen & 0xFFFFFFFF, ctypes.byref(pause))
+
+    def _futex(self, line: int, operation: int, value: int, timeout: object) -> None:
+        # Errors need no look: a wait that returns for any reason is followed by a look at the counter.
+        self._syscall(
+            ctypes.c_long(_SYS_FUTEX),
+            ctypes.c_void_p(self._address + line * LINE_BYTES),
+            ctypes.c_int(operation),
+            ctypes.c_uint32(value),
+            timeout,
+            None,
+            ctypes.c_int(0),
+        )
+
+
+class SignalBoard(Counters):
+    """Counters of a group's ranks, waited for with a deadline: whoever does not come is named, or has ended."""
 
     def __init__(
         self,
@@ -85,33 +166,11 @@ class SignalBoard:
 
         progress: called while a wait sleeps; True if it is to be called again soon.
         """
+        super().__init__(memory, num_lines, rank, len(names))
         self._progress = progress
-        self._bytes = memoryview(memory)[: num_lines * LINE_BYTES]
-        self._words = self._bytes.cast("Q")
-        self._sleeper_words = range(1, 1 + (len(names) + 7) // 8)
         self._rank, self._names, self._watch, self._timeout = rank, names, watch, timeout
-        # With more ranks than cores, whoever spins takes the core of the rank that it waits for.
-        self._spin_seconds = SPIN_SECONDS if len(names) <= len(os.sched_getaffinity(0)) else 0.0
-        self._address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self._syscall = ctypes.CDLL(None).syscall
-        self._slice = _Timespec(0, _SLICE_NANOSECONDS)
-        self._short_slice = _Timespec(0, _SHORT_SLICE_NANOSECONDS)
-        self._fence = threading.Lock()
-
-    def value(self, line: int) -> int:
-        return self._words[line * 8]
-
-    def post(self, line: int, value: int) -> None:
-        """Raise a counter: everything written before it is seen by whoever sees it. Wakes those who sleep on it."""
-        words, first = self._words, line * 8
-        words[first] = value
-        # Taking a lock is a locked instruction, so a full fence on x86-64: who sleeps must be read after the post.
-        with self._fence:
-            pass
-        for word in self._sleeper_words:
-            if words[first + word]:
-                self._futex(line, _FUTEX_WAKE, _EVERYONE, None)
-                return
+        self._slice = Timespec(0, _SLICE_NANOSECONDS)
+        self._short_slice = Timespec(0, _SHORT_SLICE_NANOSECONDS)
 
     def wait(self, line: int, value: int, owners: Sequence[tuple[int, int]], what: str) -> None:
         """Return once the counter is at `value` or past it.
@@ -119,15 +178,8 @@ class SignalBoard:
         owners: (rank, line) of all whom this operation needs: CollectiveError when one of them has ended without
         posting `value`, or after the timeout. what: the operation, for the error.
         """
-        words, index = self._words, line * 8
-        if words[index] >= value:
-            return
-        if self._spin_seconds:
-            end = time.perf_counter() + self._spin_seconds
-            while time.perf_counter() < end:
-                if words[index] >= value:
-                    return
-        self._sleep(line, value, owners, what)
+        if not self._spin(line, value):
+            self._sleep(line, value, owners, what)
 
     def _sleep(self, line: int, value: int, owners: Sequence[tuple[int, int]], what: str) -> None:
         words, index = self._words, line * 8
@@ -136,8 +188,7 @@ class SignalBoard:
         self._bytes[sleeper] = 1
         try:
             while (seen := words[index]) < value:
-                pause = self._short_slice if self._progress() else self._slice
-                self._futex(line, _FUTEX_WAIT, seen & 0xFFFFFFFF, ctypes.byref(pause))
+                self._sleep_once(line, seen, self._short_slice if self._progress() else self._slice)
                 if words[index] < value:
                     self._check(value, owners, deadline, what)
         finally:
@@ -157,15 +208,3 @@ class SignalBoard:
 
     def _list(self, ranks: Sequence[int]) -> str:
         return ", ".join(self._names[rank] for rank in ranks)
-
-    def _futex(self, line: int, operation: int, value: int, timeout: object) -> None:
-        # Errors need no look: a wait that returns for any reason is followed by a look at the counter.
-        self._syscall(
-            ctypes.c_long(_SYS_FUTEX),
-            ctypes.c_void_p(self._address + line * LINE_BYTES),
-            ctypes.c_int(operation),
-            ctypes.c_uint32(value),
-            timeout,
-            None,
-            ctypes.c_int(0),
-        )
