@@ -102,11 +102,12 @@ class StartupProgress(msgspec.Struct, tag="progress"):
 
 
 class CoreOutputs(msgspec.Struct, tag="outputs"):
-    """The deltas of one step, and now and then the stats."""
+    """The deltas of one step, and now and then the stats. replica: noted on arrival, where several cores send."""
 
     generation: int
     deltas: list[TokenDelta]
     stats: EngineStats | None = None
+    replica: int = 0
 
 
 class UtilityResult(msgspec.Struct, tag="utility_result"):

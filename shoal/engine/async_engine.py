@@ -1,4 +1,4 @@
-"""AsyncEngine: requests in, streams of text out, over one engine core. The server and LLM are built on it.
+"""AsyncEngine: requests in, streams of text out, over the engine core. The server and LLM are built on it.
 
 One task, the pump, takes what the core emits, folds it into text and wakes the consumers: one wake-up per request and
 step, whatever the number of tokens.
@@ -15,9 +15,10 @@ from typing import Any
 import msgspec
 
 from shoal.config.engine_config import EngineConfig
-from shoal.engine.client import EngineClient
+from shoal.engine.client import EngineClient, ReplicaStatus
 from shoal.engine.observer import EngineObserver
 from shoal.engine.prepare import PreparedRequest, Prompt, RequestPreparer
+from shoal.engine.replica_facts import combine_stats
 from shoal.engine.request_output import OutputBuilder
 from shoal.engine.streams import Answer, RequestStream
 from shoal.engine.tokenizer import Tokenizer
@@ -52,6 +53,7 @@ class AsyncEngine:
         self.tokenizer = tokenizer
         self.max_model_len = client.ready.max_model_len
         self.latest_stats = EngineStats()
+        self._stats: dict[int, EngineStats] = {}  # of each replica
         self._client = client
         self._generation = client.ready.generation
         self._preparer = RequestPreparer(config, tokenizer, self.max_model_len)
@@ -130,7 +132,8 @@ class AsyncEngine:
         if self._draining:
             raise UnavailableError("the server is shutting down and takes no new requests; send them elsewhere")
         # The core's own count is one step old, but knows of requests that wait for KV cache.
-        num_waiting = max(self.num_unfinished - self.config.max_num_seqs, self.latest_stats.num_requests_waiting)
+        capacity = self.config.max_num_seqs * sum(replica.failure is None for replica in self.replicas)
+        num_waiting = max(self.num_unfinished - capacity, self.latest_stats.num_requests_waiting)
         if self.num_unfinished and num_waiting + num_answers > self._max_num_waiting:
             raise UnavailableError(
                 f"{num_waiting} requests wait already and at most {self._max_num_waiting} may (--max-num-waiting); "
@@ -270,7 +273,7 @@ class AsyncEngine:
         if outputs.deltas:
             self._last_progress = now
         if outputs.stats is not None:
-            self._take_stats(outputs.stats, now)
+            self._take_stats(outputs.stats, outputs.replica, now)
         ended_here: list[str] = []
         answers, observer = self._answers, self._observer
         for delta in outputs.deltas:
@@ -288,12 +291,14 @@ class AsyncEngine:
                 self._forget([answer])
         return ended_here
 
-    def _take_stats(self, stats: EngineStats, now: float) -> None:
-        if stats.num_steps_total != self.latest_stats.num_steps_total:
+    def _take_stats(self, stats: EngineStats, replica: int, now: float) -> None:
+        num_steps = self.latest_stats.num_steps_total
+        self._stats[replica] = stats
+        self.latest_stats = stats if len(self._stats) == 1 else combine_stats(self._stats.values())
+        if self.latest_stats.num_steps_total != num_steps:
             self._last_progress = now
-        self.latest_stats = stats
         if self._observer is not None:
-            self._observer.stats(stats)
+            self._observer.stats(stats, replica)
 
     def _die(self, error: EngineDeadError) -> None:
         """The core is gone: every running request gets its ending."""
@@ -310,7 +315,7 @@ class AsyncEngine:
 
     @property
     def alive(self) -> bool:
-        """The core is there."""
+        """The core is there; of several replicas one at least."""
         return self._failure is None and self._pump_task is not None and not self._pump_task.done()
 
     @property
@@ -319,14 +324,30 @@ class AsyncEngine:
         return self.alive and not self._draining
 
     @property
+    def replicas(self) -> Sequence[ReplicaStatus]:
+        """How each engine core does: one entry, or one for each of --data-parallel-size."""
+        if several := self._client.replicas:
+            return several
+        failure = None if self.alive else str(self._failure or "it has not been started")
+        seconds = time.monotonic() - self._last_progress if self._answers else 0.0
+        return [ReplicaStatus(0, failure, seconds)]
+
+    @property
+    def stalled(self) -> Sequence[int]:
+        """The replicas that are there and have work, but made no step for long."""
+        return [
+            replica.index
+            for replica in self.replicas
+            if replica.failure is None and replica.seconds_without_progress >= self._progress_timeout
+        ]
+
+    @property
     def progressing(self) -> bool:
-        """There is no work, or the core made a step not long ago."""
-        if not self.alive:
-            return False
-        return not self._answers or time.monotonic() - self._last_progress < self._progress_timeout
+        """The core has no work, or made a step not long ago; so does every replica that is there."""
+        return self.alive and not self.stalled
 
     async def stats(self) -> EngineStats:
-        """The core's numbers of this moment. Raises EngineDeadError."""
+        """The core's numbers of this moment, those of all replicas together. Raises EngineDeadError."""
         result = await self._client.utility("stats")
         return result if isinstance(result, EngineStats) else msgspec.convert(result, EngineStats)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import shutil
 import subprocess
@@ -45,8 +46,21 @@ _KILL_AFTER_SECONDS = 10.0
 _EXECUTORS_OWN_SECONDS = 15.0
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """How one engine core does, seen from outside.
+
+    failure: why it is gone, None while it is there. seconds_without_progress: since it last did something although it
+    has work; 0 without work.
+    """
+
+    index: int
+    failure: str | None
+    seconds_without_progress: float
+
+
 class EngineClient(ABC):
-    """Sends messages to one engine core and hands out what it answers. Used from one event loop."""
+    """Sends messages to an engine core, or to several, and hands out what comes back. Used from one event loop."""
 
     @property
     @abstractmethod
@@ -72,6 +86,15 @@ class EngineClient(ABC):
     @abstractmethod
     async def close(self, drain_seconds: float = 0.0) -> None:
         """End the core; running requests have `drain_seconds` to finish. Nothing of it is left afterwards."""
+
+    @abstractmethod
+    def kill(self) -> None:
+        """Make the core end at once, so that a `close` that waits for it need not wait."""
+
+    @property
+    def replicas(self) -> Sequence[ReplicaStatus]:
+        """Each core's own state where there are several behind this client."""
+        return ()
 
 
 class SubprocessClient(EngineClient):
@@ -250,6 +273,10 @@ class SubprocessClient(EngineClient):
             raise EngineDeadError(str(self._failure))
         if self._closing:
             raise EngineDeadError("the engine has been shut down")
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()  # does nothing to a process that has been waited for
 
     async def close(self, drain_seconds: float = 0.0) -> None:
         if self._closing:

@@ -28,5 +28,5 @@ class EngineObserver:
     ) -> None:
         """Answer `index` has ended with `num_tokens` tokens, `seconds` after it was queued."""
 
-    def stats(self, stats: EngineStats) -> None:
-        """The core sent its numbers, as it does a few times a second while it works."""
+    def stats(self, stats: EngineStats, replica: int) -> None:
+        """A core sent its numbers, as it does a few times a second while it works."""

@@ -24,7 +24,9 @@ class UniprocExecutor(Executor):
     def __init__(self, config: EngineConfig) -> None:
         groups = single_rank_groups()
         set_parallel_groups(groups)
-        self._worker = Worker(config, groups)
+        # Replicas of one rank each are processes beside each other: replica i has device i and its share of the host.
+        parallel = config.parallel
+        self._worker = Worker(config, groups, device_index=parallel.data_rank, local_size=parallel.data_size)
         self._launch = ThreadPoolExecutor(1, thread_name_prefix="worker-launch")
         self._collect = ThreadPoolExecutor(1, thread_name_prefix="worker-collect")
         self._executed: Future[None] | None = None

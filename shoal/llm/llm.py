@@ -14,8 +14,8 @@ from shoal.config.model_path import resolve_model_path
 from shoal.config.options import EMBEDDED_MODEL
 from shoal.config.resolve import resolve
 from shoal.config.sources import options_from_kwargs
-from shoal.engine.client import SubprocessClient
 from shoal.engine.prepare import PreparedRequest, Prompt
+from shoal.engine.replicas import make_client
 from shoal.engine.tokenizer import load_tokenizer
 from shoal.errors import InvalidRequestError
 from shoal.llm.offline_engine import OfflineEngine
@@ -43,7 +43,7 @@ class LLM:
         with StartupDisplay() as display:
             engine = OfflineEngine(
                 config,
-                lambda: SubprocessClient(config),
+                lambda: make_client(config),
                 lambda: (
                     None
                     if model_options.skip_tokenizer_init

@@ -6,7 +6,7 @@ Names are those that dashboards of vLLM know, with the prefix `shoal:`. The serv
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -49,11 +49,15 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 
 
 class EngineMetrics:
-    """Counts what happens to requests. `stats` is the engine core's newest report; it replaces the one before."""
+    """Counts what happens to requests.
+
+    stats: the newest report of each engine core, by replica. replicas_up: whether each is there.
+    """
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
-        self.stats = EngineStats()
+        self.stats: dict[int, EngineStats] = {}
+        self.replicas_up: dict[int, bool] = {0: True}
         self.time_to_first_token = Histogram(_FIRST_TOKEN_SECONDS)
         self.inter_token_latency = Histogram(_BETWEEN_TOKENS_SECONDS)
         self.request_latency = Histogram(_REQUEST_SECONDS)
@@ -85,19 +89,24 @@ class _EngineCollector(Collector):
         self._metrics = metrics
 
     def collect(self) -> Iterator[Metric]:
-        stats = self._metrics.stats
-        yield self._gauge("num_requests_running", "Requests that are being generated.", stats.num_requests_running)
-        yield self._gauge("num_requests_waiting", "Requests that are queued.", stats.num_requests_waiting)
-        yield self._gauge("kv_cache_usage_perc", "Share of the KV cache in use; 1 is all of it.", stats.kv_cache_usage)
-        for name, text, value in (
-            ("prompt_tokens", "Prompt tokens taken in.", stats.prompt_tokens_total),
-            ("generation_tokens", "Tokens generated.", stats.generation_tokens_total),
-            ("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", stats.prefix_cache_queries_total),
-            ("prefix_cache_hits", "Prompt tokens found in the prefix cache.", stats.prefix_cache_hits_total),
-            ("num_preemptions", "Requests set back to be computed again.", stats.num_preemptions_total),
-            ("engine_steps", "Steps of the engine.", stats.num_steps_total),
+        up = self._metrics.replicas_up
+        stats = {replica: self._metrics.stats.get(replica) or EngineStats() for replica in up}
+        yield self._gauge("replica_up", "1 while the replica is there.", {replica: int(up[replica]) for replica in up})
+        for name, field, text in (
+            ("num_requests_running", "num_requests_running", "Requests that are being generated."),
+            ("num_requests_waiting", "num_requests_waiting", "Requests that are queued."),
+            ("kv_cache_usage_perc", "kv_cache_usage", "Share of the KV cache in use; 1 is all of it."),
         ):
-            yield self._counter(name, text, value)
+            yield self._gauge(name, text, {replica: getattr(own, field) for replica, own in stats.items()})
+        for name, field, text in (
+            ("prompt_tokens", "prompt_tokens_total", "Prompt tokens taken in."),
+            ("generation_tokens", "generation_tokens_total", "Tokens generated."),
+            ("prefix_cache_queries", "prefix_cache_queries_total", "Prompt tokens looked up in the prefix cache."),
+            ("prefix_cache_hits", "prefix_cache_hits_total", "Prompt tokens found in the prefix cache."),
+            ("num_preemptions", "num_preemptions_total", "Requests set back to be computed again."),
+            ("engine_steps", "num_steps_total", "Steps of the engine."),
+        ):
+            yield self._counter(name, text, {replica: getattr(own, field) for replica, own in stats.items()})
         yield self._successes()
         metrics = self._metrics
         for name, text, histogram in (
@@ -109,14 +118,16 @@ class _EngineCollector(Collector):
         ):
             yield self._histogram(name, text, histogram)
 
-    def _gauge(self, name: str, text: str, value: float) -> Metric:
-        family = GaugeMetricFamily(f"shoal:{name}", text, labels=["model_name"])
-        family.add_metric([self._metrics.model_name], value)
+    def _gauge(self, name: str, text: str, values: Mapping[int, float]) -> Metric:
+        family = GaugeMetricFamily(f"shoal:{name}", text, labels=["model_name", "replica"])
+        for replica, value in values.items():
+            family.add_metric([self._metrics.model_name, str(replica)], value)
         return family
 
-    def _counter(self, name: str, text: str, value: float) -> Metric:
-        family = CounterMetricFamily(f"shoal:{name}", text, labels=["model_name"])
-        family.add_metric([self._metrics.model_name], value)
+    def _counter(self, name: str, text: str, values: Mapping[int, float]) -> Metric:
+        family = CounterMetricFamily(f"shoal:{name}", text, labels=["model_name", "replica"])
+        for replica, value in values.items():
+            family.add_metric([self._metrics.model_name, str(replica)], value)
         return family
 
     def _successes(self) -> Metric:

@@ -2,12 +2,16 @@
 
 | path | 200 when |
 |---|---|
-| /livez | the engine core is there; restart the server when it is not |
+| /livez | the engine core is there, of several replicas one at least; restart the server when it is not |
 | /readyz | new requests are taken; send none while they are not |
-| /health, /ping | new requests are taken, and those that run get their tokens |
+| /health, /ping | new requests are taken, and those that run get their tokens, on every replica that is there |
+
+With several replicas the answer says how many are there ("replicas": "1 of 2").
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from fastapi import APIRouter
 from starlette.requests import Request
@@ -25,7 +29,13 @@ def health_router(state: ServerState) -> APIRouter:
     engine = state.engine
 
     def answer(trouble: ShoalError | None) -> Response:
-        return json_response({"status": "ok"}) if trouble is None else error_response(trouble)
+        if trouble is not None:
+            return error_response(trouble)
+        replicas = engine.replicas
+        if len(replicas) == 1:
+            return json_response({"status": "ok"})
+        num_there = sum(replica.failure is None for replica in replicas)
+        return json_response({"status": "ok", "replicas": f"{num_there} of {len(replicas)}"})
 
     async def is_alive(request: Request) -> Response:
         """Whether the engine core is there."""
@@ -57,6 +67,13 @@ def _not_ready(engine: AsyncEngine) -> ShoalError | None:
 
 def _not_healthy(engine: AsyncEngine) -> ShoalError | None:
     trouble = _not_ready(engine)
-    if trouble is None and not engine.progressing:
-        return UnavailableError("the engine makes no progress although it has work")
+    if trouble is None and (stalled := engine.stalled):
+        return UnavailableError(f"{_names(engine, stalled)} no progress although there is work")
     return trouble
+
+
+def _names(engine: AsyncEngine, stalled: Sequence[int]) -> str:
+    if len(engine.replicas) == 1:
+        return "the engine makes"
+    numbers = ", ".join(map(str, stalled))
+    return f"replica {numbers} makes" if len(stalled) == 1 else f"replicas {numbers} make"

@@ -37,6 +37,7 @@ def models_router(state: ServerState) -> APIRouter:
     @router.get("/metrics")
     async def get_metrics(request: Request) -> Response:
         """Prometheus metrics."""
+        state.metrics.replicas_up = {replica.index: replica.failure is None for replica in state.engine.replicas}
         return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
     return router

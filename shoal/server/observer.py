@@ -26,5 +26,5 @@ class MetricsObserver(EngineObserver):
     ) -> None:
         self.metrics.request_finished(reason, request.num_prompt_tokens, num_tokens, seconds)
 
-    def stats(self, stats: EngineStats) -> None:
-        self.metrics.stats = stats
+    def stats(self, stats: EngineStats, replica: int) -> None:
+        self.metrics.stats[replica] = stats

@@ -11,7 +11,6 @@ import contextlib
 import functools
 import importlib.util
 import logging
-import os
 import signal
 import socket
 import ssl
@@ -25,7 +24,8 @@ from shoal.config.engine_config import EngineConfig
 from shoal.config.model_path import resolve_model_path
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.engine.async_engine import AsyncEngine
-from shoal.engine.client import SubprocessClient
+from shoal.engine.client import EngineClient
+from shoal.engine.replicas import make_client
 from shoal.engine.tokenizer import Tokenizer, load_tokenizer
 from shoal.errors import ConfigError, EngineDeadError
 from shoal.log import get_logger
@@ -37,7 +37,7 @@ from shoal.server.observer import MetricsObserver
 from shoal.server.startup import Gate, StartupDisplay, describe_address, describe_engine
 from shoal.server.state import served_names
 
-ClientMaker = Callable[[EngineConfig], SubprocessClient]
+ClientMaker = Callable[[EngineConfig], EngineClient]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Longer than the clients' own keep-alive, so that it is they who close an idle connection, never in mid-request.
@@ -51,7 +51,7 @@ logger = get_logger(__name__)
 
 
 def serve(
-    config: EngineConfig, options: ServerOptions, model: ModelOptions, *, make_client: ClientMaker = SubprocessClient
+    config: EngineConfig, options: ServerOptions, model: ModelOptions, *, make_client: ClientMaker = make_client
 ) -> None:
     """Serve until Ctrl-C or SIGTERM, then return.
 
@@ -256,9 +256,8 @@ class _Service:
         hurry.cancel()
         if not closing.done():
             await asyncio.wait((closing,), timeout=_HURRIED_SECONDS)
-            if not closing.done() and self.client.process_id is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self.client.process_id, signal.SIGKILL)
+            if not closing.done():
+                self.client.kill()
         await closing
 
     async def _drain(self, engine: AsyncEngine) -> None:

@@ -50,8 +50,9 @@ class Worker:
         """
         groups: formed on `find_device(config.device, device_index)`; None: one rank alone. Whoever owns the process
         registers them (`set_parallel_groups`) and closes them.
-        local_size: ranks of this engine on this host. They share its memory, so all of them make their workers before
-        any of them loads, as they do right after forming groups: what is free then is divided evenly.
+        local_size: ranks on this host, those of other replicas counted. They share its memory, so all of them make
+        their workers before any of them loads, as they do right after forming groups: what is free then is divided
+        evenly.
         """
         self.config = config
         self.groups = groups or single_rank_groups()
@@ -92,7 +93,7 @@ class Worker:
         weight_bytes = model.weight_bytes()
         if device.type == "cpu":
             use_few_threads(weight_bytes)
-        self._runner = ModelRunner(config, model, context.attention_backend, device)
+        self._runner = ModelRunner(config, model, context.attention_backend, device, self.groups)
         on_progress(StartupProgress("size the KV cache"))
         self.groups.status.update(phase="size")
         return self._count_blocks(weight_bytes), {
@@ -183,6 +184,11 @@ class Worker:
         world.barrier()
         if self.runner.device.type == "cuda":
             world.all_reduce(torch.zeros(1, device=self.runner.device)).item()
+
+    def stage_times(self) -> dict[str, float]:
+        """Seconds since the first step that this rank waited for messages, for tokens and for hidden states, and was
+        busy (`clock.STATES`), and num_steps. What is not busy while there is work is the stage's bubble."""
+        return self.runner.clock.seconds()
 
     def shutdown(self) -> None:
         self._runner = None

@@ -121,6 +121,9 @@ class FakeClient(EngineClient):
         self._check()
         return {"num_requests_running": len(self.running), "num_steps_total": self.num_steps}
 
+    def kill(self) -> None:
+        self.die()
+
     async def close(self, drain_seconds: float = 0.0) -> None:
         self.closed = True
 

@@ -10,7 +10,7 @@ from shoal.types import FinishReason
 
 
 def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
-    """(name, the label beside model_name) -> value, as Prometheus parses it."""
+    """(name, the label beside model_name) -> value, as Prometheus parses it; for numbers of an engine: its replica."""
     found = {}
     for family in text_string_to_metric_families(metrics.render().decode()):
         for sample in family.samples:
@@ -20,21 +20,24 @@ def samples(metrics: EngineMetrics) -> dict[tuple[str, str], float]:
     return found
 
 
-def test_the_engines_numbers_have_the_names_that_dashboards_know() -> None:
+def test_each_replicas_numbers_have_the_names_that_dashboards_know() -> None:
     metrics = EngineMetrics("tiny")
-    metrics.stats = EngineStats(
+    metrics.replicas_up = {0: True, 1: False, 2: True}
+    metrics.stats[0] = EngineStats(
         num_requests_running=3, num_requests_waiting=2, kv_cache_usage=0.25, num_preemptions_total=4,
         prompt_tokens_total=50, generation_tokens_total=60, prefix_cache_queries_total=70, prefix_cache_hits_total=8,
+        num_steps_total=9,
     )  # fmt: skip
+    metrics.stats[1] = EngineStats(generation_tokens_total=7)
     found = samples(metrics)
-    assert found["shoal:num_requests_running", ""] == 3
-    assert found["shoal:num_requests_waiting", ""] == 2
-    assert found["shoal:kv_cache_usage_perc", ""] == 0.25
-    assert found["shoal:num_preemptions_total", ""] == 4
-    assert found["shoal:prompt_tokens_total", ""] == 50
-    assert found["shoal:generation_tokens_total", ""] == 60
-    assert found["shoal:prefix_cache_queries_total", ""] == 70
-    assert found["shoal:prefix_cache_hits_total", ""] == 8
+    assert [found["shoal:replica_up", replica] for replica in "012"] == [1, 0, 1]
+    assert [found["shoal:generation_tokens_total", replica] for replica in "012"] == [60, 7, 0]
+    for name, value in (
+        ("num_requests_running", 3), ("num_requests_waiting", 2), ("kv_cache_usage_perc", 0.25),
+        ("num_preemptions_total", 4), ("prompt_tokens_total", 50), ("generation_tokens_total", 60),
+        ("prefix_cache_queries_total", 70), ("prefix_cache_hits_total", 8), ("engine_steps_total", 9),
+    ):  # fmt: skip
+        assert found[f"shoal:{name}", "0"] == value
 
 
 def test_histograms_are_cumulative() -> None:

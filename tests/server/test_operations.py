@@ -62,7 +62,7 @@ def test_metrics_count_what_was_served() -> None:
         assert float(lines['shoal:time_to_first_token_seconds_count{model_name="tiny"}']) == 1
         assert float(lines['shoal:inter_token_latency_seconds_count{model_name="tiny"}']) == 4
         assert float(lines['shoal:request_generation_tokens_sum{model_name="tiny"}']) == 5
-        assert float(lines['shoal:engine_steps_total{model_name="tiny"}']) >= 5
+        assert float(lines['shoal:engine_steps_total{model_name="tiny",replica="0"}']) >= 5
 
 
 def test_requests_are_logged_with_their_id_and_probes_are_not(caplog: pytest.LogCaptureFixture) -> None:
