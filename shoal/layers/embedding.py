@@ -1,4 +1,7 @@
-"""Token and position embeddings, and the head that turns hidden states into logits. T tokens, R rows, H hidden size."""
+"""Token and position embeddings, and the head that turns hidden states into logits.
+
+T tokens, R rows, H hidden size, V vocabulary, W width of this rank's slice of it.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,14 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from shoal.distributed.vocabulary import VocabularySlice
 from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
 from shoal.quantization.base import LinearSpec
 
 
 class Embedding(nn.Module):
-    """A table of rows, looked up by id."""
+    """A table of rows, looked up by id; whole on every rank."""
 
     def __init__(self, context: BuildContext, name: str, num_rows: int, size: int) -> None:
         super().__init__()
@@ -34,35 +38,77 @@ class Embedding(nn.Module):
         return self.weight.nbytes
 
 
+class VocabularyEmbedding(Embedding):
+    """The embedding of tokens: each rank has the rows of its slice of the vocabulary."""
+
+    def __init__(self, context: BuildContext, name: str, vocab_size: int, size: int) -> None:
+        vocabulary = VocabularySlice(vocab_size, context.tensor_group)
+        super().__init__(context, name, vocabulary.width, size)
+        self.weight[vocabulary.num_tokens :].zero_()
+        self.vocabulary = vocabulary
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [T] -> [T, size], exact: all ranks but one add zeros."""
+        vocabulary = self.vocabulary
+        if vocabulary.is_whole:
+            return super().forward(ids)
+        rows = ids - vocabulary.start
+        elsewhere = (rows < 0) | (rows >= vocabulary.num_tokens)
+        found = self.weight.index_select(0, rows.masked_fill_(elsewhere, 0))
+        assert vocabulary.group is not None
+        return vocabulary.group.all_reduce(found.masked_fill_(elsewhere.unsqueeze(1), 0))
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        yield _tokens_of(self.vocabulary, f"{self.name}.weight", self.weight)
+
+
 class LogitsHead(nn.Module):
     """The vocabulary projection. Tied: it multiplies by the embedding's table, which it reads from the embedding where
     that is on this rank, and from the checkpoint under the embedding's name where it is on another stage."""
 
     def __init__(
-        self, context: BuildContext, name: str, vocab_size: int, hidden_size: int, tied: Embedding | None
+        self, context: BuildContext, name: str, vocab_size: int, hidden_size: int, tied: VocabularyEmbedding | None
     ) -> None:
         super().__init__()
         self.name = name
+        self.vocabulary = VocabularySlice(vocab_size, context.tensor_group)
         spec = LinearSpec(
             in_features=hidden_size,
-            out_features=vocab_size,
+            out_features=self.vocabulary.width,
             bias=False,
             dtype=context.dtype,
             device=context.device,
             deterministic=context.deterministic,
         )
         self.method = context.quantization.linear(spec, None if tied is None else tied.weight)
+        for tensor in self.method.tensors():
+            tensor.data[self.vocabulary.num_tokens :].zero_()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, H] -> logits [R, vocabulary], fp32."""
-        return self.method.apply(hidden).float()
+        """hidden [R, H] -> this rank's logits [R, W], fp32; -inf for padding."""
+        logits = self.method.apply(hidden).float()
+        if self.vocabulary.num_tokens < self.vocabulary.width:
+            logits[:, self.vocabulary.num_tokens :] = float("-inf")
+        return logits
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         for tensor in self.method.tensors():
-            yield whole(f"{self.name}.{tensor.suffix}", tensor.data, "embedding")
+            yield _tokens_of(self.vocabulary, f"{self.name}.{tensor.suffix}", tensor.data)
 
     def process_after_load(self) -> None:
         self.method.process_after_load()
 
     def weight_bytes(self) -> int:
         return self.method.weight_bytes()
+
+
+def _tokens_of(vocabulary: VocabularySlice, name: str, table: torch.Tensor) -> CheckpointTensor:
+    """The rows of this rank's tokens, a row a token; the table's padding is not filled."""
+    size = table.shape[1]
+    return CheckpointTensor(
+        name=name,
+        shape=(vocabulary.vocab_size, size),
+        index=(vocabulary.tokens, slice(0, size)),
+        destination=table[: vocabulary.num_tokens],
+        kind="embedding",
+    )

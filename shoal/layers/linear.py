@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from shoal.config.parallel import virtual_shards
-from shoal.layers.checkpoint import CheckpointTensor
+from shoal.errors import ConfigError
+from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
 from shoal.quantization.base import LinearSpec, LinearTensor
 
@@ -38,8 +39,10 @@ class Linear(nn.Module):
         bias: bool,
         columns: slice | None = None,
         num_input_shards: int = 1,
+        is_summand: bool = False,
     ) -> None:
         super().__init__()
+        self.deterministic = context.deterministic
         self.in_features = in_features
         self.parts = parts
         self.columns = columns or slice(0, in_features)
@@ -52,6 +55,7 @@ class Linear(nn.Module):
                 device=context.device,
                 deterministic=context.deterministic,
                 num_input_shards=num_input_shards,
+                is_summand=is_summand,
             )
         )
 
@@ -145,16 +149,50 @@ class QKVLinear(Linear):
 
 
 class RowLinear(Linear):
-    """Inputs split over the ranks: each rank's product is a summand of the whole."""
+    """Inputs split over the ranks: each rank's product is a summand, and all ranks get the sum.
+
+    In deterministic mode the summands are branches of one tree over virtual shards of the inputs, in fp32: its bits do
+    not depend on how many ranks hold them. The bias is added to the sum, and only then it is rounded.
+    """
 
     def __init__(self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
         columns = context.parallel.tensor_slice(in_features, f"inputs of {name}")
-        num_shards = virtual_shards(in_features) // context.parallel.tensor_size if context.deterministic else 1
+        num_ranks = context.parallel.tensor_size
+        num_shards = virtual_shards(in_features) if context.deterministic else num_ranks
+        if num_shards % num_ranks:
+            raise ConfigError(
+                f"deterministic mode sums the {in_features} inputs of {name} in {num_shards} shards, which {num_ranks} "
+                "ranks cannot share evenly; use fewer ranks, or --no-deterministic"
+            )
+        self.group = context.tensor_group
+        self.is_split = num_ranks > 1
         super().__init__(
             context,
             in_features=in_features,
             parts=[Part(name, out_features, slice(0, out_features))],
-            bias=bias,
+            bias=bias and not self.is_split,
             columns=columns,
-            num_input_shards=max(1, num_shards),
+            num_input_shards=num_shards // num_ranks,
+            is_summand=self.is_split,
         )
+        own_bias = bias and self.is_split
+        self.bias = torch.empty(out_features, dtype=context.dtype, device=context.device) if own_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, inputs of this rank] -> [T, all outputs]."""
+        summand = self.method.apply(x)
+        if not self.is_split:
+            return summand
+        if not self.deterministic:
+            total = self.group.all_reduce(summand)
+            return total if self.bias is None else total.add_(self.bias)
+        total = self.group.all_reduce_tree(summand.unsqueeze(0))
+        return (total if self.bias is None else total.add_(self.bias)).to(x.dtype)
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        yield from super().checkpoint_tensors()
+        if self.bias is not None:
+            yield whole(f"{self.parts[0].name}.bias", self.bias, "bias")
+
+    def weight_bytes(self) -> int:
+        return super().weight_bytes() + (0 if self.bias is None else self.bias.nbytes)

@@ -1,4 +1,7 @@
-"""What every model is to the worker and the loader. T tokens of a step, R rows that need logits, H hidden size."""
+"""What every model is to the worker and the loader.
+
+T tokens of a step, R rows that need logits, H hidden size, W width of this rank's slice of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from torch import nn
 
 from shoal.attention.base import AttentionMetadata
 from shoal.config.model_config import ModelConfig
+from shoal.distributed.vocabulary import VocabularySlice
 from shoal.layers.checkpoint import CheckpointTensor, HoldsWeights
 from shoal.layers.context import BuildContext
 
@@ -36,6 +40,7 @@ class CausalLM(nn.Module, abc.ABC):
         self.layer_range = context.layer_range or range(config.num_layers)
         self.is_first_stage = self.layer_range.start == 0
         self.is_last_stage = self.layer_range.stop == config.num_layers
+        self.vocabulary = VocabularySlice(config.vocab_size, context.tensor_group)
 
     @abc.abstractmethod
     def forward(
@@ -55,7 +60,11 @@ class CausalLM(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, H] of the last stage -> logits [R, vocabulary], fp32."""
+        """hidden [R, H] of the last stage -> this rank's logits [R, W], fp32: of `vocabulary`, -inf for its padding."""
+
+    def compute_full_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [R, H] of the last stage -> logits of all ranks [R, vocabulary], fp32. All ranks must call it."""
+        return self.vocabulary.gather(self.compute_logits(hidden))
 
     # --- for the loader ---
 

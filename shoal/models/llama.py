@@ -13,7 +13,7 @@ from shoal.config.model_config import ModelConfig
 from shoal.layers.activation import activation, gated
 from shoal.layers.attention import Attention
 from shoal.layers.context import BuildContext
-from shoal.layers.embedding import Embedding, LogitsHead
+from shoal.layers.embedding import LogitsHead, VocabularyEmbedding
 from shoal.layers.linear import GateUpLinear, QKVLinear, RowLinear
 from shoal.layers.norm import RMSNorm
 from shoal.layers.rotary import RotaryEmbedding
@@ -120,7 +120,9 @@ class LlamaForCausalLM(CausalLM):
         self.rotary = RotaryEmbedding(config.rope, config.head_dim, num_positions, context.device)
         tied = config.tie_word_embeddings
         if self.is_first_stage:
-            self.embed_tokens = Embedding(context, "model.embed_tokens", config.vocab_size, config.hidden_size)
+            self.embed_tokens = VocabularyEmbedding(
+                context, "model.embed_tokens", config.vocab_size, config.hidden_size
+            )
         self.layers = nn.ModuleList(self.layer_class(config, context, index, self.rotary) for index in self.layer_range)
         if self.is_last_stage:
             self.norm = RMSNorm(context, "model.norm", config.hidden_size, config.norm_eps)

@@ -1,7 +1,7 @@
 """OPT (Zhang et al. 2022): learned positions, LayerNorm before or after each block, a plain MLP, biases everywhere.
 
 The 350M form embeds in fewer dimensions than the layers have, projects in and out, and normalises after each block.
-T tokens, H hidden size, E embedding size.
+T tokens, H hidden size, E embedding size, W width of this rank's slice of the vocabulary.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from shoal.config.model_config import ModelConfig
 from shoal.layers.activation import activation
 from shoal.layers.attention import Attention
 from shoal.layers.context import BuildContext
-from shoal.layers.embedding import Embedding, LogitsHead
+from shoal.layers.embedding import Embedding, LogitsHead, VocabularyEmbedding
 from shoal.layers.linear import ColumnLinear, QKVLinear, ReplicatedLinear, RowLinear
 from shoal.layers.norm import LayerNorm
 from shoal.models.base import CausalLM, LayerObserver
@@ -71,7 +71,9 @@ class OPTForCausalLM(CausalLM):
         embedding_size = int(config.raw.get("word_embed_proj_dim") or size)
         self.project_in = self.project_out = self.final_layer_norm = None
         if self.is_first_stage:
-            self.embed_tokens = Embedding(context, f"{prefix}.embed_tokens", config.vocab_size, embedding_size)
+            self.embed_tokens = VocabularyEmbedding(
+                context, f"{prefix}.embed_tokens", config.vocab_size, embedding_size
+            )
             num_positions = config.max_position_embeddings + _POSITION_OFFSET
             self.embed_positions = Embedding(context, f"{prefix}.embed_positions", num_positions, size)
             if embedding_size != size:
@@ -122,7 +124,7 @@ class OPTForCausalLM(CausalLM):
         return hidden + self.embed_positions(positions + _POSITION_OFFSET)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [R, H or E] -> logits [R, vocabulary], fp32."""
+        """hidden [R, H or E] -> logits [R, W], fp32."""
         return self.lm_head(hidden)
 
 

@@ -17,6 +17,8 @@ class LinearSpec:
 
     num_input_shards: above 1 for layers that are split along their inputs (row-parallel), in deterministic mode: the
     inputs are cut into that many pieces on this rank, whose products are summed in a fixed tree.
+    is_summand: other ranks have the rest of the inputs, and whoever calls `apply` sums what they return: it is fp32 in
+    deterministic mode, so that nothing is rounded before the sum. Such a layer has no bias of its own.
     """
 
     in_features: int
@@ -26,6 +28,7 @@ class LinearSpec:
     device: torch.device
     deterministic: bool = False
     num_input_shards: int = 1
+    is_summand: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ class LinearMethod(abc.ABC):
 
     @abc.abstractmethod
     def apply(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, in_features] -> [T, out_features], in the layer's dtype."""
+        """x [T, in_features] -> [T, out_features], in the layer's dtype (see `LinearSpec.is_summand`)."""
 
     @abc.abstractmethod
     def weight_bytes(self) -> int:

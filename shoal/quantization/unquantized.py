@@ -71,13 +71,16 @@ class TiledLinear(UnquantizedLinear):
         num_rows, num_shards = x.shape[0], len(self._multiply_shards)
         padded = F.pad(x, (0, 0, 0, -num_rows % ROW_TILE))
         if num_shards == 1:
-            return _by_tiles(self._multiply_shards[0], padded)[:num_rows]
+            product = _by_tiles(self._multiply_shards[0], padded)[:num_rows]
+            return product.float() if self.spec.is_summand else product
         pieces = padded.view(padded.shape[0], num_shards, -1).transpose(0, 1).contiguous()
         sums = [
             _by_tiles(multiply, piece).float() for multiply, piece in zip(self._multiply_shards, pieces, strict=True)
         ]
         while len(sums) > 1:
             sums = [left + right for left, right in zip(sums[::2], sums[1::2], strict=True)]
+        if self.spec.is_summand:
+            return sums[0][:num_rows]
         total = sums[0] if self.bias is None else sums[0] + self.bias
         return total[:num_rows].to(self.spec.dtype)
 

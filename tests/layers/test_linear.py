@@ -8,20 +8,30 @@ import pytest
 import torch
 
 from shoal.attention.registry import create_attention_backend
+from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.parallel_dims import ParallelDims
+from shoal.errors import ConfigError
 from shoal.layers.context import BuildContext
 from shoal.layers.linear import ColumnLinear, GateUpLinear, Linear, QKVLinear, RowLinear
+from tests import rank_threads
 
 Weights = dict[str, torch.Tensor]
 
 
-def make_context(dtype: torch.dtype, tensor_size: int = 1, rank: int = 0, deterministic: bool = True) -> BuildContext:
+def make_context(
+    dtype: torch.dtype,
+    tensor_size: int = 1,
+    rank: int = 0,
+    deterministic: bool = True,
+    group: GroupCoordinator | None = None,
+) -> BuildContext:
     return BuildContext(
         dtype=dtype,
         device=torch.device("cpu"),
         attention_backend=create_attention_backend("torch_paged"),
         deterministic=deterministic,
         parallel=ParallelDims(tensor_size=tensor_size, rank=rank),
+        tensor_group=group or GroupCoordinator([0], 0, name="tensor"),
     )
 
 
@@ -59,29 +69,53 @@ def test_column_parallel_outputs_have_the_same_bits(dtype: torch.dtype, inputs: 
         assert torch.equal(torch.cat([part(x) for part in parts], dim=1), whole(x))
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs", [512, 4864])
-def test_row_parallel_sums_have_the_same_bits(dtype: torch.dtype, inputs: int) -> None:
-    """Every rank sums its own branch of the tree; the ranks' sums are joined in the same tree. In fp32, to see the sums
-    themselves; in bf16 a rank's sum would be rounded once more here."""
+def test_row_parallel_sums_have_the_same_bits(dtype: torch.dtype, inputs: int, bias: bool) -> None:
+    """Every rank sums its own branch of the tree, in fp32; the bias comes in once, and it is rounded once."""
     weights: Weights = {}
     x = torch.randn(21, inputs).to(dtype)
 
-    def make(context: BuildContext) -> Linear:
-        return RowLinear(context, "down", inputs, 256, bias=False)
+    def work(group: GroupCoordinator) -> tuple[torch.Tensor, int]:
+        size, rank = group.world_size, group.rank_in_group
+        context = make_context(dtype, size, rank, group=group)
+        layer = fill(RowLinear(context, "down", inputs, 256, bias=bias), weights)
+        return layer(x.chunk(size, dim=1)[rank]), layer.weight_bytes()
 
-    (whole,) = on_ranks(make, 1, weights, dtype)
-    torch.testing.assert_close(
-        whole(x).float(), x.float() @ weights["down.weight"].to(dtype).float().T, atol=8e-2, rtol=2e-2
-    )
-    assert torch.equal(whole(x)[20:], whole(x[20:]))
-    if dtype is torch.float32:
-        for size in (2, 4, 8):
-            pieces = x.chunk(size, dim=1)
-            sums = [part(piece) for part, piece in zip(on_ranks(make, size, weights, dtype), pieces, strict=True)]
-            while len(sums) > 1:
-                sums = [a + b for a, b in zip(sums[::2], sums[1::2], strict=True)]
-            assert torch.equal(sums[0], whole(x))
+    ((whole, num_bytes),) = rank_threads.on_ranks(1, work)
+    assert whole.dtype is dtype
+    expected = x.float() @ weights["down.weight"].to(dtype).float().T
+    if bias:
+        expected += weights["down.bias"].to(dtype).float()
+    torch.testing.assert_close(whole.float(), expected, atol=8e-2, rtol=2e-2)
+    for size in (2, 4, 8):
+        for total, share in rank_threads.on_ranks(size, work):
+            assert torch.equal(total, whole)
+            bias_bytes = 256 * dtype.itemsize if bias else 0
+            assert share - bias_bytes == (num_bytes - bias_bytes) // size
+
+
+def test_row_parallel_sums_without_the_mode() -> None:
+    weights: Weights = {}
+    x = torch.randn(5, 96)
+
+    def work(group: GroupCoordinator) -> torch.Tensor:
+        size, rank = group.world_size, group.rank_in_group
+        context = make_context(torch.float32, size, rank, deterministic=False, group=group)
+        return fill(RowLinear(context, "down", 96, 24, bias=True), weights)(x.chunk(size, dim=1)[rank])
+
+    (whole,) = rank_threads.on_ranks(1, work)
+    for size in (2, 3):
+        for total in rank_threads.on_ranks(size, work):
+            torch.testing.assert_close(total, whole, atol=1e-5, rtol=1e-5)
+
+
+def test_shards_that_ranks_cannot_share_are_refused() -> None:
+    context = make_context(torch.float32, 2, 0)
+    with pytest.raises(ConfigError, match="sums the 6 inputs of down in 2 shards, which 6 ranks cannot share evenly"):
+        RowLinear(make_context(torch.float32, 6, 0), "down", 6, 4, bias=False)
+    RowLinear(context, "down", 6, 4, bias=False)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])

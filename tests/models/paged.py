@@ -11,6 +11,8 @@ import torch
 from shoal.attention.base import AttentionMetadata
 from shoal.attention.registry import create_attention_backend
 from shoal.config.model_config import ModelConfig, load_model_config
+from shoal.distributed.group import GroupCoordinator
+from shoal.distributed.parallel_dims import ParallelDims
 from shoal.layers.context import BuildContext
 from shoal.models.base import CausalLM, LayerObserver
 from shoal.models.registry import build_model
@@ -40,17 +42,30 @@ class PagedModel:
         hooks: LayerObserver | None = None,
         load_format: str = "auto",
         seed: int = 0,
+        group: GroupCoordinator | None = None,
+        layer_range: range | None = None,
     ) -> None:
+        """group: the tensor-parallel ranks, which all make the same calls. layer_range: of a pipeline stage."""
         self.config: ModelConfig = load_model_config(path)
         self.backend = create_attention_backend(backend)
+        group = group or GroupCoordinator([0], 0, name="tensor")
+        parallel = ParallelDims(tensor_size=group.world_size, rank=group.rank_in_group)
         context = BuildContext(
-            dtype=dtype, device=CPU, attention_backend=self.backend, deterministic=backend == "deterministic"
+            dtype=dtype,
+            device=CPU,
+            attention_backend=self.backend,
+            deterministic=backend == "deterministic",
+            parallel=parallel,
+            tensor_group=group,
+            layer_range=layer_range,
         )
         self.model: CausalLM = build_model(self.config, context)
         load_weights(self.model, self.config, load_format)
-        shape = self.backend.kv_cache_shape(num_blocks, block_size, self.config.num_kv_heads, self.config.head_dim)
+        heads = parallel.kv_head_slice(self.config.num_kv_heads)
+        num_kv_heads = heads.stop - heads.start
+        shape = self.backend.kv_cache_shape(num_blocks, block_size, num_kv_heads, self.config.head_dim)
         # What other requests left behind must not matter.
-        self.kv_caches = [torch.full(shape, 3.0, dtype=dtype) for _ in range(self.config.num_layers)]
+        self.kv_caches = [torch.full(shape, 3.0, dtype=dtype) for _ in self.model.layer_range]
         self.block_size = block_size
         self.hooks = hooks
         self._free = list(range(1, num_blocks))
@@ -61,8 +76,9 @@ class PagedModel:
         sequence.blocks = []
 
     @torch.inference_mode()
-    def hidden(self, work: list[tuple[Sequence, int]]) -> torch.Tensor:
-        """One step: each sequence computes so many tokens more. Returns hidden states [T, H]."""
+    def hidden(self, work: list[tuple[Sequence, int]], received: torch.Tensor | None = None) -> torch.Tensor:
+        """One step: each sequence computes so many tokens more. Returns hidden states [T, H]; received: those of the
+        stage before."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -86,12 +102,14 @@ class PagedModel:
             block_size=self.block_size,
         )
         self.backend.prepare(metadata)
-        return self.model(torch.tensor(token_ids), torch.tensor(positions), self.kv_caches, metadata, self.hooks)
+        return self.model(
+            torch.tensor(token_ids), torch.tensor(positions), self.kv_caches, metadata, self.hooks, received
+        )
 
     @torch.inference_mode()
     def step(self, work: list[tuple[Sequence, int]]) -> list[torch.Tensor]:
         """Logits of every new token, [num_new, V] for each sequence."""
-        logits = self.model.compute_logits(self.hidden(work))
+        logits = self.model.compute_full_logits(self.hidden(work))
         return list(logits.split([num_new for _, num_new in work]))
 
     def logits(self, token_ids: list[int], chunk: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ import torch
 from shoal.attention.base import AttentionMetadata
 from shoal.attention.registry import create_attention_backend
 from shoal.config.model_config import load_model_config
+from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.parallel_dims import ParallelDims
 from shoal.errors import ConfigError, ModelError
 from shoal.kv_transfer.hooks import LayerHooks
@@ -20,6 +21,7 @@ from shoal.models.registry import build_model
 from shoal.weights.loader import load_weights
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.models.paged import CPU, PagedModel, Sequence, random_tokens
+from tests.rank_threads import on_ranks
 
 
 def build_stage(path: Path, layers: range | None) -> CausalLM:
@@ -96,6 +98,12 @@ def test_what_cannot_be_built(tmp_path: Path) -> None:
     quantized = {**config.raw, "quantization_config": {"quant_method": "awq", "bits": 4}}
     with pytest.raises(ModelError, match="quantized with 'awq', which is not supported"):
         build_model(dataclasses.replace(config, raw=quantized), context)
-    parallel = dataclasses.replace(context, parallel=ParallelDims(tensor_size=2))
-    with pytest.raises(ConfigError, match="tensor parallelism"):
-        build_model(config, parallel)
+
+    def build_for_three(group: GroupCoordinator) -> None:
+        dims = ParallelDims(tensor_size=3, rank=group.rank_in_group)
+        build_model(config, dataclasses.replace(context, parallel=dims, tensor_group=group))
+
+    with pytest.raises(
+        ConfigError, match=r"attention heads \(4\) cannot be split over 3 ranks; these work: \[1, 2, 4\]"
+    ):
+        on_ranks(3, build_for_three)

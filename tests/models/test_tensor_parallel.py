@@ -1,0 +1,111 @@
+"""Tensor parallelism: several ranks compute what one does, in every family; bit by bit in deterministic mode."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.config.model_path import embedded_model_path
+from shoal.distributed.group import GroupCoordinator
+from tests.checkpoints import VARIANTS, make_checkpoint, make_variant
+from tests.models.paged import PagedModel, Sequence, random_tokens
+from tests.rank_threads import on_ranks
+
+# Eight heads, so that up to eight ranks share them; widths and vocabularies that do not divide evenly.
+WIDE = {"num_attention_heads": 8, "hidden_size": 128}
+EIGHT_RANKS: dict[str, tuple[str, dict]] = {
+    "llama": ("llama", {**WIDE, "attention_bias": True, "mlp_bias": True, "vocab_size": 1003}),
+    "llama-one-kv-head": ("llama", {**WIDE, "num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": 20}),
+    "mistral": ("mistral", {**WIDE, "num_key_value_heads": 4, "sliding_window": 30, "vocab_size": 517}),
+    "qwen2": ("qwen2", {**WIDE, "hidden_size": 512, "intermediate_size": 776, "vocab_size": 601}),
+    "qwen3": ("qwen3", {**WIDE, "num_key_value_heads": 8, "vocab_size": 577, "tie_word_embeddings": True}),
+    "opt": ("opt", {**WIDE, "vocab_size": 800, "activation_function": "gelu"}),
+    "opt-350m-form": ("opt", {**WIDE, "word_embed_proj_dim": 24, "do_layer_norm_before": False, "vocab_size": 533}),
+}
+STEPS = [[(0, 40), (1, 3)], [(1, 1), (2, 60)], [(0, 1), (1, 20), (2, 1)]]
+
+
+def run(model: PagedModel) -> torch.Tensor:
+    """Logits of three sequences that enter, prefill in pieces and decode beside each other."""
+    vocab_size = model.config.vocab_size
+    sequences = [Sequence(random_tokens(80, seed, vocab_size)) for seed in range(3)]
+    return torch.cat([rows for step in STEPS for rows in model.step([(sequences[i], count) for i, count in step])])
+
+
+def logits_at(path: Path, size: int, backend: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    """What each rank has after gathering."""
+    return on_ranks(size, lambda group: run(PagedModel(path, backend, dtype=dtype, group=group)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_two_and_four_ranks_compute_what_one_does(tmp_path: Path, variant: str) -> None:
+    path = make_variant(tmp_path, variant)
+    (expected,) = logits_at(path, 1, "torch_paged")
+    for size in (2, 4):
+        ranks = logits_at(path, size, "torch_paged")
+        torch.testing.assert_close(ranks[0], expected, atol=1e-4, rtol=1e-5)
+        assert all(torch.equal(rank, ranks[0]) for rank in ranks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", EIGHT_RANKS)
+def test_deterministic_bits_do_not_depend_on_the_degree(tmp_path: Path, form: str, dtype: torch.dtype) -> None:
+    family, changes = EIGHT_RANKS[form]
+    path = make_checkpoint(tmp_path, family, dtype=dtype, **changes)
+    (expected,) = logits_at(path, 1, "deterministic", dtype)
+    assert expected.shape[1] == changes.get("vocab_size", 512) and expected.isfinite().all()
+    for size in (2, 4, 8):
+        for rank in logits_at(path, size, "deterministic", dtype):
+            assert torch.equal(rank, expected), size
+
+
+def test_shoal_tiny_has_the_same_bits_on_all_degrees() -> None:
+    path = embedded_model_path()
+    (expected,) = logits_at(path, 1, "deterministic")
+    (fast,) = logits_at(path, 1, "torch_paged")
+    for size in (2, 4):
+        assert torch.equal(logits_at(path, size, "deterministic")[0], expected)
+        torch.testing.assert_close(logits_at(path, size, "torch_paged")[0], fast, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_stages_of_two_ranks(tmp_path: Path, family: str, tied: bool) -> None:
+    """A tied head on a stage without the embedding reads its own slice of the table."""
+    path = make_checkpoint(tmp_path, family, num_hidden_layers=3, tie_word_embeddings=tied, vocab_size=521)
+    tokens = random_tokens(50, seed=1)
+    expected = PagedModel(path).logits(tokens, 50)
+
+    def work(group: GroupCoordinator) -> torch.Tensor:
+        hidden = None
+        for layers in (range(0, 2), range(2, 3)):
+            stage = PagedModel(path, group=group, layer_range=layers)
+            hidden = stage.hidden([(Sequence(tokens), 50)], hidden)
+        with torch.inference_mode():
+            return stage.model.compute_full_logits(hidden)
+
+    for rank in on_ranks(2, work):
+        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
+
+
+def test_ranks_share_the_weights(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama", vocab_size=1024, num_key_value_heads=4)
+    (whole,) = on_ranks(1, lambda group: PagedModel(path, group=group).model.weight_bytes())
+    norms = 5 * 64 * 4
+    for size in (2, 4):
+        shares = on_ranks(size, lambda group: PagedModel(path, group=group).model.weight_bytes())
+        assert shares == [(whole - norms) // size + norms] * size
+
+
+def test_a_step_takes_two_sums_a_layer_and_one_to_embed(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "llama")
+
+    def work(group: GroupCoordinator) -> list[tuple[str, int]]:
+        model = PagedModel(path, group=group)
+        calls = group.communicator.calls  # type: ignore[union-attr]
+        model.hidden([(Sequence([5, 6, 7]), 3)])
+        return list(calls)
+
+    assert on_ranks(2, work) == [[("all_reduce", 3 * 64 * 4)] * 5] * 2
