@@ -37,6 +37,10 @@ class SocketChannel:
             socket.set_hwm(0)  # the client bounds what it queues; nothing is dropped here
         self._input.connect(input_endpoint)
         self._output.connect(output_endpoint)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)  # open to the end: a late step may still wake
+        self._poller = zmq.Poller()
+        self._poller.register(self._input, zmq.POLLIN)
+        self._poller.register(self._wake, zmq.POLLIN)
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -50,6 +54,13 @@ class SocketChannel:
             except zmq.Again:
                 break
         return messages
+
+    def wait(self) -> None:
+        if any(ready == self._wake for ready, _ in self._poller.poll()):
+            os.eventfd_read(self._wake)
+
+    def wake(self) -> None:
+        os.eventfd_write(self._wake, 1)
 
     def send(self, message: CoreMessage) -> None:
         self._output.send(self._encoder.encode(message))

@@ -1,4 +1,4 @@
-"""The engine core: schedule -> execute -> update, one step ahead of the results. Runs as `python -m shoal.engine`.
+"""The engine core: schedule -> execute -> update, a step ahead of the pipeline. Runs as `python -m shoal.engine`.
 
 It owns the scheduler and the executor. Requests come in and deltas go out through two sockets of messages.
 """
@@ -43,6 +43,14 @@ class CoreChannel(Protocol):
         """All messages that have come; with `block` at least one."""
         ...
 
+    def wait(self) -> None:
+        """Return when a message has come or `wake` has been called."""
+        ...
+
+    def wake(self) -> None:
+        """End this `wait`, or else the next; called from any thread."""
+        ...
+
     def send(self, message: CoreMessage) -> None: ...
 
 
@@ -53,8 +61,10 @@ class EngineCore:
         self.config = config
         self._executor = executor
         self._channel = channel
-        self._max_in_flight = 2 if config.async_scheduling else 1
+        # A step for each stage to work on, and one that waits before the first stage.
+        self._max_in_flight = config.parallel.pipeline_size + int(config.async_scheduling)
         self._in_flight: deque[Future[BatchResult]] = deque()
+        self._awaited: Future[BatchResult] | None = None  # wakes the channel when it is done
         self._num_steps = 0
         self._last_step_time = time.monotonic()
         self._last_stats_time = 0.0
@@ -73,13 +83,18 @@ class EngineCore:
         )
 
     def run(self) -> None:
-        """Serve until a Shutdown message has come and what it lets finish has finished."""
-        while True:
-            self._take_messages()
-            if self._stop_at is not None and self._drained():
-                break
-            self._step()
-        self._executor.shutdown()
+        """Serve until a Shutdown message has come and what it lets finish has finished.
+
+        Raises what a step raised, once the executor is shut down.
+        """
+        try:
+            while True:
+                self._take_messages()
+                if self._stop_at is not None and self._drained():
+                    break
+                self._step()
+        finally:
+            self._executor.shutdown()
 
     def _take_messages(self) -> None:
         idle = not self._in_flight and not self._scheduler.has_work() and self._stop_at is None
@@ -106,13 +121,28 @@ class EngineCore:
         if batch is not None:
             self._executor.execute(batch)
             self._in_flight.append(self._executor.sample(batch.step_id))
-        if self._in_flight and (batch is None or len(self._in_flight) >= self._max_in_flight):
-            result = self._in_flight.popleft().result()
-            self._num_steps += 1
-            self._last_step_time = time.monotonic()
-            self._send(self._scheduler.update(result))
+        if len(self._in_flight) >= self._max_in_flight:
+            self._take_result()
+        elif batch is None and self._in_flight:
+            self._take_result_or_news()
         elif batch is None and self._scheduler.has_work():
             time.sleep(_WAITING_SECONDS)  # all there is waits for KV from outside
+
+    def _take_result_or_news(self) -> None:
+        """Wait for the oldest result, or for a message: it may bring a request for which the pipeline has room."""
+        oldest = self._in_flight[0]
+        if oldest is not self._awaited:
+            self._awaited = oldest
+            oldest.add_done_callback(lambda _: self._channel.wake())
+        self._channel.wait()
+        if oldest.done():
+            self._take_result()
+
+    def _take_result(self) -> None:
+        result = self._in_flight.popleft().result()
+        self._num_steps += 1
+        self._last_step_time = time.monotonic()
+        self._send(self._scheduler.update(result))
 
     def _send(self, deltas: list[TokenDelta]) -> None:
         now = time.monotonic()
@@ -181,5 +211,7 @@ def make_scheduler_config(config: EngineConfig, num_blocks: int) -> SchedulerCon
         enable_chunked_prefill=config.enable_chunked_prefill,
         long_prefill_token_threshold=config.long_prefill_token_threshold,
         by_priority=config.scheduling_policy == "priority",
+        num_stages=config.parallel.pipeline_size,
+        async_scheduling=config.async_scheduling,
         generation=config.generation,
     )

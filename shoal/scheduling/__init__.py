@@ -2,7 +2,8 @@
 
 from shoal.scheduling.block_pool import NULL_BLOCK, BlockPool
 from shoal.scheduling.connector import KVConnector, NullConnector
-from shoal.scheduling.scheduler import Scheduler, SchedulerConfig, SchedulerCounters
+from shoal.scheduling.scheduler import Scheduler
+from shoal.scheduling.scheduler_config import SchedulerConfig, SchedulerCounters
 
 __all__ = [
     "NULL_BLOCK",

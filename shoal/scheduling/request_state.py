@@ -22,6 +22,7 @@ class RequestState:
     token_ids: prompt, then every output id that the host knows.
     num_computed: positions whose KV is computed or being computed by a step in flight.
     num_pending: tokens sampled by steps in flight, whose ids the host does not know yet.
+    num_queued: tokens to compute when it joined the waiting queue.
     last_step: the newest step that names this request's slot and blocks.
     """
 
@@ -42,6 +43,7 @@ class RequestState:
         "num_external",
         "num_pending",
         "num_prompt",
+        "num_queued",
         "prompt_logprobs",
         "prompt_logprobs_sent",
         "request",
@@ -64,6 +66,7 @@ class RequestState:
         self.num_prompt = len(request.prompt_token_ids)
         self.num_computed = 0
         self.num_pending = 0
+        self.num_queued = 0
         self.slot = -1
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []

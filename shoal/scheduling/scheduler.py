@@ -1,7 +1,7 @@
 """The scheduler: which requests run in a step, with how many tokens, in which slots and blocks. Pure bookkeeping.
 
 Called by the engine core: `schedule` makes a step, `update` takes its result in; `schedule` may be called again
-before the result of the step before is known, assuming that every running request emits a token.
+before the results of steps in flight are known, assuming that every running request emits a token.
 """
 
 from __future__ import annotations
@@ -14,37 +14,12 @@ from collections import deque
 from shoal.messages import BatchResult, ScheduledBatch, SlotAssignment, SlotResult, SlotWork, TokenDelta
 from shoal.scheduling.block_pool import BlockPool
 from shoal.scheduling.connector import KVConnector, NullConnector
+from shoal.scheduling.pacing import Pacing, StepBudget
 from shoal.scheduling.request_state import RequestState, RequestStatus
+from shoal.scheduling.scheduler_config import SchedulerConfig, SchedulerCounters
 from shoal.scheduling.waiting_queue import WaitingQueue
 from shoal.types.outputs import FinishReason
 from shoal.types.request import EngineRequest
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """Limits of a step and of the cache. num_blocks counts the null block."""
-
-    num_blocks: int
-    block_size: int
-    max_model_len: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    enable_prefix_caching: bool = True
-    enable_chunked_prefill: bool = True
-    long_prefill_token_threshold: int = 0
-    by_priority: bool = False
-    generation: int = 0
-
-
-@dataclasses.dataclass(slots=True)
-class SchedulerCounters:
-    """Totals since the start."""
-
-    num_preemptions: int = 0
-    prompt_tokens: int = 0
-    generation_tokens: int = 0
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -52,6 +27,7 @@ class _StepInFlight:
     step_id: int
     request_of_slot: dict[int, RequestState]
     sampled_slots: set[int]
+    num_prompt_tokens: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,6 +50,7 @@ class Scheduler:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.enable_prefix_caching)
         self.counters = SchedulerCounters()
+        self._pacing = Pacing(config.num_stages, config.async_scheduling)
         self._connector: KVConnector = connector or NullConnector()
         self._requests: dict[str, RequestState] = {}
         self._waiting = WaitingQueue()
@@ -169,34 +146,58 @@ class Scheduler:
         assigned: list[SlotAssignment] = []
         request_of_slot: dict[int, RequestState] = {}
         step_id = self._next_step
-        budget = self.config.max_num_batched_tokens
-        budget, starved = self._schedule_running(step_id, budget, work, request_of_slot)
+        ready, num_missing = self._pacing.ready(self._running, step_id)
+        budget = self._make_budget(step_id, num_missing)
+        num_prompt_tokens = budget.num_prompt_tokens
+        starved = self._schedule_running(step_id, ready, budget, work, request_of_slot)
         if not starved:
             self._schedule_waiting(step_id, budget, work, assigned, request_of_slot)
+            if not work:
+                early = self._pacing.early(self._running, step_id)
+                self._schedule_running(step_id, early, budget, work, request_of_slot)
         if not work:
             return None
         self._next_step += 1
         sampled_slots = {item.slot for item in work if item.sample}
-        self._in_flight.append(_StepInFlight(step_id, request_of_slot, sampled_slots))
+        num_prompt_tokens -= budget.num_prompt_tokens
+        self._in_flight.append(_StepInFlight(step_id, request_of_slot, sampled_slots, num_prompt_tokens))
         released, self._released_slots = self._released_slots, []
         return ScheduledBatch(step_id, self.config.generation, released, assigned, work)
 
+    def _make_budget(self, step_id: int, num_missing: int) -> StepBudget:
+        """What the step may take. num_missing: prompt tokens that running requests lack; the next to be admitted count
+        as well."""
+        limit, num_stages = self.config.max_num_batched_tokens, self.config.num_stages
+        if num_stages == 1:
+            return StepBudget(limit, limit)
+        num_missing += self._waiting.num_tokens_of(len(self._free_slots))
+        recent = (step for step in self._in_flight if step.step_id > step_id - num_stages)
+        num_recent = sum(step.num_prompt_tokens for step in recent)
+        return StepBudget(limit, self._pacing.prompt_share(limit, num_missing, num_recent))
+
     def _schedule_running(
-        self, step_id: int, budget: int, work: list[SlotWork], request_of_slot: dict[int, RequestState]
-    ) -> tuple[int, bool]:
-        """Give every running request its next tokens. Returns the budget left and whether blocks ran out."""
+        self,
+        step_id: int,
+        ready: list[RequestState],
+        budget: StepBudget,
+        work: list[SlotWork],
+        request_of_slot: dict[int, RequestState],
+    ) -> bool:
+        """Give every request of `ready`, ordered by key, its next tokens. Returns whether blocks ran out."""
         block_size, threshold = self.config.block_size, self.config.long_prefill_token_threshold
         starved = False
-        index = 0
-        while index < len(self._running) and budget > 0:
-            state = self._running[index]
-            index += 1
+        for state in ready:
+            if budget.num_tokens <= 0 or state.status is not RequestStatus.RUNNING:
+                break  # the last in order are preempted, so all behind it are
             num_total = len(state.token_ids) + state.num_pending
             num_new = num_total - state.num_computed
             if num_new <= 0 or num_total >= state.max_total:
                 continue  # its last token is on the way
-            if num_new > 1:
-                num_new = min(num_new, budget, threshold or num_new)
+            of_prompt = num_new > 1
+            if of_prompt:
+                num_new = min(num_new, budget.num_tokens, budget.num_prompt_tokens, threshold or num_new)
+                if num_new <= 0:
+                    continue
             end = state.num_computed + num_new
             num_missing = -(-end // block_size) - len(state.block_ids)
             new_blocks: list[int] = []
@@ -209,8 +210,8 @@ class Scheduler:
                 new_blocks = self.pool.allocate(num_missing)
                 state.block_ids += new_blocks
             self._put_to_work(state, num_new, new_blocks, step_id, work, request_of_slot)
-            budget -= num_new
-        return budget, starved
+            budget.take(num_new, of_prompt=of_prompt)
+        return starved
 
     def _put_to_work(
         self,
@@ -263,13 +264,13 @@ class Scheduler:
     def _schedule_waiting(
         self,
         step_id: int,
-        budget: int,
+        budget: StepBudget,
         work: list[SlotWork],
         assigned: list[SlotAssignment],
         request_of_slot: dict[int, RequestState],
     ) -> None:
         """Admit waiting requests while there are slots, blocks and budget."""
-        while budget > 0 and self._free_slots:
+        while budget.num_tokens > 0 and budget.num_prompt_tokens > 0 and self._free_slots:
             state = self._waiting.peek()
             if state is None or self._is_in_flight(state.last_step):
                 return  # nothing, or preempted with results on the way: they come first
@@ -288,9 +289,9 @@ class Scheduler:
                 )
             )
             self._put_to_work(state, num_new, list(state.block_ids), step_id, work, request_of_slot)
-            budget -= num_new
+            budget.take(num_new, of_prompt=True)
 
-    def _admit(self, state: RequestState, budget: int) -> int | None:
+    def _admit(self, state: RequestState, budget: StepBudget) -> int | None:
         """Find the cached prefix of a waiting request and hold blocks for all its tokens.
 
         Returns how many tokens it computes now, 0 when it left the queue to load KV from outside, None when there
@@ -334,11 +335,12 @@ class Scheduler:
                 return 0
         return num_new
 
-    def _first_chunk(self, num_new: int, budget: int) -> int | None:
+    def _first_chunk(self, num_new: int, budget: StepBudget) -> int | None:
         """Tokens of a prompt's first piece; None when it must go whole and does not fit in this step."""
         if not self.config.enable_chunked_prefill:
-            return num_new if num_new <= budget else None
-        return min(num_new, budget, self.config.long_prefill_token_threshold or num_new)
+            return num_new if num_new <= budget.num_tokens else None
+        longest = self.config.long_prefill_token_threshold or num_new
+        return min(num_new, budget.num_tokens, budget.num_prompt_tokens, longest)
 
     def _poll_connector(self) -> None:
         for request_id in self._connector.finished_loading():
@@ -425,7 +427,7 @@ class Scheduler:
         if state.status is RequestStatus.RUNNING:
             self._running.remove(state)
         elif state.status is RequestStatus.WAITING:
-            self._waiting.forget()
+            self._waiting.forget(state)
         state.status = RequestStatus.FINISHED
         del self._requests[state.request_id]
         self._release(state)

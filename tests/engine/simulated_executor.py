@@ -61,7 +61,7 @@ class InMemoryChannel:
     def __init__(self) -> None:
         self.incoming: list[ClientMessage] = []
         self.sent: list[CoreMessage] = []
-        self.news = threading.Event()
+        self.woken = threading.Event()
         self.on_empty: Callable[[], ClientMessage] | None = None
 
     def push(self, *messages: ClientMessage) -> None:
@@ -73,6 +73,14 @@ class InMemoryChannel:
             return [self.on_empty()]
         messages, self.incoming = self.incoming, []
         return messages
+
+    def wait(self) -> None:
+        if not self.incoming:
+            self.woken.wait()
+            self.woken.clear()
+
+    def wake(self) -> None:
+        self.woken.set()
 
     def send(self, message: CoreMessage) -> None:
         self.sent.append(message)
