@@ -33,7 +33,6 @@ from shoal.types.outputs import FinishReason
 
 logger = get_logger(__name__)
 
-# A replica that does nothing for so long although it has work gets no more of it while another one gets on.
 _AVOID_AFTER_SECONDS = 10.0
 
 
@@ -87,7 +86,10 @@ class _Replica:
 class ReplicatedClient(EngineClient):
     """Balances by what each core has to do, in live counts; equal ones take turns."""
 
-    def __init__(self, clients: Sequence[EngineClient]) -> None:
+    def __init__(self, clients: Sequence[EngineClient], *, avoid_after: float = _AVOID_AFTER_SECONDS) -> None:
+        """avoid_after: seconds; a replica that does nothing for so long although it has work gets no more of it while
+        another one gets on."""
+        self._avoid_after = avoid_after
         self._replicas = [_Replica(index, client) for index, client in enumerate(clients)]
         self._owners: dict[str, _Replica] = {}
         self._next = 0
@@ -183,7 +185,7 @@ class ReplicatedClient(EngineClient):
     def _least_busy(self) -> _Replica:
         self._check_alive()
         alive = [replica for replica in self._replicas if replica.failure is None]
-        moving = [replica for replica in alive if replica.seconds_without_progress < _AVOID_AFTER_SECONDS]
+        moving = [replica for replica in alive if replica.seconds_without_progress < self._avoid_after]
         total = len(self._replicas)
         chosen = min(
             moving or alive, key=lambda replica: (*replica.workload.cost, (replica.index - self._next) % total)
