@@ -5,12 +5,16 @@ Embedding, head and sampler hold one. R rows, V vocabulary, W width of a slice: 
 
 from __future__ import annotations
 
+from typing import TypeVar
+
+import numpy as np
 import torch
 
 from shoal.distributed.group import GroupCoordinator
 
 # Slices begin at whole tiles of matrix kernels, and at whole words of a packed grammar mask.
 _MULTIPLE = 64
+Ids = TypeVar("Ids", torch.Tensor, np.ndarray)
 
 
 class VocabularySlice:
@@ -34,6 +38,11 @@ class VocabularySlice:
         """The ids of this rank's tokens; padding left out."""
         start = min(self.start, self.vocab_size)
         return slice(start, start + self.num_tokens)
+
+    def holds(self, token_ids: Ids) -> Ids:
+        """For each id whether it is one of this rank's tokens."""
+        found: Ids = (token_ids >= self.start) & (token_ids < self.start + self.num_tokens)
+        return found
 
     def gather(self, columns: torch.Tensor) -> torch.Tensor:
         """Every rank's columns [R, W] -> [R, V]."""

@@ -52,9 +52,8 @@ class VocabularyEmbedding(Embedding):
         vocabulary = self.vocabulary
         if vocabulary.is_whole:
             return super().forward(ids)
-        rows = ids - vocabulary.start
-        elsewhere = (rows < 0) | (rows >= vocabulary.num_tokens)
-        found = self.weight.index_select(0, rows.masked_fill_(elsewhere, 0))
+        elsewhere = vocabulary.holds(ids).logical_not_()
+        found = self.weight.index_select(0, (ids - vocabulary.start).masked_fill_(elsewhere, 0))
         assert vocabulary.group is not None
         return vocabulary.group.all_reduce(found.masked_fill_(elsewhere.unsqueeze(1), 0))
 

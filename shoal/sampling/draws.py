@@ -1,6 +1,6 @@
 """One token a row by temperature, min_p, top_k and top_p, and counter-based noise. Called by the sampler.
 
-Shapes: G rows of a group, V vocabulary, K candidates.
+Shapes: G rows of a group, V vocabulary, W width of this rank's slice of it, K candidates.
 
 Rows are grouped by what they need, because the costs differ: neither top_k nor top_p (a race over the vocabulary, no
 ordering), top_k (K is the largest one in the group), top_p alone (K grows until the mass is there).
@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shoal.distributed.vocabulary import VocabularySlice
 from shoal.sampling.ordering import best_candidates, distances_to_best, ordering_keys
 from shoal.sampling.random import negative_exponentials
-from shoal.sampling.rows import num_rows_at_once, take_rows
+from shoal.sampling.rows import num_rows_at_once
 
 # A weight is relative to the row's best token, so at most 1: the sum of a vocabulary below 2**22 fits in 63 bits.
 _MASS_SCALE = 2.0**40
@@ -68,10 +69,8 @@ def _cut(column: Tensor | None, part: slice) -> Tensor | None:
 
 
 def draw(logits: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
-    """Token ids int64 [G]. logits [R, V] of the step, overwritten; row_keys int32 [G]; hashed_ids int32 [V]."""
-    scaled = take_rows(logits, group.rows)
-    if group.temperature is not None:
-        scaled.div_(group.temperature)
+    """Token ids int64 [G]. logits [G, V] of the group, overwritten; row_keys int32 [G]; hashed_ids int32 [V]."""
+    scaled = logits if group.temperature is None else logits.div_(group.temperature)
     num_at_once = num_rows_at_once(scaled)
     if scaled.shape[0] <= num_at_once:
         return _draw_part(scaled, group, row_keys, hashed_ids)
@@ -79,6 +78,27 @@ def draw(logits: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor)
     return torch.cat(
         [_draw_part(scaled[part], group.parameters_of(part), row_keys[part], hashed_ids) for part in parts]
     )
+
+
+def draw_together(
+    logits: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor, vocabulary: VocabularySlice
+) -> tuple[Tensor, Tensor]:
+    """The race of DrawKind.WHOLE_VOCABULARY, run by each rank among its own tokens: how fast its winners are, fp32 [G],
+    and their columns, int64 [G]. logits [G, W], overwritten; hashed_ids int32 [W]. The fastest of all ranks' winners is
+    what `draw` finds: all that ranks need to know of each other is the row's best logit.
+    """
+    scaled = logits if group.temperature is None else logits.div_(group.temperature)
+    best = vocabulary.greatest(scaled.amax(dim=-1)).unsqueeze(1)
+    num_at_once = num_rows_at_once(scaled)
+    winners = []
+    for start in range(0, scaled.shape[0], num_at_once):
+        part = slice(start, start + num_at_once)
+        weights = _weights(scaled[part], best[part], group.parameters_of(part))
+        times = weights.div_(negative_exponentials(row_keys[part], hashed_ids))
+        columns = times.argmin(dim=-1)
+        winners.append((times.gather(1, columns.unsqueeze(1)).squeeze(1).neg_(), columns))
+    speeds, columns = (torch.cat(tensors) for tensors in zip(*winners, strict=True))
+    return speeds, columns
 
 
 def _draw_part(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
@@ -90,10 +110,14 @@ def _draw_part(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: T
 
 
 def _draw_from_vocabulary(scaled: Tensor, group: DrawGroup, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:
-    weights = scaled.sub_(scaled.amax(dim=-1, keepdim=True)).exp_()
-    if group.min_p is not None:
-        weights.masked_fill_(weights < group.min_p, 0.0)
+    weights = _weights(scaled, scaled.amax(dim=-1, keepdim=True), group)
     return _race(weights, row_keys, hashed_ids)
+
+
+def _weights(scaled: Tensor, best: Tensor, group: DrawGroup) -> Tensor:
+    """scaled [G, V] with the best [G, 1] of each row -> weights relative to it, in place; 0 for what min_p cuts off."""
+    weights = scaled.sub_(best).exp_()
+    return weights if group.min_p is None else weights.masked_fill_(weights < group.min_p, 0.0)
 
 
 def _race(weights: Tensor, row_keys: Tensor, hashed_ids: Tensor) -> Tensor:

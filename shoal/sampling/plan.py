@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shoal.distributed.vocabulary import VocabularySlice
 from shoal.sampling.draws import DrawGroup, DrawKind
 from shoal.sampling.logprobs import LogprobRows
 from shoal.sampling.masks import AllowedRows, Biases, flat_index
@@ -31,7 +32,7 @@ class SamplingPlan:
     """
 
     num_rows: int
-    vocab_size: int
+    vocabulary: VocabularySlice
     device: torch.device
     has_greedy: bool
     greedy_rows: Tensor | None
@@ -50,7 +51,7 @@ class SamplingPlan:
     def suppressed(self, below_minimum: npt.NDArray[np.bool_]) -> Tensor | None:
         """Flat index of the end tokens of those minimum_rows that are still below their minimum."""
         pairs = [(int(self.minimum_rows[i]), self.end_token_ids[i]) for i in np.flatnonzero(below_minimum)]
-        return flat_index(pairs, self.vocab_size, self.device)
+        return flat_index(pairs, self.vocabulary, self.device)
 
 
 def build_plan(table: SlotTable, slots: _Integers) -> SamplingPlan:
@@ -62,7 +63,7 @@ def build_plan(table: SlotTable, slots: _Integers) -> SamplingPlan:
     draw_groups, draw_rows = _draw_groups(table, slots, kinds)
     return SamplingPlan(
         num_rows=len(slots),
-        vocab_size=table.vocab_size,
+        vocabulary=table.vocabulary,
         device=table.device,
         has_greedy=bool(greedy.size),
         greedy_rows=upload_rows(greedy, len(slots), table.device),
@@ -121,12 +122,19 @@ def _allowed_rows(table: SlotTable, slots: _Integers) -> AllowedRows | None:
 
 def _banned_index(table: SlotTable, slots: _Integers) -> Tensor | None:
     pairs = [(int(row), table.bad_token_ids[slots[row]]) for row in np.flatnonzero(table.has_bad[slots])]
-    return flat_index(pairs, table.vocab_size, table.device)
+    return flat_index(pairs, table.vocabulary, table.device)
 
 
 def _biases(table: SlotTable, slots: _Integers) -> Biases | None:
-    biased = [(int(row), table.logit_bias[slots[row]]) for row in np.flatnonzero(table.has_bias[slots])]
-    index = flat_index([(row, list(biases)) for row, biases in biased], table.vocab_size, table.device)
+    tokens = table.vocabulary.tokens
+    biased = [
+        (
+            int(row),
+            {id: value for id, value in table.logit_bias[slots[row]].items() if tokens.start <= id < tokens.stop},
+        )
+        for row in np.flatnonzero(table.has_bias[slots])
+    ]
+    index = flat_index([(row, list(biases)) for row, biases in biased], table.vocabulary, table.device)
     if index is None:
         return None
     values = [value for _, biases in biased for value in biases.values()]

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from shoal.distributed.vocabulary import VocabularySlice
 from shoal.sampling.draws import DrawKind
 from shoal.sampling.masks import banned_row
 from shoal.types.sampling_params import SamplingParams
@@ -29,8 +30,8 @@ NO_PENALTIES = -1
 class SlotTable:
     """One line a slot. Lines of free slots hold whatever the last request left, except `kind`."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
-        self.vocab_size = vocab_size
+    def __init__(self, max_num_seqs: int, vocabulary: VocabularySlice, device: torch.device) -> None:
+        self.vocabulary = vocabulary
         self.device = device
         self.kind: npt.NDArray[np.int64] = np.full(max_num_seqs, FREE, dtype=np.int64)
         self.mixed_seed: npt.NDArray[np.uint64] = np.zeros(max_num_seqs, dtype=np.uint64)
@@ -48,14 +49,14 @@ class SlotTable:
         self.end_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.bad_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.logit_bias: list[dict[int, float]] = [{} for _ in range(max_num_seqs)]
-        # bool [V], True for what allowed_token_ids leaves out.
+        # bool [W], True for what allowed_token_ids leaves out.
         self.banned: list[Tensor | None] = [None] * max_num_seqs
 
     def fill(self, slot: int, params: SamplingParams, num_prompt_tokens: int, penalty_row: int) -> None:
         """Write the line of a slot. penalty_row: its row of PenaltyCounts, or NO_PENALTIES."""
         greedy = params.greedy or params.top_k == 1
         assert greedy or params.seed is not None, "whoever accepts a request draws its seed"
-        top_k = params.top_k if 0 < params.top_k < self.vocab_size else 0
+        top_k = params.top_k if 0 < params.top_k < self.vocabulary.vocab_size else 0
         self.kind[slot] = GREEDY if greedy else _draw_kind(top_k, params.top_p).value
         self.mixed_seed[slot] = mix64(reduce_seed(params.seed or 0))
         self.temperature[slot] = min(params.temperature, _LARGEST)
@@ -75,7 +76,7 @@ class SlotTable:
         self.logit_bias[slot] = params.logit_bias or {}
         self.has_bias[slot] = bool(self.logit_bias[slot])
         allowed = params.allowed_token_ids
-        self.banned[slot] = None if allowed is None else banned_row(allowed, self.vocab_size, self.device)
+        self.banned[slot] = None if allowed is None else banned_row(allowed, self.vocabulary, self.device)
         self.has_allowed[slot] = allowed is not None
 
     def clear(self, slot: int) -> None:

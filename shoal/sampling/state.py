@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from shoal.distributed.group import GroupCoordinator
+from shoal.distributed.vocabulary import VocabularySlice
 from shoal.sampling.ordering import MAX_VOCAB_SIZE
 from shoal.sampling.penalties import PenaltyCounts
 from shoal.sampling.plan import SamplingPlan, build_plan
@@ -55,13 +57,20 @@ class _PlanEntry:
 
 
 class SamplingState:
-    """Parameters and penalty counts of the requests in slots 0 … max_num_seqs - 1."""
+    """Parameters and penalty counts of the requests in slots 0 … max_num_seqs - 1.
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+    group: the ranks that share the vocabulary, which sample together: all of them hold this state, and take the same
+    steps. None: this rank has all of it.
+    """
+
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, device: torch.device, group: GroupCoordinator | None = None
+    ) -> None:
         assert vocab_size <= MAX_VOCAB_SIZE, f"a vocabulary of {vocab_size} tokens does not fit the ordering keys"
         self._device = torch.device(device)
-        self._table = SlotTable(max_num_seqs, vocab_size, self._device)
-        self._counts = PenaltyCounts(vocab_size, self._device)
+        vocabulary = VocabularySlice(vocab_size, group)
+        self._table = SlotTable(max_num_seqs, vocabulary, self._device)
+        self._counts = PenaltyCounts(vocabulary, self._device)
         self._plans: dict[tuple[int, ...], _PlanEntry] = {}
 
     def assign(self, slot: int, params: SamplingParams, token_ids: list[int], num_prompt_tokens: int) -> None:
