@@ -76,7 +76,7 @@ def main() -> int:
     parser.add_argument("--output", required=True, help="endpoint that takes tokens")
     arguments = parser.parse_args()
     config = EngineConfig.from_json(sys.stdin.buffer.readline())
-    configure(role="engine")
+    configure(role="engine", rank=config.parallel.data_rank, world_size=config.parallel.data_size)
     # Ctrl-C, and a service manager's SIGTERM, reach the parent too: it decides when running requests have finished.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -43,6 +43,8 @@ def combine_ready(several: Sequence[CoreReady]) -> CoreReady:
     info: dict[str, Any] = dict(infos[0])
     for names, combine in ((_SUMS, sum), (_LARGEST, max)):
         info |= {name: combine(own[name] for own in infos) for name in names if all(name in own for own in infos)}
+    if devices := dict.fromkeys(str(own["device"]) for own in infos if "device" in own):
+        info["device"] = ", ".join(devices)
     info["replicas"] = infos
     return CoreReady(
         generation=several[0].generation,

@@ -93,8 +93,10 @@ def describe_engine(config: EngineConfig, ready: CoreReady, seconds: float) -> l
     num_tokens = (ready.num_blocks - 1) * ready.block_size
     size = facts.get("kv_cache_bytes")
     mode = ", deterministic" if config.deterministic else ""
+    num_replicas = len(facts.get("replicas", ()))
+    several = f"{num_replicas} replicas in " if num_replicas else ""
     return [
-        f"Shoal {__version__}: {config.model.architecture}, {facts.get('dtype', config.dtype)} on "
+        f"Shoal {__version__}: {config.model.architecture}, {several}{facts.get('dtype', config.dtype)} on "
         f"{facts.get('device', config.device)}{mode}, up after {seconds:.1f} s",
         f"KV cache: {num_tokens:,} tokens{f' ({format_size(size)})' if size else ''}, "
         f"{num_tokens / ready.max_model_len:.1f} requests of the full {ready.max_model_len:,} tokens",
