@@ -19,16 +19,20 @@ class WorkerLink:
     """What a worker process is told when it starts: where the hub listens, and the token that opens the connection.
 
     endpoint: a ZeroMQ endpoint. token: None where the endpoint is a private file (ipc) that needs none.
+    model_path: of the model on the worker's host, where that is another one than the core's; None: as the core has it.
     """
 
     endpoint: str
     generation: int
     token: str | None = None
+    model_path: str | None = None
 
     def command(self, rank: int) -> list[str]:
         """The worker's command line. The token goes in as the first line of standard input, seen by nobody else; the
         end of standard input ends the worker."""
         arguments = ["--link", self.endpoint, "--rank", str(rank), "--generation", str(self.generation)]
+        if self.model_path is not None:
+            arguments += ["--model-path", self.model_path]
         return [sys.executable, "-m", "shoal.worker", *arguments]
 
 
@@ -57,9 +61,25 @@ class Launcher(abc.ABC):
     def describe(self, rank: int) -> str:
         """How to call a rank that has not said hello yet: "rank 3 (on node-b, 10.0.0.4)"."""
 
+    def device_index(self, rank: int, local_rank: int) -> int:
+        """Which of the CUDA devices that its process sees a rank takes; local_rank: among this engine's ranks there."""
+        return local_rank
+
+    def num_sharing(self, local_size: int) -> int:
+        """How many ranks, those of other replicas counted, share a host that has `local_size` of this engine's."""
+        return local_size
+
     @abc.abstractmethod
     def stop(self, grace_seconds: float) -> None:
         """Wait so long for the processes to end by themselves, then end them by force; return when none is left.
 
         May be called twice, and at any time, also while `start` failed half-way.
         """
+
+
+def describe_exit(returncode: int) -> str:
+    """How a process ended, in words."""
+    if returncode >= 0:
+        return f"ended with exit code {returncode}; its own output says more"
+    hint = "; the kernel may have ended it for want of memory" if returncode == -9 else ""
+    return f"was killed by signal {-returncode}{hint}"

@@ -1,6 +1,7 @@
 """Where this process listens, under which address others reach this host, and the token that lets them in."""
 
 from shoal.network.addresses import Interface, format_interfaces, host_address, interface_of, interfaces, resolve_head
+from shoal.network.curve import admit_token, present_token
 from shoal.network.sockets import (
     format_endpoint,
     format_url,
@@ -14,6 +15,7 @@ from shoal.network.token import create_token, default_token_path, load_token
 
 __all__ = [
     "Interface",
+    "admit_token",
     "create_token",
     "default_token_path",
     "format_endpoint",
@@ -27,6 +29,7 @@ __all__ = [
     "listen_preferably",
     "load_token",
     "port_of",
+    "present_token",
     "resolve_head",
     "split_endpoint",
 ]

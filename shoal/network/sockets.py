@@ -13,9 +13,12 @@ from shoal.errors import ConfigError, StartupError
 _BACKLOG = 2048
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(
+    host: str, port: int, *, way_out: str = "choose another with --port (0 takes any free one)"
+) -> socket.socket:
     """A TCP socket that listens on host:port (0: any free port), IPv4 or IPv6.
 
+    way_out: what a user can do about a port that is taken.
     Raises ConfigError for a host that does not resolve, StartupError for a port that is taken or not allowed.
     """
     try:
@@ -33,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
-        raise StartupError(_why_not(host, port, error)) from error
+        raise StartupError(_why_not(host, port, error, way_out)) from error
     listener.setblocking(False)
     return listener
 
@@ -85,9 +88,9 @@ def split_endpoint(endpoint: str, default_port: int | None = None) -> tuple[str,
     return host, int(port)
 
 
-def _why_not(host: str, port: int, error: OSError) -> str:
+def _why_not(host: str, port: int, error: OSError, way_out: str) -> str:
     if error.errno == errno.EADDRINUSE:
-        return f"port {port} on {host} is taken{_holder(port)}; choose another with --port (0 takes any free one)"
+        return f"port {port} on {host} is taken{_holder(port)}; {way_out}"
     if error.errno == errno.EACCES:
         return f"port {port} on {host} is not allowed for this user; ports from 1024 on are"
     if error.errno == errno.EADDRNOTAVAIL:
