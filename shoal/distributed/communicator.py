@@ -15,10 +15,14 @@ _HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 class Transfer:
-    """A send under way. Its tensor must not change before `wait` has returned."""
+    """A send under way. Its tensor must not change before `wait` has returned.
 
-    def __init__(self, finish: Callable[[], object] | None = None) -> None:
+    goes_on_alone: False where the rest is sent only while this rank waits here, or for anything else in the group.
+    """
+
+    def __init__(self, finish: Callable[[], object] | None = None, *, goes_on_alone: bool = True) -> None:
         self._finish = finish
+        self.goes_on_alone = goes_on_alone
 
     def wait(self) -> None:
         if self._finish is not None:

@@ -197,7 +197,7 @@ class GroupCoordinator:
         except CollectiveError as error:
             raise self._explained(error) from error
         self._leave(None)
-        return Transfer(lambda: self._finish(transfer, destination))
+        return Transfer(lambda: self._finish(transfer, destination), goes_on_alone=transfer.goes_on_alone)
 
     def recv(
         self,
@@ -226,7 +226,7 @@ class GroupCoordinator:
             for transfer in transfers:
                 transfer.wait()
 
-        return Transfer(finish)
+        return Transfer(finish, goes_on_alone=all(transfer.goes_on_alone for transfer in transfers))
 
     def recv_tensor_dict(self, source: int | None = None) -> dict[str, Any]:
         """What a rank, the previous by default, sent: tensors on the group's device or in host memory, as they were."""

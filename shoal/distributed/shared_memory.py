@@ -191,7 +191,7 @@ class SharedMemoryCommunicator(DeviceCommunicator):
         self._push(destination)
         if outgoing.is_done:
             return Transfer()
-        return Transfer(lambda: self._finish(destination, outgoing))
+        return Transfer(lambda: self._finish(destination, outgoing), goes_on_alone=False)
 
     def recv(self, x: torch.Tensor, source: int) -> torch.Tensor:
         data, ring = as_bytes(x), self._channels[source, self.rank]

@@ -21,7 +21,8 @@ class StepInputs:
     """One step, flattened. Host arrays are numpy, tensors are on the device.
 
     slots, starts, counts: per row, in the batch's order: slot, first position, number of tokens.
-    token_ids [T], positions [T], slot_mapping [T]: int64; slot_mapping is block * block_size + offset.
+    row_of_token, host_positions: per token. positions [T], slot_mapping [T]: int64; slot_mapping is
+    block * block_size + offset.
     block_tables [R, B]: int32. sample_rows: rows that sample; last_tokens [len(sample_rows)]: their last token's index.
     """
 
@@ -30,12 +31,22 @@ class StepInputs:
     slots: np.ndarray
     starts: np.ndarray
     counts: np.ndarray
-    token_ids: torch.Tensor
+    row_of_token: np.ndarray
+    host_positions: np.ndarray
     positions: torch.Tensor
     slot_mapping: torch.Tensor
     block_tables: torch.Tensor
     sample_rows: np.ndarray
     last_tokens: torch.Tensor
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.row_of_token)
+
+    @property
+    def sample_slots(self) -> np.ndarray:
+        """Slots of the rows that sample."""
+        return self.slots[self.sample_rows]
 
     @property
     def seq_lens(self) -> list[int]:
@@ -101,7 +112,8 @@ class InputBatch:
             slots=slots,
             starts=starts,
             counts=counts,
-            token_ids=self._token_ids(slots, starts, counts, ends, slot_of_token, positions),
+            row_of_token=row_of_token,
+            host_positions=positions,
             positions=self._to_device(positions),
             slot_mapping=self._to_device(slot_mapping),
             block_tables=self._to_device(self._block_table[slots, :max_blocks]),
@@ -109,20 +121,20 @@ class InputBatch:
             last_tokens=self._to_device(ends[sample_rows] - 1),
         )
 
-    def _token_ids(
-        self,
-        slots: np.ndarray,
-        starts: np.ndarray,
-        counts: np.ndarray,
-        ends: np.ndarray,
-        slot_of_token: np.ndarray,
-        positions: np.ndarray,
-    ) -> torch.Tensor:
-        """Ids of the step's tokens: those given by the host, else the one that the slot sampled last."""
-        on_device = positions >= self._num_given[slot_of_token]
+    def reading_slots(self, inputs: StepInputs) -> np.ndarray:
+        """Slots whose last token of this step is the one that they sampled last."""
+        return inputs.slots[inputs.starts + inputs.counts > self._num_given[inputs.slots]]
+
+    def token_ids(self, inputs: StepInputs) -> torch.Tensor:
+        """Ids of the step's tokens, int64 [T]: those given by the host, else the one that the slot sampled last. What
+        the slots of `reading_slots` sampled must be stored before."""
+        slots, starts, counts = inputs.slots, inputs.starts, inputs.counts
+        slot_of_token = slots[inputs.row_of_token]
+        on_device = inputs.host_positions >= self._num_given[slot_of_token]
         if on_device.all():
             return self._last_token.index_select(0, self._to_device(slots))
-        host_ids = np.zeros(len(positions), _INT)
+        host_ids = np.zeros(inputs.num_tokens, _INT)
+        ends = np.cumsum(counts)
         for row in np.flatnonzero(starts < self._num_given[slots]):
             first, count, end = starts[row], counts[row], ends[row]
             host_ids[end - count : end] = self._given_ids[slots[row]][first : first + count]

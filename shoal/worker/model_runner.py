@@ -1,6 +1,7 @@
-"""ModelRunner: one rank's steps. Lays out the inputs, runs the model, samples; tokens stay on the device.
+"""ModelRunner: one rank's steps. Lays out the inputs, runs its layers of the model, samples on the last pipeline stage;
+tokens stay on the device.
 
-Called by the worker, from one thread. T tokens, R rows (requests) of a step, V vocabulary.
+Called by the worker, from one thread. T tokens, R rows (requests) of a step, H hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 
 from shoal.attention.base import AttentionBackend, AttentionMetadata
 from shoal.config.engine_config import EngineConfig
+from shoal.distributed.rendezvous import ParallelGroups
 from shoal.kv_transfer.hooks import LayerHooks
 from shoal.messages import BatchResult, ScheduledBatch, SlotResult
 from shoal.models.base import CausalLM
@@ -20,7 +22,9 @@ from shoal.sampling.logprobs import prompt_logprobs, to_host
 from shoal.sampling.sampler import SampledTokens, Sampler
 from shoal.sampling.state import SamplingState
 from shoal.types.outputs import TokenLogprobs
+from shoal.worker.clock import BUSY, MESSAGES, StageClock
 from shoal.worker.input_batch import InputBatch, StepInputs
+from shoal.worker.stage import PipelineStage
 
 # Rows of logits made at once for prompt log-probabilities: 256 x 152,000 fp32 are 150 MB.
 _PROMPT_LOGITS_ROWS = 256
@@ -28,10 +32,10 @@ _PROMPT_LOGITS_ROWS = 256
 
 @dataclasses.dataclass(slots=True)
 class _Executed:
-    """A step whose forward pass is under way: what sampling it needs."""
+    """A step whose forward pass is under way: what sampling it needs. hidden: None before the last stage."""
 
     inputs: StepInputs
-    hidden: torch.Tensor
+    hidden: torch.Tensor | None
 
 
 @dataclasses.dataclass(slots=True)
@@ -45,7 +49,7 @@ class _PromptRows:
 
 
 class ModelRunner:
-    """Owns the input batch, the sampling state and the KV cache tensors of one rank."""
+    """Owns the input batch, the KV cache tensors and, on the last stage, the sampling state of one rank."""
 
     def __init__(
         self,
@@ -53,6 +57,7 @@ class ModelRunner:
         model: CausalLM,
         backend: AttentionBackend,
         device: torch.device,
+        groups: ParallelGroups,
         hooks: LayerHooks | None = None,
     ) -> None:
         self.config = config
@@ -61,9 +66,21 @@ class ModelRunner:
         self.device = device
         self.hooks = hooks
         self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, device)
-        self.sampling = SamplingState(config.max_num_seqs, config.model.vocab_size, device)
+        self.clock = StageClock(device, groups.status)
+        self.stage = PipelineStage(
+            groups,
+            hidden_size=config.model.hidden_size,
+            dtype=getattr(torch, config.dtype),
+            device=device,
+            max_num_seqs=config.max_num_seqs,
+            clock=self.clock,
+        )
+        self.sampling: SamplingState | None = None
+        if self.stage.is_last:
+            self.sampling = SamplingState(config.max_num_seqs, config.model.vocab_size, device, groups.tensor)
         self.sampler = Sampler()
         self.kv_caches: list[torch.Tensor] = []
+        self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._executed: dict[int, _Executed] = {}
 
     def set_kv_caches(self, kv_caches: list[torch.Tensor]) -> None:
@@ -72,19 +89,29 @@ class ModelRunner:
 
     @torch.inference_mode()
     def execute(self, batch: ScheduledBatch) -> None:
-        """Take slot changes in and start the forward pass."""
-        for slot in batch.released_slots:
-            self.batch.release(slot)
-            self.sampling.release(slot)
-        for assignment in batch.assigned:
-            self.batch.assign(assignment)
-            self.sampling.assign(
-                assignment.slot, assignment.sampling, assignment.token_ids, assignment.num_prompt_tokens
-            )
+        """Take slot changes in and start the forward pass: from tokens, or from what the stage before sends."""
+        self.clock.begin_step()
+        self.clock.enter(BUSY)
+        self._change_slots(batch)
         inputs = self.batch.prepare(batch)
         if self.backend.reads_past_end:
             self._clear(batch)
-        self._executed[batch.step_id] = _Executed(inputs, self._forward(inputs))
+        hidden = self._forward(inputs)
+        self.stage.send(hidden)
+        self._executed[batch.step_id] = _Executed(inputs, hidden if self.stage.is_last else None)
+        self.clock.enter(MESSAGES)
+
+    def _change_slots(self, batch: ScheduledBatch) -> None:
+        for slot in batch.released_slots:
+            self.batch.release(slot)
+            if self.sampling is not None:
+                self.sampling.release(slot)
+        for assignment in batch.assigned:
+            self.batch.assign(assignment)
+            if self.sampling is not None:
+                self.sampling.assign(
+                    assignment.slot, assignment.sampling, assignment.token_ids, assignment.num_prompt_tokens
+                )
 
     def _clear(self, batch: ScheduledBatch) -> None:
         """Zero the new blocks that this step does not fill: another request's numbers are in them."""
@@ -110,25 +137,50 @@ class ModelRunner:
             block_size=self.config.block_size,
         )
         self.backend.prepare(metadata)
-        return self.model.forward(inputs.token_ids, inputs.positions, self.kv_caches, metadata, self.hooks)
+        token_ids = self._token_ids(inputs)
+        hidden = self.stage.receive(inputs.num_tokens)
+        return self.model.forward(token_ids, inputs.positions, self.kv_caches, metadata, self.hooks, hidden)
+
+    def _token_ids(self, inputs: StepInputs) -> torch.Tensor:
+        """int64 [T], on the first stage; the others need none."""
+        if not self.stage.is_first:
+            return self._no_tokens
+        self.stage.fetch_tokens(self.batch.reading_slots(inputs), self.batch.store_sampled)
+        if not self.stage.is_last:
+            self.stage.expect_tokens(inputs.step_id, inputs.sample_slots)
+        return self.batch.token_ids(inputs)
 
     @torch.inference_mode()
     def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Callable[[], BatchResult]:
-        """Choose this step's tokens; returns what waits for the device and reads them."""
+        """Choose this step's tokens; returns what waits for the device and reads them. Before the last stage there is
+        nothing to choose and nothing to read."""
         executed = self._executed.pop(step_id)
-        inputs = executed.inputs
-        prompts = self._prompt_results(executed)
+        if executed.hidden is None:
+            return self._collector(executed.inputs, [], None, {})
+        self.clock.enter(BUSY)
+        collect = self._sample(executed.inputs, executed.hidden, grammar_masks)
+        self.clock.enter(MESSAGES)
+        return collect
+
+    def _sample(
+        self, inputs: StepInputs, hidden: torch.Tensor, grammar_masks: dict[int, bytes] | None
+    ) -> Callable[[], BatchResult]:
+        """hidden [T, H], after the final norm."""
+        assert self.sampling is not None
+        prompts = self._prompt_results(inputs, hidden)
         sampled: SampledTokens | None = None
-        slots = inputs.slots[inputs.sample_rows].tolist()
+        slots = inputs.sample_slots.tolist()
         if slots:
             ends = (inputs.starts + inputs.counts)[inputs.sample_rows].tolist()
             metadata = self.sampling.prepare(slots, ends)
-            hidden = executed.hidden
             if len(slots) != hidden.shape[0]:
                 hidden = hidden.index_select(0, inputs.last_tokens)
             mask = self._grammar_mask(slots, grammar_masks) if grammar_masks else None
             sampled = self.sampler.sample(self.model.compute_logits(hidden), metadata, mask)
-            self.batch.store_sampled(torch.tensor(slots, device=self.device), sampled.token_ids)
+            if self.stage.is_first:
+                self.batch.store_sampled(torch.tensor(slots, device=self.device), sampled.token_ids)
+            else:
+                self.stage.send_tokens(sampled.token_ids)
             self.sampling.commit(metadata, sampled.token_ids)
         return self._collector(inputs, slots, sampled, prompts)
 
@@ -141,18 +193,18 @@ class ModelRunner:
                 packed[row] = np.frombuffer(masks[slot], "<i4", num_words)
         return torch.from_numpy(packed).to(self.device)
 
-    def _prompt_results(self, executed: _Executed) -> dict[int, list[TokenLogprobs]]:
+    def _prompt_results(self, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of the prompt tokens that follow the positions computed in this step, by slot."""
         results = {}
-        for rows in self._prompt_rows(executed.inputs):
+        for rows in self._prompt_rows(inputs):
             entries: list[TokenLogprobs] = []
             for start in range(0, len(rows.targets), _PROMPT_LOGITS_ROWS):
                 targets = rows.targets[start : start + _PROMPT_LOGITS_ROWS]
                 first = rows.first_token + start
-                logits = self.model.compute_full_logits(executed.hidden[first : first + len(targets)])
+                logits = self.model.compute_full_logits(hidden[first : first + len(targets)])
                 tensors = prompt_logprobs(logits, torch.tensor(targets, device=self.device), rows.num_top)
                 entries += [entry for entry in to_host(tensors) if entry is not None]
-            results[int(executed.inputs.slots[rows.row])] = entries
+            results[int(inputs.slots[rows.row])] = entries
         return results
 
     def _prompt_rows(self, inputs: StepInputs) -> list[_PromptRows]:
@@ -169,6 +221,11 @@ class ModelRunner:
                     rows.append(_PromptRows(row, first_token, targets, num_top))
             first_token += count
         return rows
+
+    @torch.inference_mode()
+    def settle(self) -> None:
+        """Between steps, when the results of all are known: finish what is under way between the stages."""
+        self.stage.settle(self.batch.store_sampled)
 
     def _collector(
         self,
@@ -214,8 +271,13 @@ class ModelRunner:
         )
         self.backend.prepare(metadata)
         token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
-        hidden = self.model.forward(token_ids, positions, self.kv_caches, metadata, None)
-        self.model.compute_logits(hidden[: self.config.max_num_seqs])
+        hidden = None
+        if not self.stage.is_first:
+            size, dtype = self.config.model.hidden_size, getattr(torch, self.config.dtype)
+            hidden = torch.zeros((num_tokens, size), dtype=dtype, device=self.device)
+        hidden = self.model.forward(token_ids, positions, self.kv_caches, metadata, None, hidden)
+        if self.stage.is_last:
+            self.model.compute_logits(hidden[: self.config.max_num_seqs])
 
 
 class _HostCopy:

@@ -176,11 +176,12 @@ class Worker:
         return collect
 
     def idle(self) -> None:
-        """Meet all ranks, on the host and on the device, and wait until they have come: between steps, so that a lost
-        peer is found without traffic. Raises CollectiveError."""
+        """Meet all ranks, on the host and on the device, and wait until they have come: when the results of all steps
+        are known, so that a lost peer is found without traffic. Raises CollectiveError."""
         world = self.groups.world
         if world.world_size == 1:
             return
+        self.runner.settle()
         world.barrier()
         if self.runner.device.type == "cuda":
             world.all_reduce(torch.zeros(1, device=self.runner.device)).item()

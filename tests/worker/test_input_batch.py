@@ -26,7 +26,7 @@ def test_prefill_chunks_and_decodes_in_one_step() -> None:
     batch.prepare(make_batch([SlotWork(0, 0, 2, [7], True)]))
     batch.store_sampled(torch.tensor([0]), torch.tensor([99]))
     inputs = batch.prepare(make_batch([SlotWork(2, 0, 5, [3, 9], False), SlotWork(0, 2, 1, [], True)]))
-    assert inputs.token_ids.tolist() == [10, 11, 12, 13, 14, 99]
+    assert batch.token_ids(inputs).tolist() == [10, 11, 12, 13, 14, 99]
     assert inputs.positions.tolist() == [0, 1, 2, 3, 4, 2]
     assert inputs.slot_mapping.tolist() == [12, 13, 14, 15, 36, 30]
     assert inputs.block_tables.tolist() == [[3, 9], [7, 0]]
@@ -41,7 +41,7 @@ def test_pure_decode_reads_the_device() -> None:
     batch.prepare(make_batch([SlotWork(slot, 0, 1, [slot + 1], True) for slot in range(3)]))
     batch.store_sampled(torch.tensor([0, 1, 2]), torch.tensor([5, 6, 7]))
     inputs = batch.prepare(make_batch([SlotWork(2, 1, 1, [], True), SlotWork(0, 1, 1, [], True)]))
-    assert inputs.token_ids.tolist() == [7, 5]
+    assert batch.token_ids(inputs).tolist() == [7, 5]
     assert inputs.last_tokens.tolist() == [0, 1]
 
 
@@ -53,7 +53,7 @@ def test_a_slot_that_is_assigned_again_forgets_its_blocks() -> None:
     assign(batch, 0, [4, 5])
     inputs = batch.prepare(make_batch([SlotWork(0, 0, 2, [6], True)]))
     assert inputs.slot_mapping.tolist() == [24, 25]
-    assert inputs.token_ids.tolist() == [4, 5]
+    assert batch.token_ids(inputs).tolist() == [4, 5]
 
 
 def test_the_layout_of_a_step_survives_the_next_one() -> None:

@@ -1,0 +1,69 @@
+"""StageClock: what a rank spends its time on, computing or waiting, so that each stage's bubble can be told. The model
+runner calls it a few times a step."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import torch
+
+from shoal.distributed.status import StatusRecord
+
+# What a rank does between two calls: waits for the next message; for tokens from the last stage; for hidden states to
+# come from the stage before or to be taken by the next; computes.
+MESSAGES, TOKENS, HIDDEN, BUSY = "messages", "tokens", "hidden", "busy"
+STATES = (MESSAGES, TOKENS, HIDDEN, BUSY)
+# Marks that a GPU has not passed yet are looked at again when there are so many; a step makes about five.
+_MARKS = 64
+
+
+class StageClock:
+    """Seconds in each state since the first step. On CUDA they are the device's: marks in the stream of the model.
+
+    The status record is told of busy seconds as they are known. A call costs about a microsecond on a CPU.
+    """
+
+    def __init__(self, device: torch.device, status: StatusRecord) -> None:
+        self._seconds = dict.fromkeys(STATES, 0.0)
+        self._status = status
+        self._num_steps = 0
+        self._marks: deque[tuple[str, torch.cuda.Event]] | None = deque() if device.type == "cuda" else None
+        self._spare: list[torch.cuda.Event] = []
+        self._state, self._since = MESSAGES, 0.0
+
+    def begin_step(self) -> None:
+        """Waiting for messages counts from here on; what came before the first step does not."""
+        if not self._num_steps:
+            self._since = time.monotonic()
+        self._num_steps += 1
+
+    def enter(self, state: str) -> None:
+        """From now on, or from this point of the stream on, this rank is in `state`."""
+        if self._marks is None:
+            now = time.monotonic()
+            self._add(self._state, now - self._since)
+            self._state, self._since = state, now
+            return
+        event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append((state, event))
+        if len(self._marks) >= _MARKS:
+            self._fold()
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds by state, and "num_steps". Of a GPU: up to what it had passed some steps ago."""
+        return {**self._seconds, "num_steps": self._num_steps}
+
+    def _fold(self) -> None:
+        """Add up what lies between marks that the GPU has passed."""
+        assert self._marks is not None
+        while len(self._marks) > 1 and self._marks[1][1].query():
+            state, event = self._marks.popleft()
+            self._add(state, event.elapsed_time(self._marks[0][1]) / 1000)
+            self._spare.append(event)
+
+    def _add(self, state: str, seconds: float) -> None:
+        self._seconds[state] += seconds
+        if state == BUSY:
+            self._status.add_busy(seconds)
