@@ -1,7 +1,7 @@
-"""`serve` on the fake core, as a process of its own: `python -m tests.server.serve_program MODEL SERVER CORE…`.
+"""`serve` on the fake core, as a process of its own: `python -m tests.server.serve_program MODEL SERVER N CORE…`.
 
-MODEL, SERVER: fields of ModelOptions and ServerOptions as JSON. CORE: arguments of the fake core. Ends as `shoal serve`
-does.
+MODEL, SERVER: fields of ModelOptions and ServerOptions as JSON. N: how many replicas. CORE: arguments of the fake core.
+Ends as `shoal serve` does.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from shoal import log
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.config.resolve import make_engine_config
 from shoal.engine.client import SubprocessClient
+from shoal.engine.replicas import make_client
 from shoal.errors import ShoalError
 from shoal.server.run import serve
 
@@ -20,15 +21,16 @@ from shoal.server.run import serve
 def main() -> int:
     model = ModelOptions(**json.loads(sys.argv[1]))
     options = ServerOptions(**json.loads(sys.argv[2]))
-    core = sys.argv[3:]
+    num_replicas = int(sys.argv[3])
+    core = sys.argv[4:]
 
     class FakeCoreClient(SubprocessClient):
         program = (sys.executable, "-m", "tests.server.fake_core", *core)
 
     log.configure("info")
     try:
-        config = make_engine_config(model=model.model, device="cpu", max_model_len=512)
-        serve(config, options, model, make_client=FakeCoreClient)
+        config = make_engine_config(model=model.model, device="cpu", max_model_len=512, data_parallel_size=num_replicas)
+        serve(config, options, model, make_client=lambda config: make_client(config, FakeCoreClient))
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
