@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +131,31 @@ def test_one_that_dies_while_they_start_ends_them_all(model: Path) -> None:
         server.cores()[1].kill()
         assert server.wait() == 1
         assert "error: replica 1 of 2: the engine core was killed by signal 9" in server.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
+def test_shoal_serve_with_real_cores_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "shoal.cli", "serve", "-dp", "2", "--device", "cpu", "--port", "0"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    command += ["--skip-tokenizer-init", "--kv-cache-memory", "128MiB"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        try:
+            lines = list(itertools.takewhile(lambda line: "Ctrl-C" not in line, process.stdout))
+            found = re.search(r"http://127.0.0.1:\d+", "".join(lines))
+            assert found is not None and "2 replicas in float32" in lines[0], lines
+            children = psutil.Process(process.pid).children(recursive=True)
+            assert len(children) == 2
+            body = {"prompt": [5, 6, 7], "max_tokens": 4, "n": 4, "ignore_eos": True}
+            answer = httpx.post(f"{found[0]}/v1/completions", json=body, trust_env=False, timeout=60).json()
+            assert answer["usage"]["completion_tokens"] == 16
+            process.send_signal(number)
+            assert process.wait(60) == (0 if number == signal.SIGTERM else -signal.SIGKILL)
+        finally:
+            process.kill()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+    assert not list(tmp_path.iterdir())
 
 
 # --- probes and metrics over cores in this process -------------------------------------------------------------------
