@@ -220,23 +220,28 @@ StepMessage = ExecuteStep | SampleStep | IdleStep | StopWorker
 class WorkerSetup(msgspec.Struct, tag="setup"):
     """The answer to WorkerHello once every rank has come: all that a worker needs to know.
 
-    config: the EngineConfig as JSON. local_rank, local_size: among this engine's ranks of the same host.
-    device_index: of the CUDA device among those that this process sees. store_address, store_port: where rank 0 serves
-    the store of the rendezvous. names: how to call each rank. environment: variables of the executor's host that count
-    here unless they are set here. ring: address of the shared memory with the steps; empty: they come from `steps`, a
-    ZeroMQ endpoint.
+    config: the EngineConfig as JSON. local_size: ranks on this host, those of other replicas counted. device_index: of
+    the CUDA device among those that this process sees. several_hosts: whether ranks talk over a network. store_address,
+    store_port: where rank 0 serves the store of the rendezvous. names: how to call each rank. environment: variables of
+    the executor's host that count here unless they are set here.
+    ring, ring_index, ring_size: address of the shared memory with the steps, which of its readers this is, and how many
+    there are; empty: they come from `steps`, a ZeroMQ endpoint. results: address of the shared memory that takes the
+    output rank's results; empty: they go over the link.
     """
 
     config: bytes
-    local_rank: int
     local_size: int
     device_index: int
+    several_hosts: bool
     store_address: str
     store_port: int
     names: dict[int, str]
     environment: dict[str, str]
     ring: str
+    ring_index: int
+    ring_size: int
     steps: str
+    results: str
 
 
 class AllocateCache(msgspec.Struct, tag="allocate"):
@@ -246,7 +251,7 @@ class AllocateCache(msgspec.Struct, tag="allocate"):
 
 
 class ExecutorBeat(msgspec.Struct, tag="executor_beat"):
-    """The executor lives. Workers of other hosts that hear none for long end."""
+    """The executor lives. Workers that are linked to it by a network, and hear nothing for long, end."""
 
 
 WorkerOrder = WorkerSetup | AllocateCache | ExecutorBeat | StopWorker
@@ -258,7 +263,8 @@ class WorkerHello(msgspec.Struct, tag="hello"):
     """The first message of a worker.
 
     address, interface: of this host, where other ranks reach it. store_port: where rank 0 will serve the store (0 on
-    other ranks). facts: what must be equal on all ranks (versions, a digest of the model's config), by name.
+    other ranks). facts: what must be equal on all ranks (versions), by name; what takes torch or the config to know is
+    compared when the ranks meet.
     """
 
     rank: int
@@ -290,7 +296,7 @@ class WorkerLoaded(msgspec.Struct, tag="loaded"):
 
 
 class WorkerReady(msgspec.Struct, tag="worker_ready"):
-    """The KV cache is allocated, the model is warm. status_address: of this host's status board."""
+    """The KV cache is allocated, the model is warm. status_address: of this host's status board; empty for one rank."""
 
     rank: int
     facts: dict[str, Any]
@@ -308,10 +314,12 @@ class IdleDone(msgspec.Struct, tag="idle_done"):
 
 
 class WorkerBeat(msgspec.Struct, tag="beat"):
-    """A worker of another host lives; `status` is its raw status record."""
+    """A worker that is linked by a network lives. status: its raw status record, empty before it has met the others;
+    time: now, on the clock of the record."""
 
     rank: int
     status: bytes
+    time: float
 
 
 class WorkerExited(msgspec.Struct, tag="exited"):
@@ -340,3 +348,55 @@ WorkerMessage = (
     | WorkerExited
     | WorkerFailed
 )
+
+# --- agents of other nodes (--nnodes) <-> launcher of node 0 -----------------------------------------------------
+
+
+class NodeHello(msgspec.Struct, tag="node_hello"):
+    """The first message of an agent. facts: what must be equal on all nodes (settings, the model's, versions), by name."""
+
+    node_rank: int
+    hostname: str
+    address: str
+    pid: int
+    facts: dict[str, str]
+
+
+class NodeBeat(msgspec.Struct, tag="node_beat"):
+    """The node lives."""
+
+
+class NodeLeaving(msgspec.Struct, tag="node_leaving"):
+    """The node was told to stop, and ends its workers."""
+
+    reason: str
+
+
+class NodeStopped(msgspec.Struct, tag="node_stopped"):
+    """No worker of the node is left. Nothing comes after it."""
+
+
+NodeMessage = NodeHello | NodeBeat | NodeLeaving | NodeStopped | WorkerExited
+
+
+class NodeStart(msgspec.Struct, tag="node_start"):
+    """The answer to NodeHello: start the workers of the node. endpoint: of the hub, see executor.launcher.WorkerLink."""
+
+    generation: int
+    endpoint: str
+
+
+class NodeRefused(msgspec.Struct, tag="node_refused"):
+    """The other answer: the node is none of these."""
+
+    reason: str
+
+
+class NodeStop(msgspec.Struct, tag="node_stop"):
+    """The engine ends. Workers have so long to end by themselves. reason: what failed; empty: nothing, it ends in order."""
+
+    grace_seconds: float
+    reason: str
+
+
+NodeOrder = NodeStart | NodeRefused | NodeStop | ExecutorBeat

@@ -42,16 +42,16 @@ class Peer(msgspec.Struct, frozen=True):
         return f"rank {self.rank} ({self.hostname} {self.address}, pid {self.pid})"
 
 
-def tcp_store(address: str, port: int, rank: int, timeout: float) -> Any:
+def tcp_store(address: str, port: int, rank: int, timeout: float, listener: socket.socket | None = None) -> Any:
     """The store of rank 0, which serves it on address:port; the others connect to it. StartupError after `timeout`.
 
-    The address is one under which all ranks reach rank 0's host.
+    The address is one under which all ranks reach rank 0's host. listener: rank 0's, where it listens there already.
     """
     from torch.distributed import TCPStore
 
     limit = datetime.timedelta(seconds=timeout)
     # By itself torch would listen on all interfaces of the machine.
-    listener = network.listen(address, port).detach() if rank == 0 else None
+    descriptor = (listener or network.listen(address, port)).detach() if rank == 0 else None
 
     def connect() -> Any:
         return TCPStore(
@@ -60,7 +60,7 @@ def tcp_store(address: str, port: int, rank: int, timeout: float) -> Any:
             is_master=rank == 0,
             wait_for_workers=False,
             timeout=limit,
-            master_listen_fd=listener,
+            master_listen_fd=descriptor,
         )
 
     what = "open its store on" if rank == 0 else "reach the store of rank 0 at"

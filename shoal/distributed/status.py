@@ -132,6 +132,10 @@ class StatusRecord:
             time.monotonic(),
         )
 
+    def raw(self) -> bytes:
+        """The record as it is now: for another host, which reads it with `read_record`."""
+        return self._memory[self._start : self._start + RECORD_BYTES]
+
     def leave(self, group: int) -> None:
         """The operation that this rank entered last in `group` is done."""
         self._memory[self._start + _GROUPS_AT + group * _GROUP.size + 12] = 0
@@ -172,7 +176,13 @@ class StatusBoard:
         return sorted((record for record in records if record is not None), key=lambda record: record.rank)
 
 
-def _read(memory: mmap.mmap, start: int) -> RankStatus | None:
+def read_record(raw: bytes, read_at: float) -> RankStatus | None:
+    """What `StatusRecord.raw` said, with `read_at` on the clock of the host that it comes from; None if nothing yet."""
+    record = _read(raw, 0) if len(raw) == RECORD_BYTES else None
+    return None if record is None else msgspec.structs.replace(record, read_at=read_at)
+
+
+def _read(memory: mmap.mmap | bytes, start: int) -> RankStatus | None:
     rank, pid, data_size, pipeline_size, tensor_size, _ = _HEAD.unpack_from(memory, start)
     if not rank:
         return None

@@ -18,7 +18,8 @@ import zmq
 from shoal.config.engine_config import EngineConfig
 from shoal.engine.core import EngineCore
 from shoal.engine.parent import end_with_parent
-from shoal.errors import ShoalError
+from shoal.errors import EngineDeadError, ShoalError
+from shoal.executor.base import Executor
 from shoal.executor.registry import make_executor
 from shoal.log import configure, get_logger
 from shoal.messages import ClientMessage, CoreFailed, CoreMessage
@@ -43,11 +44,14 @@ class SocketChannel:
         self._poller.register(self._wake, zmq.POLLIN)
         self._decoder = msgspec.msgpack.Decoder(ClientMessage)
         self._encoder = msgspec.msgpack.Encoder()
+        self._failure: EngineDeadError | None = None
 
     def receive(self, block: bool) -> list[ClientMessage]:
         messages: list[ClientMessage] = []
-        if block:
-            self._input.poll()
+        while block and self._failure is None and not self._input.poll(0):
+            self.wait()
+        if self._failure is not None:
+            raise self._failure
         while True:
             try:
                 messages.append(self._decoder.decode(self._input.recv(zmq.NOBLOCK)))
@@ -61,6 +65,11 @@ class SocketChannel:
 
     def wake(self) -> None:
         os.eventfd_write(self._wake, 1)
+
+    def fail(self, failure: EngineDeadError) -> None:
+        """Have `receive` raise this, now or the next time; called from any thread."""
+        self._failure = failure
+        self.wake()
 
     def send(self, message: CoreMessage) -> None:
         self._output.send(self._encoder.encode(message))
@@ -84,8 +93,11 @@ def main() -> int:
         target=end_with_parent, args=([arguments.input, arguments.output],), name="parent-watch", daemon=True
     ).start()
     channel = SocketChannel(arguments.input, arguments.output)
+    executor: Executor | None = None
     try:
-        core = EngineCore(config, make_executor(config), channel)
+        executor = make_executor(config)
+        executor.watch(channel.fail)
+        core = EngineCore(config, executor, channel)
         core.start()
         core.run()
     except Exception as error:
@@ -96,6 +108,8 @@ def main() -> int:
         channel.send(CoreFailed(type(error).__name__ if known else "EngineError", text))
         return 1
     finally:
+        if executor is not None:
+            executor.shutdown()  # whatever happened, no worker is left
         channel.close()
     return 0
 

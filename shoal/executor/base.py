@@ -1,4 +1,4 @@
-"""Executor: how the engine core reaches its workers. Implementations: in-process; others stand beside it."""
+"""Executor: how the engine core reaches its workers. Implementations: uniproc, distributed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from shoal.errors import EngineDeadError
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
 
 
@@ -37,6 +38,12 @@ class Executor(ABC):
         """How long each pipeline stage has computed since the start; none where there is one stage. Called several
         times a second, so from what the workers' status records say, without asking them."""
         return []
+
+    def watch(self, on_failure: Callable[[EngineDeadError], None]) -> None:  # noqa: B027
+        """Call `on_failure`, once and from any thread, when the engine is lost, also while no step runs.
+
+        Workers in the core's process are lost with it only.
+        """
 
     @abstractmethod
     def shutdown(self) -> None:
