@@ -140,10 +140,11 @@ def _resolve_backend(options: ParallelOptions, device: str) -> str:
     num_ranks = options.tensor_parallel_size * options.pipeline_parallel_size
     if options.nnodes > 1:
         return "mp"
-    if num_ranks == 1:
-        return "uni"
     num_here = num_gpus() if device == "cuda" else os.cpu_count() or 1
-    if num_ranks * options.data_parallel_size <= num_here or (device == "cpu" and env.ray_address() is None):
+    fits = num_ranks * options.data_parallel_size <= num_here
+    if num_ranks == 1 and (fits or device == "cpu" or options.data_parallel_size == 1):
+        return "uni"
+    if fits or (device == "cpu" and env.ray_address() is None):
         return "mp"
     return "ray"
 

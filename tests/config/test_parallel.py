@@ -41,6 +41,19 @@ def test_several_ranks_are_subprocesses_where_nothing_else_is_said(model, monkey
     assert make(model, tensor_parallel_size=2, distributed_executor_backend="ray").parallel.backend == "ray"
 
 
+def test_replicas_run_here_while_there_are_gpus_for_them(model, monkeypatch):
+    def backend(**options):
+        return make(model, device="cuda", dtype="float32", **options).parallel.backend
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert backend(data_parallel_size=2) == "uni"
+    assert backend(data_parallel_size=3) == "ray"
+    assert backend(data_parallel_size=2, tensor_parallel_size=2) == "ray"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert backend() == "uni", "which then says that it finds no GPU"
+    assert make(model, device="cpu", data_parallel_size=500).parallel.backend == "uni"
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
