@@ -43,8 +43,9 @@ class NcclCommunicator(DeviceCommunicator):
     ) -> None:
         """
         store: a torch.distributed Store of this group's own prefix. StartupError when NCCL does not connect.
-        both_ways: sends to lower ranks get a connection of their own. Without it, two ranks that each send much before
-        they receive wait for each other for ever: NCCL runs the sends of one connection in turn.
+        both_ways: a group of pipeline stages. Sends to lower ranks get a connection of their own: without it, two ranks
+        that each send much before they receive wait for each other for ever, as NCCL runs the sends and receives of one
+        connection in turn. So do sends from ranks of odd number: a stage receives while what it sent is not taken yet.
         """
         super().__init__(rank, names, device, timeout)
         try:
@@ -57,13 +58,17 @@ class NcclCommunicator(DeviceCommunicator):
                 env.set_default("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
                 options = ProcessGroupNCCL.Options()
                 options._timeout = datetime.timedelta(seconds=timeout)
-                self._group = self._upward = self._downward = ProcessGroupNCCL(store, rank, self.size, options)
-                # Connect now, and not within the first step.
-                self._group.eager_connect_single_device(device)
+
+                def connect(prefix: str) -> Any:
+                    group = ProcessGroupNCCL(torch.distributed.PrefixStore(prefix, store), rank, self.size, options)
+                    # Now, and not within the first step.
+                    group.eager_connect_single_device(device)
+                    return group
+
+                self._group = self._odd = self._downward = connect("all")
                 if both_ways:
-                    prefix = torch.distributed.PrefixStore("downward", store)
-                    self._downward = ProcessGroupNCCL(prefix, rank, self.size, options)
-                    self._downward.eager_connect_single_device(device)
+                    self._downward = connect("downward")
+                    self._odd = connect("odd") if self.size > 2 else self._group
                     self._connect_stages()
         except RuntimeError as error:
             raise StartupError(f"{names[rank]}: NCCL on {device} did not connect: {error}") from error
@@ -149,13 +154,16 @@ class NcclCommunicator(DeviceCommunicator):
 
     def close(self) -> None:
         """Ends the communicator without asking the others, which may be gone."""
-        groups = [each for each in dict.fromkeys((self._group, self._downward)) if each is not None]
-        self._group = self._upward = self._downward = None
+        groups = dict.fromkeys((self._group, self._odd, self._downward))
+        self._group = self._odd = self._downward = None
         for group in groups:
-            group.abort()
+            if group is not None:
+                group.abort()
 
     def _between(self, source: int, destination: int) -> Any:
-        return self._upward if source < destination else self._downward
+        if source > destination:
+            return self._downward
+        return self._odd if source % 2 else self._group
 
     def _wait(self, what: str, method: Any, *arguments: Any) -> None:
         work = self._call(what, method, *arguments)

@@ -14,8 +14,6 @@ from shoal.distributed.status import StatusRecord
 # come from the stage before or to be taken by the next; computes.
 MESSAGES, TOKENS, HIDDEN, BUSY = "messages", "tokens", "hidden", "busy"
 STATES = (MESSAGES, TOKENS, HIDDEN, BUSY)
-# Marks that a GPU has not passed yet are looked at again when there are so many; a step makes about five.
-_MARKS = 64
 
 
 class StageClock:
@@ -37,6 +35,7 @@ class StageClock:
         if not self._num_steps:
             self._since = time.monotonic()
         self._num_steps += 1
+        self._fold()
 
     def enter(self, state: str) -> None:
         """From now on, or from this point of the stream on, this rank is in `state`."""
@@ -48,17 +47,15 @@ class StageClock:
         event = self._spare.pop() if self._spare else torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append((state, event))
-        if len(self._marks) >= _MARKS:
-            self._fold()
 
     def seconds(self) -> dict[str, float]:
-        """Seconds by state, and "num_steps". Of a GPU: up to what it had passed some steps ago."""
+        """Seconds by state, and "num_steps". Of a GPU: up to the last mark that it has passed."""
+        self._fold()
         return {**self._seconds, "num_steps": self._num_steps}
 
     def _fold(self) -> None:
         """Add up what lies between marks that the GPU has passed."""
-        assert self._marks is not None
-        while len(self._marks) > 1 and self._marks[1][1].query():
+        while self._marks is not None and len(self._marks) > 1 and self._marks[1][1].query():
             state, event = self._marks.popleft()
             self._add(state, event.elapsed_time(self._marks[0][1]) / 1000)
             self._spare.append(event)

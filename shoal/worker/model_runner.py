@@ -98,6 +98,8 @@ class ModelRunner:
             self._clear(batch)
         hidden = self._forward(inputs)
         self.stage.send(hidden)
+        if self.stage.is_first and not self.stage.is_last:
+            self.stage.expect_tokens(inputs.step_id, inputs.sample_slots)
         self._executed[batch.step_id] = _Executed(inputs, hidden if self.stage.is_last else None)
         self.clock.enter(MESSAGES)
 
@@ -145,9 +147,8 @@ class ModelRunner:
         """int64 [T], on the first stage; the others need none."""
         if not self.stage.is_first:
             return self._no_tokens
-        self.stage.fetch_tokens(self.batch.reading_slots(inputs), self.batch.store_sampled)
         if not self.stage.is_last:
-            self.stage.expect_tokens(inputs.step_id, inputs.sample_slots)
+            self.stage.fetch_tokens(self.batch.reading_slots(inputs), self.batch.store_sampled)
         return self.batch.token_ids(inputs)
 
     @torch.inference_mode()

@@ -13,6 +13,7 @@ T tokens of a step, R rows that sample, H hidden size.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ import torch
 
 from shoal.distributed.communicator import Transfer
 from shoal.distributed.rendezvous import ParallelGroups
+from shoal.sampling.rows import upload
 from shoal.worker.clock import BUSY, HIDDEN, TOKENS, StageClock
 
 # Token ids on their way back: every vocabulary fits.
@@ -29,14 +31,15 @@ _TOKEN_TYPE = torch.int32
 StoreTokens = Callable[[torch.Tensor, torch.Tensor], None]
 
 
+@dataclasses.dataclass(slots=True)
 class _Tokens:
-    """What a step will send back: its slots on the host, its ids on their way in (CUDA) or still to be received."""
+    """What a step sends back: slots int64 [R], and on CUDA the ids that are on their way in, with the event of their
+    arrival; elsewhere they are still to be received."""
 
-    def __init__(self, step_id: int, slots: np.ndarray) -> None:
-        self.step_id = step_id
-        self.slots = slots
-        self.received: torch.Tensor | None = None
-        self.event: torch.cuda.Event | None = None
+    step_id: int
+    slots: torch.Tensor
+    received: torch.Tensor | None = None
+    arrival: torch.cuda.Event | None = None
 
 
 class PipelineStage:
@@ -82,7 +85,8 @@ class PipelineStage:
             return None
         self._clock.enter(HIDDEN)
         part = self._receive((num_tokens, self._width), self._dtype, self._group.previous_rank)
-        self._wait_for_receiving(part)
+        if self._receiving is not None:
+            self._wait_for(self._receiving.record_event(), part)
         hidden = self._tensor_group.all_gather(part) if self._split else part
         self._clock.enter(BUSY)
         return hidden
@@ -105,14 +109,14 @@ class PipelineStage:
         self._keep(self._group.isend(token_ids.to(_TOKEN_TYPE), 0))
 
     def expect_tokens(self, step_id: int, slots: np.ndarray) -> None:
-        """First stage: this step samples for `slots` [R], and the last stage will send the tokens."""
+        """First stage, after `send`: this step samples for `slots` [R], and the last stage will send the tokens."""
         if not len(slots):
             return
-        tokens = _Tokens(step_id, slots)
+        tokens = _Tokens(step_id, upload(slots, self._device))
         if self._receiving is not None:
-            # Queued now, the tokens come in as soon as they are sent, and the last stage's stream is free to go on.
+            # Queued now, they come in as soon as they are sent, and nothing of the last stage waits for this one.
             tokens.received = self._receive((len(slots),), _TOKEN_TYPE, self._group.world_size - 1)
-            tokens.event = self._receiving.record_event()
+            tokens.arrival = self._receiving.record_event()
         self._sampled_in[slots] = step_id
         self._coming.append(tokens)
 
@@ -134,14 +138,11 @@ class PipelineStage:
 
     def _take(self, tokens: _Tokens, store: StoreTokens) -> None:
         received = tokens.received
-        if received is None:
+        if received is None or tokens.arrival is None:
             received = self._receive((len(tokens.slots),), _TOKEN_TYPE, self._group.world_size - 1)
-        elif tokens.event is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_event(tokens.event)
-            received.record_stream(current)
-        slots = torch.from_numpy(tokens.slots).to(self._device, non_blocking=True)
-        store(slots, received.to(torch.int64))
+        else:
+            self._wait_for(tokens.arrival, received)
+        store(tokens.slots, received.to(torch.int64))
 
     # --- both ----------------------------------------------------------------------------------------------------
 
@@ -152,12 +153,12 @@ class PipelineStage:
         with torch.cuda.stream(self._receiving):
             return self._group.recv(shape, dtype, source)
 
-    def _wait_for_receiving(self, received: torch.Tensor) -> None:
-        if self._receiving is not None:
-            current = torch.cuda.current_stream(self._device)
-            current.wait_stream(self._receiving)
-            # The memory belongs to the other stream, which may otherwise give it away too early.
-            received.record_stream(current)
+    def _wait_for(self, arrival: torch.cuda.Event, received: torch.Tensor) -> None:
+        """The stream of the model waits, not the host."""
+        current = torch.cuda.current_stream(self._device)
+        current.wait_event(arrival)
+        # The memory belongs to the other stream, which might otherwise give it away too early.
+        received.record_stream(current)
 
     def _keep(self, transfer: Transfer) -> None:
         """Hold a tensor that is being sent. Those of steps that must have left the pipeline have arrived."""

@@ -91,6 +91,7 @@ class Ranks:
         self.num_ranks = tensor_size * pipeline_size
         self.tensor_size, self.pipeline_size = tensor_size, pipeline_size
         self.output_rank = self.num_ranks - tensor_size
+        self.is_loaded = False
         self._errors = [(directory / f"rank{rank}.log").open("wb+") for rank in range(self.num_ranks)]
         arguments = [str(tensor_size), str(pipeline_size), str(directory / "store"), device]
         self._processes = [
@@ -146,8 +147,13 @@ class Ranks:
     def errors(self, rank: int) -> str:
         return Path(self._errors[rank].name).read_text()
 
+    def kill(self, rank: int) -> None:
+        self._processes[rank].kill()
+        self._processes[rank].wait()
+
     def load(self, config: EngineConfig) -> list[Loaded]:
-        """What each rank has room for; all get the least of it."""
+        """What each rank has room for; all get the least of it. Call `idle` between the last step and another load."""
+        self.is_loaded = True
         for rank in range(self.num_ranks):
             self._send(rank, Load(config.to_json()))
         loaded = [self._answer(rank, Loaded) for rank in range(self.num_ranks)]
@@ -169,9 +175,10 @@ class Ranks:
         return results[0]
 
     def idle(self) -> list[Report]:
-        for rank in range(self.num_ranks):
+        alive = [rank for rank in range(self.num_ranks) if self._processes[rank].poll() is None]
+        for rank in alive:
             self._send(rank, Idle())
-        return [self._answer(rank, Report) for rank in range(self.num_ranks)]
+        return [self._answer(rank, Report) for rank in alive]
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ import pytest
 from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import ParallelConfig
 from shoal.config.resolve import make_engine_config
-from shoal.messages import BatchResult, ScheduledBatch
+from shoal.distributed.shared_memory import Layout
+from shoal.messages import BatchResult, ScheduledBatch, SlotAssignment, SlotWork
 from shoal.types import SamplingParams
 from shoal.worker.worker import Worker
 from tests.checkpoints import VOCAB_SIZE, make_checkpoint
@@ -102,30 +103,76 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("model"), "qwen2", num_hidden_layers=5)
 
 
-@pytest.mark.parametrize("pipeline_size", [2, 4])
-def test_stages_give_the_tokens_of_one_rank(checkpoint: Path, tmp_path: Path, pipeline_size: int) -> None:
-    config = make_config(checkpoint, 1, pipeline_size)
-    busy = 0.0
-    with Ranks(tmp_path, pipeline_size=pipeline_size) as ranks:
-        for seed, in_flight in enumerate((1, 2, pipeline_size, pipeline_size + 1, 3 * pipeline_size)):
-            expected = serve(Alone(make_config(checkpoint, 1, 1)), make_requests(seed), in_flight=1, seed=seed)
-            ranks.load(config)
-            compare(serve(ranks, make_requests(seed), in_flight=in_flight, seed=seed + 100), expected)
-            reports = ranks.idle()
-            busy += reports[0].stage_times["busy"]
-        assert 0 < busy == pytest.approx(reports[0].busy_seconds)
+@pytest.fixture(scope="module")
+def three_stages(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(tmp_path_factory.mktemp("ranks"), pipeline_size=3) as ranks:
+        yield ranks
+
+
+def check_stages(checkpoint: Path, ranks: Ranks) -> None:
+    num_stages = ranks.pipeline_size
+    busy = [report.busy_seconds for report in ranks.idle()] if ranks.is_loaded else [0.0] * num_stages
+    # How many steps are in flight, and which stage is slow.
+    runs = [(1, None), (num_stages, 0), (num_stages + 1, num_stages - 1), (9, 1)]
+    for seed, (in_flight, slow) in enumerate(runs):
+        expected = serve(Alone(make_config(checkpoint, 1, 1)), make_requests(seed), in_flight=1, seed=seed)
+        ranks.load(make_config(checkpoint, 1, num_stages))
+        sleeps = {} if slow is None else {slow: 0.005}
+        requests = serve(ranks, make_requests(seed), in_flight=in_flight, seed=seed + 100, sleeps=sleeps)
+        compare(requests, expected)
+        reports = ranks.idle()
+        busy = [before + report.stage_times["busy"] for before, report in zip(busy, reports, strict=True)]
+        assert all(seconds > 0 for seconds in busy) and busy == pytest.approx([each.busy_seconds for each in reports])
+
+
+def test_stages_give_the_tokens_of_one_rank(checkpoint: Path, three_stages: Ranks) -> None:
+    check_stages(checkpoint, three_stages)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_stages", [2, 4, 5])
+def test_other_numbers_of_stages(checkpoint: Path, tmp_path: Path, num_stages: int) -> None:
+    with Ranks(tmp_path, pipeline_size=num_stages) as ranks:
+        check_stages(checkpoint, ranks)
 
 
 def test_stages_and_tensor_ranks_give_the_tokens_of_one_rank(checkpoint: Path, tmp_path: Path) -> None:
-    expected = serve(Alone(make_config(checkpoint, 1, 1)), make_requests(9), in_flight=1, seed=9)
+    """The second model's hidden states cannot be cut in two, so that every rank sends all of them."""
+    odd = make_checkpoint(tmp_path / "odd", "qwen2", num_hidden_layers=3, hidden_size=61, head_dim=16)
     with Ranks(tmp_path, tensor_size=2, pipeline_size=2) as ranks:
-        ranks.load(make_config(checkpoint, 2, 2))
-        compare(serve(ranks, make_requests(9), in_flight=3, seed=109), expected)
+        for path in (checkpoint, odd):
+            expected = serve(Alone(make_config(path, 1, 1)), make_requests(9), in_flight=1, seed=9)
+            ranks.load(make_config(path, 2, 2))
+            compare(serve(ranks, make_requests(9), in_flight=3, seed=109), expected)
+            ranks.idle()
+        ranks.kill(1)
+        with pytest.raises(AssertionError, match=r"rank 1 .*ended before it came"):
+            ranks.idle()
 
 
-@pytest.mark.parametrize("slow_stage", [0, 1, 2])
-def test_a_slow_stage_holds_the_others_up_and_no_more(checkpoint: Path, tmp_path: Path, slow_stage: int) -> None:
-    expected = serve(Alone(make_config(checkpoint, 1, 1)), make_requests(3, 6), in_flight=1, seed=3)
-    with Ranks(tmp_path, pipeline_size=3) as ranks:
-        ranks.load(make_config(checkpoint, 1, 3))
-        compare(serve(ranks, make_requests(3, 6), in_flight=4, seed=3, sleeps={slow_stage: 0.02}), expected)
+def test_hidden_states_larger_than_what_the_stages_share(tmp_path: Path, three_stages: Ranks) -> None:
+    """Twice the memory that two ranks share for sending, three times, while the next stage is slow."""
+    shape = {"hidden_size": 2048, "intermediate_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    path = make_checkpoint(
+        tmp_path / "wide", "llama", head_dim=16, num_hidden_layers=3, max_position_embeddings=4096, **shape
+    )
+    length = 2 * Layout(num_ranks=3).channel_bytes // (4 * 2048) + 5
+    options: dict = {"max_model_len": 4096, "max_num_batched_tokens": 4096, "deterministic": False}
+    options |= {"num_gpu_blocks_override": 600, "load_format": "dummy"}
+    num_blocks = -(-(length + 1) // 16)
+    batches = []
+    for slot in range(3):
+        ids = [(slot + index) % VOCAB_SIZE for index in range(length)]
+        assignment = SlotAssignment(slot, "", ids, length, SamplingParams(temperature=0.0))
+        blocks = list(range(1 + slot * num_blocks, 1 + (slot + 1) * num_blocks))
+        batches.append(ScheduledBatch(slot, 0, [], [assignment], [SlotWork(slot, 0, length, blocks, True)]))
+    batches.append(ScheduledBatch(3, 0, [], [], [SlotWork(slot, length, 1, [], True) for slot in range(3)]))
+
+    alone = Alone(make_config(path, 1, 1, **options))
+    three_stages.load(make_config(path, 1, 3, **options))
+    for batch in batches:
+        three_stages.step(batch, {1: 0.05})
+    for batch in batches:
+        alone.step(batch)
+        assert three_stages.result() == alone.result()
+    three_stages.idle()
