@@ -353,7 +353,7 @@ WorkerMessage = (
 
 
 class NodeHello(msgspec.Struct, tag="node_hello"):
-    """The first message of an agent. facts: what must be equal on all nodes (settings, the model's, versions), by name."""
+    """The first message of an agent. facts: what must be equal on all nodes (settings, the model's), by name."""
 
     node_rank: int
     hostname: str
@@ -380,7 +380,7 @@ NodeMessage = NodeHello | NodeBeat | NodeLeaving | NodeStopped | WorkerExited
 
 
 class NodeStart(msgspec.Struct, tag="node_start"):
-    """The answer to NodeHello: start the workers of the node. endpoint: of the hub, see executor.launcher.WorkerLink."""
+    """The answer to NodeHello: start the workers of the node. endpoint: of the hub, see `executor.launcher`."""
 
     generation: int
     endpoint: str
@@ -393,7 +393,7 @@ class NodeRefused(msgspec.Struct, tag="node_refused"):
 
 
 class NodeStop(msgspec.Struct, tag="node_stop"):
-    """The engine ends. Workers have so long to end by themselves. reason: what failed; empty: nothing, it ends in order."""
+    """The engine ends, and workers have so long to end by themselves. reason: what failed; empty: nothing did."""
 
     grace_seconds: float
     reason: str

@@ -11,6 +11,7 @@ from shoal.config.options import CacheOptions, ModelOptions, ParallelOptions, Sc
 from shoal.config.resolve import resolve
 from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
 from shoal.errors import ConfigError
+from shoal.executor.node_agent import work_for_node_0
 
 
 def _run(
@@ -29,6 +30,9 @@ def _run(
             raise ConfigError(
                 f"the engine is not installed ({package} is missing): pip install 'shoal[engine]' brings it"
             )
+    if engine_config.parallel.node_rank > 0:
+        work_for_node_0(engine_config)
+        return 0
     # Loaded here, since it cannot be without the packages that were just looked for.
     from shoal.server.run import serve
 

@@ -69,6 +69,9 @@ class Launcher(abc.ABC):
         """How many ranks, those of other replicas counted, share a host that has `local_size` of this engine's."""
         return local_size
 
+    def tell(self, reason: str) -> None:  # noqa: B027
+        """The engine has failed, and why: for the other hosts to know. Comes before `stop`, from any thread."""
+
     @abc.abstractmethod
     def stop(self, grace_seconds: float) -> None:
         """Wait so long for the processes to end by themselves, then end them by force; return when none is left.
