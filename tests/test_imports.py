@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ ROOT = Path(shoal.__file__).parent
 # As in pyproject.toml, contracts "torch-free" and "client-side".
 WITHOUT_TORCH = (
     "errors", "version", "env", "types", "stats", "log", "messages", "protocol", "config", "network", "scheduling",
-    "observability", "server", "llm", "cli", "engine.async_engine", "engine.client",
+    "observability", "cluster", "server", "llm", "cli", "engine.async_engine", "engine.client",
 )  # fmt: skip
 
 
@@ -42,6 +43,16 @@ def test_no_torch_comes_along(name):
 
 def test_the_package_itself_costs_nothing():
     assert loaded_after(["shoal"], ("torch", "transformers", "msgspec", "pydantic", "shoal.llm")) == []
+
+
+def test_ray_is_imported_in_its_homes_only():
+    importers = {
+        path.relative_to(ROOT)
+        for path in ROOT.rglob("*.py")
+        if re.search(r"^\s*(import ray|from ray)\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    homes = {path for path in importers if path.match("executor/ray*.py") or path.parts[0] == "cluster"}
+    assert importers == homes and importers
 
 
 def test_names_of_the_package_are_loaded_when_asked_for():

@@ -69,4 +69,43 @@ class CollectEnvOptions:
     json: bool = option(False, "Print JSON instead of lines.")
 
 
-CLIENT_SECTIONS = (ConnectionOptions, SamplingOptions, ChatOptions, CompleteOptions, DemoOptions, CollectEnvOptions)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NodeStartOptions:
+    """The node."""
+
+    head: bool = option(False, "Begin a cluster: this machine is its head.")
+    address: str | None = option(None, "Join the cluster whose head is at HOST:PORT (an address or a DNS name).")
+    node_ip: str | None = option(
+        None, "Address of this machine for the others; default: SHOAL_HOST_IP, else the one that routes to the head."
+    )
+    # Not `port`: SHOAL_PORT is the server's.
+    head_port: int = option(6379, "With --head: port to listen on.", aliases=("port",), minimum=1, maximum=65535)
+    num_gpus: int | None = option(None, "GPUs to offer; default: all.", minimum=0)
+    num_cpus: int | None = option(None, "CPUs to offer; default: all.", minimum=0)
+    resources: str | None = option(None, 'More resources, for Ray: JSON such as {"disk": 1}.')
+    token_file: str | None = option(
+        None, "File with the cluster's token; default: SHOAL_CLUSTER_TOKEN, else ~/.shoal/cluster-token."
+    )
+    block: bool = option(False, "Stay in the foreground; Ctrl-C or SIGTERM stops the node.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterOptions:
+    """The cluster."""
+
+    address: str | None = option(None, "HOST:PORT of the head; default: RAY_ADDRESS, else the node of this machine.")
+    token_file: str | None = option(
+        None, "File with the cluster's token; default: SHOAL_CLUSTER_TOKEN, else ~/.shoal/cluster-token."
+    )
+
+
+CLIENT_SECTIONS = (
+    ConnectionOptions,
+    SamplingOptions,
+    ChatOptions,
+    CompleteOptions,
+    DemoOptions,
+    CollectEnvOptions,
+    NodeStartOptions,
+    ClusterOptions,
+)

@@ -10,6 +10,7 @@ from typing import Any
 from shoal.config.flags import help_text
 from shoal.config.knobs import KnobTable
 from shoal.config.sources import options_from_arguments
+from shoal.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,15 @@ class Command:
     run: Callable[..., int]
     positional: str | None = None
     takes_config: bool = False
+
+    @property
+    def commands(self) -> tuple[Command, ...]:
+        """What can be typed under this name: this command alone."""
+        return (self,)
+
+    def select(self, arguments: Sequence[str]) -> tuple[Command, list[str]]:
+        """This command and its arguments: it has no subcommands."""
+        return self, list(arguments)
 
     def main(self, arguments: Sequence[str]) -> int:
         """Parse and run. Raises ShoalError; `shoal.cli.main` turns it into a line and an exit code."""
@@ -47,3 +57,36 @@ class Command:
                 "  --config FILE\n        A YAML file with the same names; what the command line says counts more.",
             ]
         return "\n".join(parts) + "\n" + help_text(KnobTable(self.sections))
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandGroup:
+    """Commands under one name (`shoal node start`, `shoal node stop`); theirs begin with it."""
+
+    name: str
+    description: str
+    commands: tuple[Command, ...]
+
+    def select(self, arguments: Sequence[str]) -> tuple[Command | CommandGroup, list[str]]:
+        """The subcommand that the first argument names, and its arguments; the group itself when help is asked for.
+
+        Raises ConfigError.
+        """
+        first, *rest = arguments or [""]
+        for command in self.commands:
+            if command.name == f"{self.name} {first}":
+                return command, rest
+        if first in ("-h", "--help"):
+            return self, [first]
+        names = " or ".join(f"shoal {command.name}" for command in self.commands)
+        raise ConfigError(f"{first!r} is not a command of shoal {self.name}; there is {names}")
+
+    def main(self, arguments: Sequence[str]) -> int:
+        """The bare name of a group is no command: `select` has refused it, or asked for help."""
+        raise AssertionError(f"{self.name} is a group")
+
+    def help(self) -> str:
+        parts = [f"usage: shoal {self.name} COMMAND [options]", "", textwrap.fill(self.description, 100)]
+        for command in self.commands:
+            parts += ["", command.help()]
+        return "\n".join(parts)

@@ -29,8 +29,8 @@ Unknown names, wrong types and values out of range are refused with the nearest 
 def markdown() -> str:
     """The whole document."""
     parts = [_HEAD]
-    for name in COMMANDS:
-        command = load_command(name)
+    for command in (command for name in COMMANDS for command in load_command(name).commands):
+        name = command.name
         parts.append(f"## shoal {name}\n\n{command.description}\n\n    {command.usage().removeprefix('usage: ')}\n")
         table = KnobTable(command.sections)
         for section in table.sections:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from shoal import env, log
-from shoal.cli.command import Command
+from shoal.cli.command import Command, CommandGroup
 from shoal.errors import ConfigError, ShoalError
 from shoal.version import __version__
 
@@ -22,6 +22,8 @@ COMMANDS = {
     "chat": ("shoal.cli.chat", "talk to a server in the terminal"),
     "complete": ("shoal.cli.complete", "let a server continue one prompt"),
     "demo": ("shoal.cli.demo", "serve the embedded model, ask it a question, and go on serving"),
+    "node": ("shoal.cli.node", "make this machine a node of a cluster: node start, node stop"),
+    "status": ("shoal.cli.status", "show the nodes of the cluster"),
     "collect-env": ("shoal.cli.collect_env", "print versions, CPU, memory, GPUs: what a bug report needs"),
 }
 
@@ -41,13 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def load_command(name: str) -> Command:
+def load_command(name: str) -> Command | CommandGroup:
     """Raises ConfigError for an unknown name, with the nearest right one."""
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, [*COMMANDS, "version", "help"], n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join([*COMMANDS, 'version'])}"
         raise ConfigError(f"{name!r} is not a command; {hint}")
-    command: Command = importlib.import_module(COMMANDS[name][0]).COMMAND
+    command: Command | CommandGroup = importlib.import_module(COMMANDS[name][0]).COMMAND
     return command
 
 
@@ -64,7 +66,7 @@ def _dispatch(arguments: list[str]) -> int:
             raise ConfigError(f"version takes no arguments; got {rest[0]!r}")
         print(__version__)
         return 0
-    command = load_command(name)
+    command, rest = load_command(name).select(rest)
     options = rest[: rest.index("--")] if "--" in rest else rest
     if "--help" in options or "-h" in options:
         print(command.help())

@@ -1,6 +1,14 @@
 """Where this process listens, under which address others reach this host, and the token that lets them in."""
 
-from shoal.network.addresses import Interface, format_interfaces, host_address, interface_of, interfaces, resolve_head
+from shoal.network.addresses import (
+    Interface,
+    format_interfaces,
+    host_address,
+    interface_of,
+    interfaces,
+    is_loopback,
+    resolve_head,
+)
 from shoal.network.curve import admit_token, present_token
 from shoal.network.sockets import (
     format_endpoint,
@@ -25,6 +33,7 @@ __all__ = [
     "host_address",
     "interface_of",
     "interfaces",
+    "is_loopback",
     "listen",
     "listen_preferably",
     "load_token",

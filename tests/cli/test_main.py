@@ -42,6 +42,9 @@ def test_overview_names_all_commands(capsys):
         (["chat", "--port", "1"], 2, "--port is not an option"),
         (["chat", "--config", "x"], 2, "--config is not an option"),
         (["complete", "--url", "nowhere", "x"], 2, "must begin with http://"),
+        (["node"], 2, "'' is not a command of shoal node; there is shoal node start or shoal node stop"),
+        (["node", "begin"], 2, "'begin' is not a command of shoal node"),
+        (["node", "stop", "--all"], 2, "--all is not an option"),
     ],
 )
 def test_errors_are_one_line_and_an_exit_code(arguments, code, message, capsys):

@@ -1,0 +1,152 @@
+"""What the head of a Ray cluster says: its versions and its nodes. Node commands and the Ray launcher ask it.
+
+The question is put by a short process of its own (this module run as a program), so that it ends in time whatever Ray
+does, and Ray's own messages stay out of ours.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+import socket
+import subprocess
+import sys
+import time
+
+import msgspec
+
+from shoal import env, network
+from shoal.errors import ConfigError, StartupError
+
+DEFAULT_PORT = 6379
+_CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 20.0
+
+
+class Node(msgspec.Struct):
+    """A node as the head knows it. resources: what it has in all: "CPU", "GPU" and others."""
+
+    node_id: str
+    address: str
+    hostname: str
+    alive: bool
+    is_head: bool
+    resources: dict[str, float]
+
+
+class Answer(msgspec.Struct):
+    """What the asking process prints. refused: the token is wrong or missing. Versions are of the cluster."""
+
+    ray_version: str = ""
+    python_version: str = ""
+    nodes: list[Node] = []
+    refused: bool = False
+
+
+def check_installed() -> None:
+    """Raises ConfigError where Ray is not."""
+    if importlib.util.find_spec("ray") is None:
+        raise ConfigError("Ray is not installed here; pip install 'shoal[ray]' brings it")
+
+
+def ray_variables(token: str) -> dict[str, str]:
+    """Environment for Ray's own processes: its token authentication (Ray 2.52 and later) gets the cluster's token."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def ask_head(head: str, token: str | None) -> Answer:
+    """What the head at HOST:PORT says; token None: as the environment has it (a cluster that Shoal did not start).
+
+    Raises StartupError: not reachable, no Ray cluster, or the token is refused.
+    """
+    host, port = network.split_endpoint(head, DEFAULT_PORT)
+    endpoint = network.format_endpoint(network.resolve_head(host), port)
+    _check_reachable(head, endpoint)
+    variables = {"RAY_BACKEND_LOG_LEVEL": "fatal", **(ray_variables(token) if token else {})}
+    command = [sys.executable, "-m", "shoal.executor.ray_head", endpoint]
+    try:
+        done = subprocess.run(
+            command, env=env.subprocess_environment(variables), capture_output=True, timeout=_ANSWER_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise StartupError(
+            f"{head} takes connections but did not answer within {_ANSWER_SECONDS:g} s: it is no head of a Ray "
+            "cluster, or it hangs"
+        ) from error
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
+        raise StartupError(f"cannot ask the head at {head}: {lines[-1]}")
+    answer = msgspec.json.decode(done.stdout.splitlines()[-1], type=Answer)
+    if answer.refused:
+        raise StartupError(
+            f"the head at {head} refuses the cluster token given here. It must be the head's: copy the file "
+            f"{network.default_token_path()} from there, or use the command that `shoal node start --head` printed"
+        )
+    return answer
+
+
+def check_versions(head: str, answer: Answer) -> None:
+    """Raise StartupError where Ray or Python differ from the cluster's: Ray's nodes would not understand each other."""
+    for what, theirs, ours in (
+        ("Ray", answer.ray_version, importlib.metadata.version("ray")),
+        ("Python", answer.python_version, platform.python_version()),
+    ):
+        if theirs != ours:
+            raise StartupError(
+                f"{what} {ours} is here, and the cluster of {head} has {what} {theirs}; every node must have the same"
+            )
+
+
+def _check_reachable(head: str, endpoint: str) -> None:
+    host, port = network.split_endpoint(endpoint)
+    try:
+        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+        return
+    except ConnectionRefusedError as error:
+        reason: Exception = error
+        text = f"nothing listens there. Is the head up (`shoal node start --head` on it), and is {port} its port?"
+    except TimeoutError as error:
+        reason = error
+        text = f"no answer within {_CONNECT_SECONDS:g} s. Is the address right, and does a firewall keep port {port}?"
+    except OSError as error:
+        reason = error
+        text = f"{error.strerror or error}. This machine has: {network.format_interfaces()}"
+    raise StartupError(f"cannot reach the head at {head}: {text}") from reason
+
+
+def _main(endpoint: str) -> int:
+    """The asking process. GcsClient is what `ray start` itself asks with; a whole driver would take seconds."""
+    from ray._raylet import GcsClient  # type: ignore[attr-defined]
+    from ray.exceptions import AuthenticationError
+
+    try:
+        client = GcsClient(address=endpoint)
+        metadata = client.internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=_ANSWER_SECONDS)
+        deadline = time.monotonic() + _CONNECT_SECONDS
+        while metadata is None and time.monotonic() < deadline:  # the head writes it after it begins to listen
+            time.sleep(0.1)
+            metadata = client.internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=_ANSWER_SECONDS)
+        infos = client.get_all_node_info(timeout=_ANSWER_SECONDS).values()
+    except AuthenticationError:
+        print(msgspec.json.encode(Answer(refused=True)).decode())
+        return 0
+    versions = msgspec.json.decode(metadata or b"{}")
+    nodes = [
+        Node(
+            node_id=info.node_id.hex(),
+            address=info.node_manager_address,
+            hostname=info.node_manager_hostname,
+            alive=info.state == 0,  # GcsNodeInfo.ALIVE
+            is_head=info.is_head_node,
+            resources=dict(info.resources_total),
+        )
+        for info in infos
+    ]
+    answer = Answer(versions.get("ray_version", ""), versions.get("python_version", ""), nodes)
+    print(msgspec.json.encode(answer).decode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main(sys.argv[1]))
