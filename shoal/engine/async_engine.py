@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from shoal.config.engine_config import EngineConfig
-from shoal.engine.client import EngineClient, ReplicaStatus
+from shoal.engine.client import EXECUTORS_OWN_SECONDS, EngineClient, ReplicaStatus
 from shoal.engine.observer import EngineObserver
 from shoal.engine.prepare import PreparedRequest, Prompt, RequestPreparer
 from shoal.engine.replica_facts import combine_stats
@@ -33,6 +33,7 @@ logger = get_logger(__name__)
 DEFAULT_MAX_NUM_WAITING = 4096
 # Without a step for so long although there is work, the engine does not progress.
 DEFAULT_PROGRESS_TIMEOUT = 60.0
+_WATCH_SECONDS = 1.0
 
 
 class AsyncEngine:
@@ -65,6 +66,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pump_task: asyncio.Task[None] | None = None
+        self._watch_task: asyncio.Task[None] | None = None
         self._sends: set[asyncio.Task[None]] = set()
         self._failure: EngineDeadError | None = None
         self._draining = False
@@ -74,6 +76,7 @@ class AsyncEngine:
         """Start taking in what the core emits."""
         assert self._pump_task is None, "an engine starts once"
         self._pump_task = asyncio.create_task(self._pump(), name="engine-pump")
+        self._watch_task = asyncio.create_task(self._watch(), name="engine-watch")
 
     # --- accepting -------------------------------------------------------------------------------------------------
 
@@ -306,6 +309,23 @@ class AsyncEngine:
             self._failure = error
         self._fail(list(self._answers.values()), FinishReason.ERROR, str(self._failure))
 
+    async def _watch(self) -> None:
+        """End a core that makes no step any more and cannot say so itself: stopped, or stuck in a driver."""
+        parallel = self.config.parallel
+        # An executor of several ranks keeps the same deadline, and can say which of them waits for what.
+        limit = parallel.step_timeout + (EXECUTORS_OWN_SECONDS if parallel.world_size > 1 else 0.0)
+        late: set[int] = set()
+        while True:
+            await asyncio.sleep(min(limit / 4, _WATCH_SECONDS))
+            before, late = late, set()
+            for replica in self.replicas:
+                if replica.failure is None and replica.seconds_without_progress >= limit:
+                    late.add(replica.index)
+            # Late twice in a row: the first time it may be this process that was stopped, with the news unread.
+            for index in late & before:
+                reason = f"made no step for {limit:g} s although it has work (--step-timeout), and was ended"
+                self._client.kill(reason, index)
+
     # --- health and ending -----------------------------------------------------------------------------------------
 
     @property
@@ -373,8 +393,8 @@ class AsyncEngine:
         if self._failure is None:
             self._failure = EngineDeadError("the engine has been shut down")
         self._fail(list(self._answers.values()), FinishReason.ABORT, "the engine has been shut down")
-        if self._pump_task is not None:
-            self._pump_task.cancel()
-            await asyncio.gather(self._pump_task, return_exceptions=True)
-        await asyncio.gather(*self._sends, return_exceptions=True)
+        own = [task for task in (self._pump_task, self._watch_task) if task is not None]
+        for task in own:
+            task.cancel()
+        await asyncio.gather(*own, *self._sends, return_exceptions=True)
         await self._client.close()

@@ -40,10 +40,12 @@ from shoal.messages import (
 
 logger = get_logger(__name__)
 
+# What an executor of several ranks is left to come forward with its own, better reason.
+EXECUTORS_OWN_SECONDS = 15.0
+
 ProgressCallback = Callable[[StartupProgress], None]
 _LAST_MESSAGES_SECONDS = 0.5
 _KILL_AFTER_SECONDS = 10.0
-_EXECUTORS_OWN_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,8 +90,8 @@ class EngineClient(ABC):
         """End the core; running requests have `drain_seconds` to finish. Nothing of it is left afterwards."""
 
     @abstractmethod
-    def kill(self) -> None:
-        """Make the core end at once, so that a `close` that waits for it need not wait."""
+    def kill(self, reason: str, replica: int | None = None) -> None:
+        """End the core at once, or one of several. All who wait for it hear that "the engine core `reason`"."""
 
     @property
     def replicas(self) -> Sequence[ReplicaStatus]:
@@ -107,7 +109,7 @@ class SubprocessClient(EngineClient):
         self._config = config
         # An executor of several ranks keeps the same deadline, and can say which of them did not come.
         several = config.parallel.world_size > 1
-        self._startup_timeout = config.parallel.startup_timeout + (_EXECUTORS_OWN_SECONDS if several else 0.0)
+        self._startup_timeout = config.parallel.startup_timeout + (EXECUTORS_OWN_SECONDS if several else 0.0)
         self._phase = "start"
         self._phase_began = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None
@@ -274,9 +276,10 @@ class SubprocessClient(EngineClient):
         if self._closing:
             raise EngineDeadError("the engine has been shut down")
 
-    def kill(self) -> None:
+    def kill(self, reason: str, replica: int | None = None) -> None:
         if self._process is not None:
             self._process.kill()  # does nothing to a process that has been waited for
+        self._fail(EngineDeadError(f"the engine core {reason}"))
 
     async def close(self, drain_seconds: float = 0.0) -> None:
         if self._closing:

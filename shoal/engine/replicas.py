@@ -149,9 +149,10 @@ class ReplicatedClient(EngineClient):
         await asyncio.gather(*(replica.client.close(drain_seconds) for replica in self._replicas), *self._ending)
         self._news.set()
 
-    def kill(self) -> None:
-        for replica in self._replicas:
-            replica.client.kill()
+    def kill(self, reason: str, replica: int | None = None) -> None:
+        for one in self._replicas:
+            if replica in (None, one.index):
+                one.client.kill(reason)
 
     # --- sending ---------------------------------------------------------------------------------------------------
 

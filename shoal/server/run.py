@@ -257,7 +257,7 @@ class _Service:
         if not closing.done():
             await asyncio.wait((closing,), timeout=_HURRIED_SECONDS)
             if not closing.done():
-                self.client.kill()
+                self.client.kill("was not waited for")
         await closing
 
     async def _drain(self, engine: AsyncEngine) -> None:

@@ -121,8 +121,8 @@ class FakeClient(EngineClient):
         self._check()
         return {"num_requests_running": len(self.running), "num_steps_total": self.num_steps}
 
-    def kill(self) -> None:
-        self.die()
+    def kill(self, reason: str, replica: int | None = None) -> None:
+        self.die(f"the engine core {reason}")
 
     async def close(self, drain_seconds: float = 0.0) -> None:
         self.closed = True

@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from shoal.config.resolve import make_engine_config
+from shoal.engine.async_engine import AsyncEngine
 from shoal.engine.client import SubprocessClient
 from shoal.errors import EngineDeadError, ModelError, StartupError
 from shoal.messages import AddRequest, StartupProgress, TokenDelta
@@ -176,3 +177,17 @@ sys.stdin.buffer.read()
     assert client._process is not None
     client._process.kill()
     await client.close()
+
+
+async def test_a_core_that_is_stopped_is_ended_after_the_time_of_a_step(checkpoint: Path) -> None:
+    client = make_client(checkpoint, step_timeout=2, skip_tokenizer_init=True)
+    await client.start()
+    engine = AsyncEngine(client, client._config, None)
+    await engine.start()
+    assert client.process_id is not None
+    os.kill(client.process_id, signal.SIGSTOP)
+    with pytest.raises(EngineDeadError, match="made no step for 2 s although it has work .--step-timeout"):
+        await asyncio.wait_for(engine.collect(engine.prepare([1, 2, 3], SamplingParams(max_tokens=5))), 30)
+    assert not engine.alive
+    await asyncio.wait_for(engine.close(), 10)
+    assert not psutil.pid_exists(client.process_id)

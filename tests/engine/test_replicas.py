@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from shoal.config.parallel import ParallelConfig
 from shoal.engine.async_engine import AsyncEngine
 from shoal.engine.client import ProgressCallback, SubprocessClient
 from shoal.engine.prepare import PreparedRequest
@@ -146,6 +147,19 @@ async def test_a_replica_that_hangs_shows_and_gets_nothing_new_while_another_get
         assert engine.progressing
 
 
+async def test_a_replica_that_hangs_for_longer_than_a_step_may_take_is_lost() -> None:
+    async with running(config={"parallel": ParallelConfig(data_size=2, step_timeout=0.6)}) as (engine, cores, _):
+        await asyncio.sleep(1.0)
+        assert engine.progressing, "there was nothing to do"
+        cores[1].gate.clear()
+        tasks = [asyncio.create_task(updates_of(engine, engine.prepare("x", LONG))) for _ in range(2)]
+        fine, lost = [await task for task in tasks]
+        assert endings(fine) == [FinishReason.LENGTH] and endings(lost) == [FinishReason.ERROR]
+        assert lost[-1].error is not None
+        assert "replica 1 is gone: the engine core made no step for 0.6 s although it has work" in lost[-1].error
+        assert engine.alive and [replica.failure is None for replica in engine.replicas] == [True, False]
+
+
 async def test_a_full_queue_counts_the_places_of_all_replicas_that_are_there() -> None:
     async with running(max_num_waiting=1, config={"max_num_seqs": 2}) as (engine, cores, _):
         for core in cores:
@@ -197,10 +211,14 @@ async def test_what_a_core_sends_late_does_not_reach_a_request_of_the_same_name_
         await anext(stream)
         await stream.aclose()
         await until(lambda: not cores[0].running)
+        cores[1].gate.clear()
         task = asyncio.create_task(updates_of(engine, engine.prepare("x", LONG.clone(max_tokens=30), request_id="r")))
         await until(lambda: cores[1].running)
+        num_steps = cores[0].num_steps
         cores[0]._early.append(TokenDelta("r-0", [77], finish_reason=FinishReason.STOP))
         cores[0]._work.set()
+        await until(lambda: cores[0].num_steps > num_steps)
+        cores[1].gate.set()
         updates = await task
         assert [id for update in updates for id in update.token_ids] == list(range(300, 330))
         assert endings(updates) == [FinishReason.LENGTH]
@@ -393,9 +411,7 @@ def test_make_client_gives_each_core_its_data_rank() -> None:
         return FakeClient(config)
 
     assert isinstance(make_client(make_config(), one), FakeClient)
-    config = make_config()
-    parallel = type(config.parallel)(data_size=3)
-    client = make_client(make_config(parallel=parallel), one)
+    client = make_client(make_config(parallel=ParallelConfig(data_size=3)), one)
     assert isinstance(client, ReplicatedClient) and made == [0, 0, 1, 2]
     assert isinstance(make_client(make_config()), SubprocessClient)
 
@@ -412,5 +428,8 @@ async def test_draining_finishes_what_runs_on_all_and_killing_ends_all() -> None
             core.gate.set()
         assert await engine.wait_drained(5)
         assert all(output.outputs[0].finish_reason == "length" for output in await asyncio.gather(*tasks))
-        client.kill()
+        client.kill("was not wanted", 1)
+        await until(lambda: cores[1].closed)
+        assert engine.replicas[1].failure == "the engine core was not wanted" and engine.alive
+        client.kill("was not wanted")
         await until(lambda: not engine.alive)
