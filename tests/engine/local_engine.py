@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from shoal.config.engine_config import EngineConfig
 from shoal.engine.core import EngineCore
+from shoal.executor.registry import make_executor
 from shoal.executor.uniproc import UniprocExecutor
 from shoal.messages import AddRequest, CoreOutputs, EngineStats, Shutdown
 from shoal.types import EngineRequest, FinishReason, TokenLogprobs
@@ -46,10 +47,11 @@ def run_engine(
 ) -> tuple[dict[str, Answer], EngineStats]:
     """Serve waves of requests one after the other on one engine; each wave is whole before the next begins."""
     channel = InMemoryChannel()
-    executor = UniprocExecutor(config)
+    executor = make_executor(config)
     core = EngineCore(config, executor, channel)
     core.start()
     if after_start is not None:
+        assert isinstance(executor, UniprocExecutor)
         after_start(executor._worker)
     pending = [[AddRequest(request) for request in wave] for wave in waves]
 
