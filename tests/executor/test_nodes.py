@@ -45,6 +45,9 @@ class WaitingWorkers(LocalLauncher):
     def pid(self, rank):
         return self._processes[rank].pid
 
+    def num_started(self):
+        return sum("pid" in self.describe(rank) for rank in self.links)
+
 
 class Launcher(NodesLauncher):
     def make_local(self, config, ranks):
@@ -101,8 +104,7 @@ class Cluster:
         return self._errors.get(agent)
 
     def wait_for_workers(self, agent, num_ranks=2):
-        wait_until(lambda: len(agent.workers.links) == num_ranks)
-        wait_until(lambda: all(psutil.pid_exists(agent.workers.pid(rank)) for rank in agent.workers.links))
+        wait_until(lambda: agent.workers.num_started() == num_ranks)
 
     def close(self):
         self.launcher.stop(0.0)
