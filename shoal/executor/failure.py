@@ -11,7 +11,8 @@ from pathlib import Path
 
 from shoal.distributed.status import RankStatus, describe_stall
 
-_EFFECTS_OF_OTHERS = "CollectiveError"
+# What a rank that meets or works with others says when one of them is lost.
+_EFFECTS = ("CollectiveError", "StartupError")
 # For the others' messages, or the news of a death, to come.
 _SECONDS_AFTER_CAUSE = 0.3
 _SECONDS_AFTER_EFFECT = 1.0
@@ -35,7 +36,7 @@ class Evidence:
     def failed(self, rank: int, kind: str, message: str) -> None:
         """kind: the name of a ShoalError class."""
         self._failures.setdefault(rank, (kind, message))
-        self._wait(_SECONDS_AFTER_EFFECT if kind == _EFFECTS_OF_OTHERS else _SECONDS_AFTER_CAUSE)
+        self._wait(_SECONDS_AFTER_EFFECT if kind in _EFFECTS else _SECONDS_AFTER_CAUSE)
 
     def lost(self, rank: int, seconds: float) -> None:
         """Nothing was heard of a rank for so long."""
@@ -61,7 +62,7 @@ class Evidence:
         """The name of an error class ("" for the end of a process) and the sentence: causes before their effects."""
         if died := {rank: how for rank, how in self._exits.items() if rank not in self._failures}:
             return "", "; ".join(f"{self._describe(rank)} {how}" for rank, how in sorted(died.items()))
-        own = {rank: each for rank, each in self._failures.items() if each[0] != _EFFECTS_OF_OTHERS}
+        own = {rank: each for rank, each in self._failures.items() if each[0] not in _EFFECTS}
         if own:
             return self._told(own)
         if self._lost:

@@ -44,6 +44,7 @@ BEAT_SECONDS = 0.5
 _SILENCE_SECONDS = 20.0
 _NUM_REFUSALS = 3
 _LAST_WORDS_SECONDS = 2.0
+_PARTING_SECONDS = 5.0
 _PROGRESS_SECONDS = 0.1
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 _EVENTS = _REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
@@ -116,9 +117,12 @@ class ExecutorLink:
             self.send(WorkerProgress(self.rank, progress.phase, progress.done, progress.total))
 
     def fail(self, kind: str, message: str) -> None:
-        """Say why this rank cannot go on, and return when that is on its way: the process is to end then."""
+        """Say why this rank cannot go on, and wait for the executor to end this process; it is to end by itself then.
+
+        Were it gone sooner, the other ranks would stumble over that, and say so instead.
+        """
         self.send(WorkerFailed(self.rank, kind, message))
-        self.close()
+        time.sleep(_PARTING_SECONDS)
 
     def show_status(self, read_status: Callable[[], bytes]) -> None:
         """From now on beats carry this rank's status record."""
