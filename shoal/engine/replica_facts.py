@@ -10,7 +10,7 @@ import msgspec
 from shoal.messages import CoreReady, EngineStats, StartupProgress
 
 # Facts of CoreReady.info that add up over the replicas, and those of which the largest counts.
-_SUMS = ("num_blocks", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_full_requests")
+_SUMS = ("num_blocks", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_full_requests", "ranks")
 _LARGEST = ("load_seconds", "startup_seconds")
 _NO_SUMS = ("kv_cache_usage", "seconds_since_last_step")
 
@@ -43,8 +43,10 @@ def combine_ready(several: Sequence[CoreReady]) -> CoreReady:
     info: dict[str, Any] = dict(infos[0])
     for names, combine in ((_SUMS, sum), (_LARGEST, max)):
         info |= {name: combine(own[name] for own in infos) for name in names if all(name in own for own in infos)}
-    if devices := dict.fromkeys(str(own["device"]) for own in infos if "device" in own):
-        info["device"] = ", ".join(devices)
+    info["device"] = ", ".join(dict.fromkeys(str(own["device"]) for own in infos if "device" in own))
+    if any("hosts" in own for own in infos):
+        info["hosts"] = list(dict.fromkeys(host for own in infos for host in own.get("hosts", ())))
+    info.pop("weight_bytes_by_rank", None)
     info["replicas"] = infos
     return CoreReady(
         generation=several[0].generation,

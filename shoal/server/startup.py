@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from shoal.config.engine_config import EngineConfig
 from shoal.config.options import ServerOptions
+from shoal.config.parallel import ParallelConfig
 from shoal.config.sizes import format_size
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import UnavailableError
@@ -93,14 +94,25 @@ def describe_engine(config: EngineConfig, ready: CoreReady, seconds: float) -> l
     num_tokens = (ready.num_blocks - 1) * ready.block_size
     size = facts.get("kv_cache_bytes")
     mode = ", deterministic" if config.deterministic else ""
-    num_replicas = len(facts.get("replicas", ()))
-    several = f"{num_replicas} replicas in " if num_replicas else ""
+    layout = describe_layout(config.parallel)
+    hosts = facts.get("hosts", ())
+    where = f" of {', '.join(hosts)}" if len(hosts) > 1 else ""
     return [
-        f"Shoal {__version__}: {config.model.architecture}, {several}{facts.get('dtype', config.dtype)} on "
-        f"{facts.get('device', config.device)}{mode}, up after {seconds:.1f} s",
+        f"Shoal {__version__}: {config.model.architecture}, {f'{layout} in ' if layout else ''}"
+        f"{facts.get('dtype', config.dtype)} on {facts.get('device', config.device)}{where}{mode}, "
+        f"up after {seconds:.1f} s",
         f"KV cache: {num_tokens:,} tokens{f' ({format_size(size)})' if size else ''}, "
         f"{num_tokens / ready.max_model_len:.1f} requests of the full {ready.max_model_len:,} tokens",
     ]
+
+
+def describe_layout(parallel: ParallelConfig) -> str:
+    """How many ranks share the work and how ("2 replicas × TP=4"); nothing for one."""
+    parts = [f"{parallel.data_size} replicas"] if parallel.data_size > 1 else []
+    for name, size in (("TP", parallel.tensor_size), ("PP", parallel.pipeline_size)):
+        if size > 1:
+            parts.append(f"{name}={size}")
+    return " × ".join(parts)
 
 
 def describe_address(url: str, model: str, options: ServerOptions, tokenizer: Tokenizer | None) -> list[str]:

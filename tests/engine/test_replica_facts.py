@@ -32,13 +32,14 @@ def test_a_lost_core_keeps_its_counters_only() -> None:
 
 def test_ready_is_what_all_of_them_can_do() -> None:
     several = [
-        CoreReady(1, 512, 65, 16, {"device": "GPU 0", "kv_cache_bytes": 10, "load_seconds": 3.0, "weight_bytes": 5}),
-        CoreReady(1, 256, 33, 16, {"device": "GPU 1", "kv_cache_bytes": 5, "load_seconds": 4.0}),
+        CoreReady(1, 512, 65, 16, {"device": "GPU 0", "kv_cache_bytes": 10, "load_seconds": 3.0, "hosts": ["a", "b"]}),
+        CoreReady(1, 256, 33, 16, {"device": "GPU 1", "kv_cache_bytes": 5, "load_seconds": 4.0, "hosts": ["b", "c"]}),
     ]
     ready = combine_ready(several)
     assert (ready.generation, ready.max_model_len, ready.block_size) == (1, 256, 16)
     assert (ready.num_blocks - 1) * 16 == 64 * 16 + 32 * 16, "the tokens of both caches"
     assert ready.info["device"] == "GPU 0, GPU 1" and combine_ready([several[0]] * 2).info["device"] == "GPU 0"
+    assert ready.info["hosts"] == ["a", "b", "c"]
     assert ready.info["kv_cache_bytes"] == 15 and ready.info["load_seconds"] == 4.0
     assert ready.info["replicas"] == [one.info for one in several]
 

@@ -67,6 +67,28 @@ def test_two_replicas_give_the_tokens_of_one_and_one_may_die(checkpoint: str) ->
     assert not any(psutil.pid_exists(core) for core in cores)
 
 
+def test_replicas_of_two_ranks_give_the_same_tokens_and_one_may_lose_a_rank(checkpoint: str) -> None:
+    with LLM(checkpoint, dtype="float32", **OPTIONS) as llm:
+        greedy = generate(llm, GREEDY)
+    with LLM(checkpoint, dtype="float32", data_parallel_size=2, tensor_parallel_size=2, **OPTIONS) as llm:
+        assert generate(llm, GREEDY) == greedy
+        assert replicated(llm).ready.info["ranks"] == 4
+        cores = [psutil.Process(replica.client.process_id) for replica in replicated(llm)._replicas]  # type: ignore[attr-defined]
+        workers = [core.children() for core in cores]
+        assert [len(own) for own in workers] == [2, 2]
+        workers[0][1].kill()
+        engine = llm._engine.engine
+        while engine.replicas[0].failure is None:
+            time.sleep(0.01)
+        assert "rank 1" in engine.replicas[0].failure
+        assert generate(llm, GREEDY) == greedy
+        psutil.wait_procs([cores[0], *workers[0]], timeout=20)
+        assert not any(one.is_running() for one in (cores[0], *workers[0])), "its replica goes with it"
+        assert all(one.is_running() for one in (cores[1], *workers[1]))
+    _, alive = psutil.wait_procs([cores[1], *workers[1]], timeout=20)
+    assert not alive
+
+
 def kill_when(process_id: int, condition: Callable[[], bool]) -> None:
     while not condition():
         time.sleep(0.01)

@@ -20,11 +20,14 @@ import psutil
 import pytest
 
 from shoal.config.options import ModelOptions, ServerOptions
+from shoal.config.parallel import ParallelConfig
 from shoal.engine.async_engine import AsyncEngine
 from shoal.engine.replicas import ReplicatedClient
+from shoal.messages import CoreReady
 from shoal.observability.metrics import EngineMetrics
 from shoal.server.app import create_app
 from shoal.server.observer import MetricsObserver
+from shoal.server.startup import describe_engine
 from tests.engine.fake_client import FakeClient, make_config
 from tests.engine.test_async_engine import until
 from tests.engine.tokenizers_for_tests import tokenizer
@@ -156,6 +159,17 @@ def test_shoal_serve_with_real_cores_leaves_nothing(number: signal.Signals, tmp_
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_line_says_how_the_work_is_shared_and_where() -> None:
+    def first_line(info: dict[str, Any], **sizes: int) -> str:
+        ready = CoreReady(0, 256, 17, 16, {"device": "NVIDIA H200", **info})
+        return describe_engine(make_config(parallel=ParallelConfig(**sizes)), ready, 3.0)[0]
+
+    assert "float32 on NVIDIA H200, deterministic, up after 3.0 s" in first_line({"hosts": ["a"]})
+    assert ", TP=2 in float32 on NVIDIA H200," in first_line({"hosts": ["a"]}, tensor_size=2)
+    spread = first_line({"hosts": ["a", "b"]}, data_size=2, tensor_size=4, pipeline_size=3)
+    assert "2 replicas × TP=4 × PP=3 in float32 on NVIDIA H200 of a, b," in spread
 
 
 # --- probes and metrics over cores in this process -------------------------------------------------------------------
