@@ -1,6 +1,6 @@
 """CheckpointTensor: where a tensor stands in a checkpoint, which piece is this rank's, and where it goes.
 
-Layers yield them, models collect them, the loader in weights/ fills them.
+Layers yield them, the loader in weights/ fills them.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class CheckpointTensor:
 
 @runtime_checkable
 class HoldsWeights(Protocol):
-    """A layer with tensors of its own."""
+    """A layer with weights: tensors of its own, or another layer's. `process_after_load` packs them and frees what
+    loading needed; it is called once, when the tensors are filled (for another layer's: when all are)."""
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]: ...
 

@@ -16,7 +16,7 @@ from torch import nn
 from shoal.attention.base import AttentionMetadata
 from shoal.config.model_config import ModelConfig
 from shoal.distributed.vocabulary import VocabularySlice
-from shoal.layers.checkpoint import CheckpointTensor, HoldsWeights
+from shoal.layers.checkpoint import HoldsWeights
 from shoal.layers.context import BuildContext
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -68,18 +68,14 @@ class CausalLM(nn.Module, abc.ABC):
 
     # --- for the loader ---
 
-    def _holders(self) -> Iterator[HoldsWeights]:
+    def weight_holders(self) -> Iterator[HoldsWeights]:
+        """The layers of this stage that have weights: what they yield is all that it reads from the checkpoint."""
         for module in self.modules():
             if module is not self and isinstance(module, HoldsWeights):
                 yield module
 
-    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
-        """All that this stage reads from the checkpoint."""
-        for holder in self._holders():
-            yield from holder.checkpoint_tensors()
-
     def expects_elsewhere(self, name: str) -> bool:
-        """Whether a tensor that is none of `checkpoint_tensors` still belongs there: another stage's, or derived."""
+        """Whether a tensor that no layer of this stage reads still belongs there: another stage's, or derived."""
         if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
             return True
         if name == "lm_head.weight":  # a tied head may be stored once more
@@ -89,11 +85,6 @@ class CausalLM(nn.Module, abc.ABC):
             return int(number[1]) not in self.layer_range and int(number[1]) < self.config.num_layers
         return not (self.is_first_stage and self.is_last_stage)
 
-    def process_after_load(self) -> None:
-        """Pack weights and free what loading needed. Called once, when every tensor is filled."""
-        for holder in self._holders():
-            holder.process_after_load()
-
     def weight_bytes(self) -> int:
         """Memory that the weights take on this rank."""
-        return sum(holder.weight_bytes() for holder in self._holders())
+        return sum(holder.weight_bytes() for holder in self.weight_holders())

@@ -6,47 +6,32 @@ Used by the loader. Every error names the file or the tensor.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-import safetensors
 import torch
 
 from shoal.errors import ModelError
+from shoal.weights.safetensors_file import SafetensorsFile
 
 
 class TensorFile(Protocol):
-    """One file of weights, opened."""
+    """One file of weights, opened. num_bytes_read: of its tensors."""
+
+    num_bytes_read: int
 
     def names(self) -> list[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
 
-    def read(self, name: str, index: tuple[slice, ...] | None) -> torch.Tensor:
-        """A piece, or with None the whole tensor. It may share the file's memory: copy it."""
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read_into(self, name: str, index: Sequence[slice], destination: torch.Tensor) -> None:
+        """Fill `destination` with a piece of a tensor, converted to its type."""
         ...
 
-
-class SafetensorsFile:
-    """Memory-mapped: only the pages of the pieces that are read come into memory."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file: Any = safetensors.safe_open(str(path), framework="pt", device="cpu")
-        except (safetensors.SafetensorError, OSError) as error:
-            raise ModelError(f"{path} is not a whole safetensors file: {error}; download it again") from None
-
-    def names(self) -> list[str]:
-        return list(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def read(self, name: str, index: tuple[slice, ...] | None) -> torch.Tensor:
-        tensor: torch.Tensor = self._file.get_tensor(name) if index is None else self._file.get_slice(name)[index]
-        return tensor
+    def close(self) -> None: ...
 
 
 class BinFile:
@@ -60,6 +45,7 @@ class BinFile:
         if not isinstance(content, dict):
             raise ModelError(f"{path} holds a {type(content).__name__}; expected tensors by name")
         self._tensors = {name: tensor for name, tensor in content.items() if isinstance(tensor, torch.Tensor)}
+        self.num_bytes_read = 0
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -67,17 +53,27 @@ class BinFile:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
-    def read(self, name: str, index: tuple[slice, ...] | None) -> torch.Tensor:
-        return self._tensors[name] if index is None else self._tensors[name][index]
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensors[name].dtype
+
+    def read_into(self, name: str, index: Sequence[slice], destination: torch.Tensor) -> None:
+        piece = self._tensors[name][tuple(index)]
+        destination.copy_(piece)
+        self.num_bytes_read += piece.nbytes
+
+    def close(self) -> None:
+        self._tensors.clear()
 
 
 def open_weights(directory: str | Path, load_format: str) -> Iterator[TensorFile]:
-    """The directory's weight files, one open at a time. load_format: "auto" (safetensors) or "pt" (.bin as well)."""
+    """The directory's weight files, one after the other, each closed when the next is asked for.
+
+    load_format: "auto" (safetensors) or "pt" (.bin as well).
+    """
     directory = Path(directory)
     paths = _find(directory, "model.safetensors", ".safetensors")
     if paths:
-        for path, promised in paths.items():
-            yield _with_promised(SafetensorsFile(path), path, promised)
+        yield from _in_turn(SafetensorsFile, paths)
         return
     paths = _find(directory, "pytorch_model.bin", ".bin")
     if not paths:
@@ -87,8 +83,17 @@ def open_weights(directory: str | Path, load_format: str) -> Iterator[TensorFile
             f"{directory} has its weights in .bin files only ({next(iter(paths)).name}), an old pickle format; convert "
             "them to safetensors, or pass --load-format pt if you trust where they come from"
         )
+    yield from _in_turn(BinFile, paths)
+
+
+def _in_turn(open_file: Callable[[Path], TensorFile], paths: dict[Path, list[str]]) -> Iterator[TensorFile]:
     for path, promised in paths.items():
-        yield _with_promised(BinFile(path), path, promised)
+        file = open_file(path)
+        try:
+            _check_promised(file, path, promised)
+            yield file
+        finally:
+            file.close()
 
 
 def _find(directory: Path, single: str, suffix: str) -> dict[Path, list[str]]:
@@ -124,8 +129,7 @@ def _read_index(directory: Path, index_path: Path) -> dict[Path, list[str]]:
     return files
 
 
-def _with_promised(file: TensorFile, path: Path, promised: list[str]) -> TensorFile:
+def _check_promised(file: TensorFile, path: Path, promised: list[str]) -> None:
     absent = sorted(set(promised) - set(file.names())) if promised else []
     if absent:
         raise ModelError(f"{path} lacks {absent[0]}, which the index places there; download it again")
-    return file

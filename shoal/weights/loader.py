@@ -1,18 +1,19 @@
 """Fills a model from a checkpoint, or with random values. Called by the worker, which built the model.
 
-It knows models only by what they tell: `checkpoint_tensors`, `expects_elsewhere`, `process_after_load`.
+It knows models only by what they tell: `weight_holders` and `expects_elsewhere`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from shoal.config.model_config import ModelConfig
 from shoal.errors import ModelError
-from shoal.layers.checkpoint import CheckpointTensor
+from shoal.layers.checkpoint import CheckpointTensor, HoldsWeights
 from shoal.weights.dummy import fill_random
 from shoal.weights.files import TensorFile, open_weights
 
@@ -23,11 +24,9 @@ Progress = Callable[[int, int], None]
 class Loadable(Protocol):
     """What the loader needs of a model."""
 
-    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]: ...
+    def weight_holders(self) -> Iterator[HoldsWeights]: ...
 
     def expects_elsewhere(self, name: str) -> bool: ...
-
-    def process_after_load(self) -> None: ...
 
 
 def load_weights(
@@ -36,71 +35,99 @@ def load_weights(
     load_format: str = "auto",
     seed: int = 0,
     progress: Progress | None = None,
-) -> None:
-    """Fill every tensor of `model`, convert to its dtype, then let it pack.
+) -> int:
+    """Fill every tensor of `model`, convert to its dtype, and let each layer pack. Returns the bytes read from files.
 
+    A rank reads its pieces only, and never holds more than its weights and one layer's twice.
     load_format: "auto" safetensors; "pt" .bin files as well; "dummy" random values from `seed`, no file is read.
     Raises ModelError naming the file or tensor that is missing, unexpected or of the wrong shape.
     """
-    wanted = {tensor.name: tensor for tensor in model.checkpoint_tensors()}
-    counter = _Counter(sum(tensor.destination.nbytes for tensor in wanted.values()), progress)
+    num_bytes = 0
     with torch.inference_mode():
+        layers = _Layers(model.weight_holders(), progress)
         if load_format == "dummy":
-            for tensor in wanted.values():
-                fill_random(tensor, seed)
-                counter.add(tensor.destination.nbytes)
+            for name in layers.names:
+                layers.fill(name, lambda tensor: fill_random(tensor, seed))
         else:
-            _load_files(model, wanted, model_config.path, load_format, counter)
-        model.process_after_load()
+            for file in open_weights(model_config.path, load_format):
+                _load_file(file, model, layers, model_config.path)
+                num_bytes += file.num_bytes_read
+        layers.finish(model_config.path)
+    return num_bytes
 
 
-class _Counter:
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self._done, self._total, self._progress = 0, total, progress
+class _Layers:
+    """The layers of a model that wait for tensors. Each packs as soon as it has its own: nothing here holds on to what
+    it then frees. Layers that use another layer's tensors come last."""
 
-    def add(self, num_bytes: int) -> None:
-        self._done += num_bytes
+    def __init__(self, layers: Iterable[HoldsWeights], progress: Progress | None) -> None:
+        self._waiting: dict[str, tuple[CheckpointTensor, HoldsWeights]] = {}
+        self._num_missing: dict[HoldsWeights, int] = {}
+        for layer in layers:
+            tensors = {tensor.name: (tensor, layer) for tensor in layer.checkpoint_tensors()}
+            self._waiting |= tensors
+            self._num_missing[layer] = len(tensors)
+        self._progress = progress
+        self._num_bytes_done = 0
+        self._num_bytes = sum(tensor.destination.nbytes for tensor, _ in self._waiting.values())
+        self.names = tuple(self._waiting)
+        self._known = frozenset(self.names)
+
+    def canonical(self, name: str) -> str:
+        """Checkpoints of the bare decoder (without a head) lack the leading "model."."""
+        return f"model.{name}" if name not in self._known and f"model.{name}" in self._known else name
+
+    def knows(self, name: str) -> bool:
+        return name in self._known
+
+    def awaits(self, name: str) -> bool:
+        return name in self._waiting
+
+    def fill(self, name: str, fill: Callable[[CheckpointTensor], None]) -> None:
+        """fill(tensor) for the tensor of that name, which its layer waits for."""
+        tensor, layer = self._waiting.pop(name)
+        fill(tensor)
+        self._num_bytes_done += tensor.destination.nbytes
+        del tensor
+        self._num_missing[layer] -= 1
+        if not self._num_missing[layer]:
+            del self._num_missing[layer]
+            layer.process_after_load()
         if self._progress is not None:
-            self._progress(self._done, self._total)
+            self._progress(self._num_bytes_done, self._num_bytes)
+
+    def finish(self, path: str) -> None:
+        """Raise ModelError if a layer still waits."""
+        if self._waiting:
+            raise ModelError(
+                f"{path}: {len(self._waiting)} of {len(self.names)} tensors are missing from the weights, the first is "
+                f"{min(self._waiting)}"
+            )
+        for layer in self._num_missing:
+            layer.process_after_load()
 
 
-def _load_files(
-    model: Loadable, wanted: dict[str, CheckpointTensor], path: str, load_format: str, counter: _Counter
-) -> None:
-    missing = dict(wanted)
-    for file in open_weights(path, load_format):
-        for stored_name in sorted(file.names()):
-            name = _canonical(stored_name, wanted)
-            tensor = missing.pop(name, None)
-            if tensor is not None:
-                _load_tensor(file, stored_name, tensor, path)
-                counter.add(tensor.destination.nbytes)
-            elif name in wanted:
-                raise ModelError(f"{path}: tensor {name} is stored twice")
-            elif not model.expects_elsewhere(name):
-                raise ModelError(
-                    f"{path}: unexpected tensor {stored_name}: the config does not describe these weights "
-                    "(another architecture, more layers, biases, or a quantized checkpoint)"
-                )
-    if missing:
-        names = sorted(missing)
-        raise ModelError(
-            f"{path}: {len(names)} of {len(wanted)} tensors are missing from the weights, the first is {names[0]}"
-        )
+def _load_file(file: TensorFile, model: Loadable, layers: _Layers, path: str) -> None:
+    for stored_name in file.names():
+        name = layers.canonical(stored_name)
+        if layers.awaits(name):
+            layers.fill(name, partial(_load_tensor, file, stored_name, path))
+        elif layers.knows(name):
+            raise ModelError(f"{path}: tensor {name} is stored twice")
+        elif not model.expects_elsewhere(name):
+            raise ModelError(
+                f"{path}: unexpected tensor {stored_name}: the config does not describe these weights "
+                "(another architecture, more layers, biases, or a quantized checkpoint)"
+            )
 
 
-def _canonical(name: str, wanted: dict[str, CheckpointTensor]) -> str:
-    """Checkpoints of the bare decoder (without a head) lack the leading "model."."""
-    return f"model.{name}" if name not in wanted and f"model.{name}" in wanted else name
-
-
-def _load_tensor(file: TensorFile, stored_name: str, tensor: CheckpointTensor, path: str) -> None:
+def _load_tensor(file: TensorFile, stored_name: str, path: str, tensor: CheckpointTensor) -> None:
     shape = file.shape(stored_name)
     if shape != tensor.shape:
         raise ModelError(
             f"{path}: tensor {stored_name} has shape {list(shape)}, the config asks for {list(tensor.shape)}"
         )
-    piece = file.read(stored_name, None if tensor.is_whole else tensor.index)
-    if not piece.dtype.is_floating_point:
-        raise ModelError(f"{path}: tensor {stored_name} is {piece.dtype}; expected floating-point weights")
-    tensor.destination.copy_(piece)
+    dtype = file.dtype(stored_name)
+    if not dtype.is_floating_point:
+        raise ModelError(f"{path}: tensor {stored_name} is {dtype}; expected floating-point weights")
+    file.read_into(stored_name, tensor.index, tensor.destination)

@@ -76,7 +76,6 @@ class Worker:
         self.groups.status.update(generation=config.generation, phase="load")
         device = find_device(config.device, self._device_index)
         if device.type == "cpu":
-            keep_freed_memory()
             share_cores(self._local_size)
         else:
             torch.cuda.set_device(device)
@@ -92,6 +91,8 @@ class Worker:
         load_seconds = time.monotonic() - started
         weight_bytes = model.weight_bytes()
         if device.type == "cpu":
+            # Not before: what packing frees would stay, a part of every matrix.
+            keep_freed_memory()
             use_few_threads(weight_bytes)
         self._runner = ModelRunner(config, model, context.attention_backend, device, self.groups)
         on_progress(StartupProgress("size the KV cache"))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,14 +16,17 @@ from safetensors.torch import load_file, save_file
 
 from shoal.attention.registry import create_attention_backend
 from shoal.config.model_config import load_model_config
+from shoal.distributed.group import GroupCoordinator
+from shoal.distributed.parallel_dims import ParallelDims
 from shoal.errors import ModelError
-from shoal.layers.checkpoint import CheckpointTensor
+from shoal.layers.checkpoint import CheckpointTensor, HoldsWeights, whole
 from shoal.layers.context import BuildContext
 from shoal.models.base import CausalLM
 from shoal.models.registry import build_model
 from shoal.weights.loader import load_weights
 from tests.checkpoints import FAMILIES, make_checkpoint
 from tests.models.paged import CPU, PagedModel
+from tests.rank_threads import on_ranks
 
 TOKENS = [5, 17, 300, 2]
 Tensors = dict[str, torch.Tensor]
@@ -201,13 +208,20 @@ def test_a_rank_reads_its_piece_only(tmp_path: Path) -> None:
     """Pieces go through the file's own slicing; dummy pieces are those of the whole."""
     save_file({"w": torch.arange(24.0).view(4, 6)}, tmp_path / "model.safetensors")
 
-    class Half:
-        def __init__(self) -> None:
-            self.destination = torch.empty(2, 3)
+    class Piece:
+        """A model and its only layer."""
+
+        def __init__(self, index: tuple[slice, slice]) -> None:
+            self.index = index
+            self.destination = torch.empty([part.stop - part.start for part in index])
+
+        def weight_holders(self) -> Iterator[HoldsWeights]:
+            yield self
 
         def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
-            index = (slice(2, 4), slice(3, 6))
-            yield CheckpointTensor(name="w", shape=(4, 6), index=index, destination=self.destination, kind="matrix")
+            yield CheckpointTensor(
+                name="w", shape=(4, 6), index=self.index, destination=self.destination, kind="matrix"
+            )
 
         def expects_elsewhere(self, name: str) -> bool:
             return False
@@ -215,19 +229,96 @@ def test_a_rank_reads_its_piece_only(tmp_path: Path) -> None:
         def process_after_load(self) -> None:
             return None
 
-    class Whole(Half):
-        def __init__(self) -> None:
-            self.destination = torch.empty(4, 6)
-
-        def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
-            index = (slice(0, 4), slice(0, 6))
-            yield CheckpointTensor(name="w", shape=(4, 6), index=index, destination=self.destination, kind="matrix")
+        def weight_bytes(self) -> int:
+            return self.destination.nbytes
 
     config = load_model_config(make_checkpoint(tmp_path / "any", "llama"))
     object.__setattr__(config, "path", str(tmp_path))
-    half, whole = Half(), Whole()
-    load_weights(half, config)
+    half, whole = Piece((slice(2, 4), slice(3, 6))), Piece((slice(0, 4), slice(0, 6)))
+    assert load_weights(half, config) == half.destination.nbytes
     assert half.destination.tolist() == [[15, 16, 17], [21, 22, 23]]
     load_weights(half, config, "dummy", 4)
     load_weights(whole, config, "dummy", 4)
     assert torch.equal(half.destination, whole.destination[2:, 3:])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_read_every_byte_once_but_for_what_all_need(tmp_path: Path, family: str, size: int) -> None:
+    """A rank reads as many bytes as its weights have; together the ranks read the file, and copies of small tensors."""
+    path = make_checkpoint(tmp_path, family, num_key_value_heads=4, vocab_size=1000, tie_word_embeddings=False)
+    config = load_model_config(path)
+    stored = sum(tensor.nbytes for tensor in load_file(path / "model.safetensors").values())
+
+    def work(group: GroupCoordinator) -> tuple[int, int, int]:
+        dims = ParallelDims(tensor_size=size, rank=group.rank_in_group)
+        backend = create_attention_backend("torch_paged")
+        model = build_model(
+            config,
+            BuildContext(dtype=torch.float32, device=CPU, attention_backend=backend, parallel=dims, tensor_group=group),
+        )
+        tensors = [tensor for layer in model.weight_holders() for tensor in layer.checkpoint_tensors()]
+        copied = sum(tensor.destination.nbytes for tensor in tensors if tensor.is_whole)
+        return load_weights(model, config), sum(tensor.destination.nbytes for tensor in tensors), copied
+
+    ranks = on_ranks(size, work)
+    assert all(read == own for read, own, _ in ranks)
+    assert sum(read for read, _, _ in ranks) == stored + (size - 1) * ranks[0][2]
+    assert ranks[0][2] < stored / 5
+
+
+def test_layers_pack_one_after_the_other(tmp_path: Path) -> None:
+    """As soon as a layer has all its tensors, and without a trace of them in the loader; a tied one at the very end."""
+    names = [f"{layer}.{part}" for layer in "ab" for part in (0, 1)]
+    save_file({name: torch.ones(4) for name in names}, tmp_path / "model.safetensors")
+    packed: list[str] = []
+
+    class Layer:
+        def __init__(self, name: str, num_parts: int) -> None:
+            self.name, self.num_parts = name, num_parts
+            self.weight = torch.zeros(2, 4)
+            self.views: list[weakref.ref[torch.Tensor]] = []
+
+        def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+            for part in range(self.num_parts):
+                view = self.weight[part]
+                self.views.append(weakref.ref(view))
+                yield whole(f"{self.name}.{part}", view, "matrix")
+                del view
+
+        def process_after_load(self) -> None:
+            assert not self.num_parts or torch.equal(self.weight, torch.ones(2, 4))
+            assert not any(view() is not None for view in self.views), "the loader keeps what the layer frees"
+            packed.append(self.name)
+
+        def weight_bytes(self) -> int:
+            return self.weight.nbytes
+
+    class Model:
+        def weight_holders(self) -> Iterator[HoldsWeights]:
+            yield from (Layer("tied", 0), Layer("a", 2), Layer("b", 2))
+
+        def expects_elsewhere(self, name: str) -> bool:
+            return False
+
+    config = load_model_config(make_checkpoint(tmp_path / "any", "llama"))
+    object.__setattr__(config, "path", str(tmp_path))
+    done: list[tuple[int, list[str]]] = []
+    load_weights(Model(), config, progress=lambda num_bytes, _: done.append((num_bytes, list(packed))))
+    assert packed == ["a", "b", "tied"]
+    assert done == [(16, []), (32, ["a"]), (48, ["a"]), (64, ["a", "b"])]
+
+
+@pytest.mark.slow
+def test_no_rank_holds_more_than_its_share_and_a_fifth(tmp_path: Path) -> None:
+    """Two processes load half a gigabyte: their peak memory, above what they had before the model was built."""
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "benchmarks/loading.py", "--gib", "0.5", "--tensor-parallel-size", "2"]
+    output = subprocess.run(
+        command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, check=True, text=True, stdout=subprocess.PIPE
+    ).stdout
+    lines = [line.split() for line in output.splitlines()]
+    assert lines[0][:5] == ["ranks", "rank", "share", "peak", "peak/share"] and len(lines) == 3
+    for line in lines[1:]:
+        share, peak = float(line[2]), float(line[3])
+        assert share > 200 and peak <= 1.2 * share
