@@ -171,6 +171,14 @@ def shared_variables() -> dict[str, str]:
     }
 
 
+def initial_environment() -> dict[str, str]:
+    """What this process was started with, before libraries changed it (Ray sets OMP_NUM_THREADS for its workers)."""
+    pairs = Path("/proc/self/environ").read_bytes().split(b"\0")
+    return {
+        os.fsdecode(name): os.fsdecode(value) for name, _, value in (pair.partition(b"=") for pair in pairs) if name
+    }
+
+
 def subprocess_environment(changes: Mapping[str, str] | None = None) -> dict[str, str]:
     """A copy of the whole environment with `changes`: what a process that Shoal starts is given."""
     return {**os.environ, **(changes or {})}

@@ -28,10 +28,12 @@ class WorkerProcess:
         token: str | None,
         environment: Mapping[str, str],
         on_exit: Callable[[str], None],
+        output: int | None = None,
     ) -> None:
-        """on_exit: called once, from a thread, with how the process ended. Raises StartupError when it cannot start."""
+        """on_exit: called once, from a thread, with how the process ended. output: the descriptor that it writes both
+        its outputs to; None: this process's. Raises StartupError when it cannot start."""
         self._command = [*command, "--end-with-thread"]
-        self._token, self._environment, self._on_exit = token, environment, on_exit
+        self._token, self._environment, self._on_exit, self._output = token, environment, on_exit, output
         self._process: subprocess.Popen[bytes] | None = None
         self._error: OSError | None = None
         self._started, self._ended = threading.Event(), threading.Event()
@@ -48,7 +50,12 @@ class WorkerProcess:
     def _run(self) -> None:
         try:
             self._process = process = subprocess.Popen(
-                self._command, stdin=subprocess.PIPE, env=dict(self._environment), bufsize=0
+                self._command,
+                stdin=subprocess.PIPE,
+                stdout=self._output,
+                stderr=self._output,
+                env=dict(self._environment),
+                bufsize=0,
             )
         except OSError as error:
             self._error = error
