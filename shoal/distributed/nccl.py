@@ -21,6 +21,12 @@ from shoal.distributed.communicator import DeviceCommunicator, Transfer
 from shoal.errors import CollectiveError, StartupError
 
 _TAG = 0
+_QUIET = {
+    # It advises a group for each direction, which is what `both_ways` makes.
+    "TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING": "false",
+    # torch's own watch over its watch asks the store at all times, and complains at the end, when rank 0 goes first.
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
 
 
 class NcclCommunicator(DeviceCommunicator):
@@ -54,8 +60,8 @@ class NcclCommunicator(DeviceCommunicator):
             raise StartupError("this build of torch has no NCCL; install a CUDA build, or use the CPU") from error
         try:
             with torch.cuda.device(device):
-                # It advises a group for each direction, which is what `both_ways` makes.
-                env.set_default("TORCH_NCCL_SHOW_EAGER_INIT_P2P_SERIALIZATION_WARNING", "false")
+                for name, value in _QUIET.items():
+                    env.set_default(name, value)
                 options = ProcessGroupNCCL.Options()
                 options._timeout = datetime.timedelta(seconds=timeout)
 
