@@ -62,6 +62,8 @@ class TokenDelta(msgspec.Struct, omit_defaults=True):
     # Prompt tokens taken from the prefix cache; sent with the first delta.
     num_cached_tokens: int = 0
     error: str | None = None
+    # Beside an error: the core that worked on it is gone, and another one can do it.
+    lost: bool = False
 
 
 class EngineStats(msgspec.Struct):

@@ -173,7 +173,7 @@ class AsyncEngine:
                     builder.add(update)
                     if update.finish_reason is FinishReason.ERROR:
                         message = update.error or "the engine failed on this request"
-                        raise EngineError(message) if self.alive else EngineDeadError(message)
+                        raise EngineDeadError(message) if update.lost else EngineError(message)
         return builder.build()
 
     @contextlib.asynccontextmanager
@@ -205,7 +205,7 @@ class AsyncEngine:
                 await self._client.send(AddRequest(answer.journal.engine_request()))
         except EngineDeadError as error:
             self._die(error)
-            self._fail(stream.answers, FinishReason.ERROR, str(error))
+            self._fail(stream.answers, FinishReason.ERROR, str(error), lost=True)
 
     def _close(self, stream: RequestStream) -> None:
         """The consumer is done with it: forget the request, and end in the core what still runs."""
@@ -223,12 +223,12 @@ class AsyncEngine:
         if not self._answers:
             self._idle.set()
 
-    def _fail(self, answers: Sequence[Answer], reason: FinishReason, message: str) -> None:
+    def _fail(self, answers: Sequence[Answer], reason: FinishReason, message: str, *, lost: bool = False) -> None:
         """End these answers here, because the core will not."""
         now = time.monotonic()
         for answer in answers:
             if answer.open:
-                answer.fail(reason, message, now, self._observer)
+                answer.fail(reason, message, now, self._observer, lost=lost)
         self._forget(answers)
 
     async def abort(self, request_id: str) -> None:
@@ -307,7 +307,7 @@ class AsyncEngine:
         """The core is gone: every running request gets its ending."""
         if self._failure is None:
             self._failure = error
-        self._fail(list(self._answers.values()), FinishReason.ERROR, str(self._failure))
+        self._fail(list(self._answers.values()), FinishReason.ERROR, str(self._failure), lost=True)
 
     async def _watch(self) -> None:
         """End a core that makes no step any more and cannot say so itself: stopped, or stuck in a driver."""

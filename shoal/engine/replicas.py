@@ -275,7 +275,9 @@ class ReplicatedClient(EngineClient):
             replica.index, error, len(lost), num_alive, len(self._replicas),
         )  # fmt: skip
         message = f"replica {replica.index} is gone: {error}"
-        deltas = [TokenDelta(request_id, finish_reason=FinishReason.ERROR, error=message) for request_id in lost]
+        deltas = [
+            TokenDelta(request_id, finish_reason=FinishReason.ERROR, error=message, lost=True) for request_id in lost
+        ]
         replica.stats = stats_of_the_lost(replica.stats)
         self._hand_out(CoreOutputs(self.ready.generation, deltas, replica.stats, replica.index))
         # Whatever it left (other ranks, sockets, a process that still hangs on to memory) goes too.

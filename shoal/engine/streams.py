@@ -48,11 +48,14 @@ class Answer:
         self._add(folded, delta)
         return folded.finish_reason is not None and delta.finish_reason is None
 
-    def fail(self, reason: FinishReason, message: str | None, now: float, observer: EngineObserver | None) -> None:
-        """The engine will not end this answer: end it here."""
+    def fail(
+        self, reason: FinishReason, message: str | None, now: float, observer: EngineObserver | None, *, lost: bool
+    ) -> None:
+        """The engine will not end this answer: end it here. lost: because the core is gone."""
         pending = self._pending()
         pending.finish_reason = reason
         pending.error = message
+        pending.lost = lost
         self._end(reason, now, observer)
         self.owner.notify(self)
 
@@ -92,6 +95,7 @@ class Answer:
                 folded.stop_reason,
                 delta.num_cached_tokens,
                 delta.error,
+                delta.lost,
             )
             self.owner.notify(self)
             return
@@ -106,6 +110,7 @@ class Answer:
         pending.stop_reason = folded.stop_reason
         pending.num_cached_tokens = max(pending.num_cached_tokens, delta.num_cached_tokens)
         pending.error = delta.error
+        pending.lost = delta.lost
         if folded.finish_reason is not None:
             self.owner.notify(self)
 

@@ -34,7 +34,7 @@ def chat_router(state: ServerState) -> APIRouter:
             chunks = ChatChunks(
                 head, prepared.prompt_token_ids, prepared.params.n, role=role, token_bytes=state.token_bytes
             )
-            return EventStream(engine.stream(prepared), chunks, lambda: engine.alive)
+            return EventStream(engine.stream(prepared), chunks)
         (output,) = await while_connected(request.receive, collect_all(engine, [prepared]))
         return json_response(
             chat_completion(

@@ -48,7 +48,7 @@ def completions_router(state: ServerState) -> APIRouter:
             )
             streams = [engine.stream(one) for one in prepared]
             updates = streams[0] if len(streams) == 1 else merge(streams, params.n)
-            return EventStream(updates, chunks, lambda: engine.alive)
+            return EventStream(updates, chunks)
         outputs = await while_connected(request.receive, collect_all(engine, prepared))
         return json_response(
             completion(

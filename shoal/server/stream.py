@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -51,11 +51,11 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def failure_of(update: RequestUpdate, engine_alive: bool) -> ShoalError | None:
+def failure_of(update: RequestUpdate) -> ShoalError | None:
     """The error that ended this answer, if one did."""
     if update.finish_reason is FinishReason.ERROR:
         message = update.error or "the engine failed on this request"
-        return EngineError(message) if engine_alive else EngineDeadError(message)
+        return EngineDeadError(message) if update.lost else EngineError(message)
     if update.finish_reason is FinishReason.ABORT:
         return UnavailableError(update.error or "the answer was ended before it was whole")
     return None
@@ -68,18 +68,12 @@ class EventStream(Response):
     told by an error event, after which the stream ends without [DONE].
     """
 
-    def __init__(
-        self,
-        updates: AsyncGenerator[RequestUpdate, None],
-        chunks: ChunkStream,
-        engine_alive: Callable[[], bool],
-    ) -> None:
+    def __init__(self, updates: AsyncGenerator[RequestUpdate, None], chunks: ChunkStream) -> None:
         self.status_code = 200
         self.background = None
         self.init_headers({**sse.HEADERS, "content-type": sse.MEDIA_TYPE})
         self._updates = updates
         self._chunks = chunks
-        self._engine_alive = engine_alive
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -109,10 +103,7 @@ class EventStream(Response):
                     if not self._started:
                         await self._start(send)
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-                if (
-                    update.finish_reason is not None
-                    and (failure := failure_of(update, self._engine_alive())) is not None
-                ):
+                if update.finish_reason is not None and (failure := failure_of(update)) is not None:
                     raise failure
         if not self._started:
             await self._start(send)

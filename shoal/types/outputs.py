@@ -68,6 +68,7 @@ class RequestUpdate(msgspec.Struct):
     text: new text, whole UTF-8 characters only, nothing that may still turn out to be a stop string.
     token_ids / logprobs: new tokens (those whose text is still held back too). The update with a finish_reason is
     the last of its `index`. prompt_logprobs (once, on the first update of index 0) has None for position 0.
+    lost: beside an error: the engine core that worked on it is gone, and another one can do it.
     """
 
     index: int
@@ -79,3 +80,4 @@ class RequestUpdate(msgspec.Struct):
     stop_reason: int | str | None = None
     num_cached_tokens: int = 0
     error: str | None = None
+    lost: bool = False

@@ -255,6 +255,7 @@ async def test_the_death_of_one_ends_its_requests_and_no_others(caplog: pytest.L
         lost, kept = await tasks[0], await tasks[1]
         assert endings(lost) == [FinishReason.ERROR]
         assert lost[-1].error == "replica 0 is gone: the engine core was killed by signal 9"
+        assert lost[-1].lost, "and could be had elsewhere"
         assert sum(len(update.token_ids) for update in lost) >= 3, "what came before is kept"
         assert endings(kept) == [FinishReason.LENGTH]
         assert [id for update in kept for id in update.token_ids] == [300 + i % 50 for i in range(200)]

@@ -206,6 +206,19 @@ async def test_a_frozen_one_among_healthy_ones_shows() -> None:
         assert (await http.get("/health")).json() == {"status": "ok", "replicas": "2 of 2"}
 
 
+async def test_a_request_whose_replica_dies_may_be_sent_again() -> None:
+    async with over_two() as (http, _, cores):
+        body = {"prompt": "a", "max_tokens": 100}
+        cores[0].gate.clear()
+        task = asyncio.create_task(http.post("/v1/completions", json=body))
+        await until(lambda: cores[0].running)
+        cores[0].die()
+        lost = await task
+        assert lost.status_code == 503 and lost.headers["retry-after"]
+        assert lost.json()["error"]["code"] == "engine_lost"
+        assert (await http.post("/v1/completions", json=body)).status_code == 200
+
+
 async def test_metrics_tell_the_replicas_apart() -> None:
     async with over_two() as (http, _, _):
         for max_tokens in (4, 9):
