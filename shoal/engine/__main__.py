@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 
 import msgspec
 import zmq
@@ -79,7 +80,8 @@ class SocketChannel:
         self._context.destroy(linger=1000)
 
 
-def main() -> int:
+def main(make: Callable[[EngineConfig], Executor] = make_executor) -> int:
+    """make: what a test or a benchmark puts in the place of real workers."""
     parser = argparse.ArgumentParser(prog="python -m shoal.engine", description=__doc__)
     parser.add_argument("--input", required=True, help="endpoint that brings requests")
     parser.add_argument("--output", required=True, help="endpoint that takes tokens")
@@ -95,7 +97,7 @@ def main() -> int:
     channel = SocketChannel(arguments.input, arguments.output)
     executor: Executor | None = None
     try:
-        executor = make_executor(config)
+        executor = make(config)
         executor.watch(channel.fail)
         core = EngineCore(config, executor, channel)
         core.start()

@@ -245,7 +245,7 @@ class BringUp:
             "load_seconds": max(facts.get("load_seconds", 0.0) for facts in per_rank),
             "num_blocks": num_blocks,
             "ranks": len(self.states),
-            "hosts": sorted({hello.hostname for hello in hellos.values()}),
+            "hosts": list(dict.fromkeys(hello.hostname for hello in hellos.values())),
             "backend": self._config.parallel.backend,
             "weight_bytes_by_rank": [facts.get("weight_bytes", 0) for facts in per_rank],
         }

@@ -44,8 +44,6 @@ from shoal.messages import (
 
 logger = get_logger(__name__)
 
-# Sooner than a cut link is noticed by anything else; a worker says every half second that it lives.
-_LOST_SECONDS = 10.0
 _IDLE_SECONDS = 1.0
 _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 5.0
@@ -60,6 +58,9 @@ class _Pending:
 
 
 class DistributedExecutor(Executor):
+    # Sooner than a cut link is noticed by anything else; a worker says every half second that it lives.
+    lost_seconds = 10.0
+
     def __init__(self, config: EngineConfig, launcher: Launcher) -> None:
         self._config, self._launcher = config, launcher
         self._step_timeout = config.parallel.step_timeout
@@ -190,7 +191,7 @@ class DistributedExecutor(Executor):
                 wait = _TICK_SECONDS if until_verdict is None else min(until_verdict, _TICK_SECONDS)
                 for message in hub.poll(wait):
                     self._take(message)
-                for rank, seconds in hub.unheard(_LOST_SECONDS).items():
+                for rank, seconds in hub.unheard(self.lost_seconds).items():
                     evidence.lost(rank, seconds)
                 while self._noticed:
                     evidence.noticed(self._noticed.popleft())
@@ -226,22 +227,33 @@ class DistributedExecutor(Executor):
                 self._send(IdleStep(self._num_idle))
 
     def _explain(self) -> str:
-        """From the records of all ranks: this host's board, and what the others sent last."""
         assert self._bring_up is not None and self._hub is not None
-        records: dict[int, RankStatus] = {}
-        now = time.monotonic()
-        for beat, received in self._beats.values():
-            record = read_record(beat.status, beat.time + now - received)
-            if record is not None:
-                records[record.rank] = record
-        if self._board is not None:
-            records |= {record.rank: record for record in self._board.read()}
         pids_here = {
             state.rank: state.hello.pid
             for state in self._bring_up.states
             if state.hello is not None and state.hello.host_identity == self._hub.host_identity
         }
-        return explain_stall(list(records.values()), pids_here, self._bring_up.describe)
+        return explain_stall(list(self._records().values()), pids_here, self._bring_up.describe)
+
+    def _records(self) -> dict[int, RankStatus]:
+        """The status records of all ranks: this host's board, and what the others sent last."""
+        records: dict[int, RankStatus] = {}
+        now = time.monotonic()
+        for beat, received in list(self._beats.values()):
+            record = read_record(beat.status, beat.time + now - received)
+            if record is not None:
+                records[record.rank] = record
+        if self._board is not None:
+            records |= {record.rank: record for record in self._board.read()}
+        return records
+
+    def stage_busy_seconds(self) -> list[float]:
+        parallel = self._config.parallel
+        if parallel.pipeline_size == 1:
+            return []
+        records = self._records()
+        busy = [records[rank].busy_seconds if rank in records else 0.0 for rank in range(parallel.world_size)]
+        return [max(busy[start : start + parallel.tensor_size]) for start in range(0, len(busy), parallel.tensor_size)]
 
     # --- the end -----------------------------------------------------------------------------------------------
 

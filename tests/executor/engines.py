@@ -14,7 +14,7 @@ from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import ParallelConfig
 from shoal.config.resolve import make_engine_config
 from shoal.executor.distributed import DistributedExecutor
-from shoal.executor.launcher import WorkerLink
+from shoal.executor.launcher import OnExit, WorkerLink
 from shoal.executor.multiprocess import LocalLauncher
 from shoal.messages import ScheduledBatch, SlotWork, StartupProgress
 
@@ -30,9 +30,12 @@ class StandInLauncher(LocalLauncher):
         *,
         address: str | None = None,
         token: str | None = None,
+        worker_token: str | None = None,
         other: Any = None,
     ) -> None:
+        """worker_token: what the workers are given in place of the token."""
         super().__init__(config)
+        self._worker_token = worker_token or token
         self.behaviour, self.directory = behaviour, directory
         self._address, self._token, self._other = address, token, other
 
@@ -41,6 +44,9 @@ class StandInLauncher(LocalLauncher):
 
     def token(self) -> str | None:
         return self._token
+
+    def start(self, link: WorkerLink, on_exit: OnExit) -> None:
+        super().start(dataclasses.replace(link, token=self._worker_token), on_exit)
 
     def command(self, link: WorkerLink, rank: int) -> list[str]:
         program = [sys.executable, "-m", "tests.executor.stand_in", self.behaviour, str(self.directory)]
@@ -51,7 +57,8 @@ class StandInLauncher(LocalLauncher):
 
 def make_config(num_ranks: int = 2, **parallel: Any) -> EngineConfig:
     values = {"tensor_size": num_ranks, "backend": "mp", "startup_timeout": 60.0, "step_timeout": 60.0, **parallel}
-    return dataclasses.replace(make_engine_config(model="shoal-tiny", device="cpu"), parallel=ParallelConfig(**values))
+    config = make_engine_config(model="shoal-tiny", device="cpu", max_model_len=1500)
+    return dataclasses.replace(config, parallel=ParallelConfig(**values))
 
 
 @contextlib.contextmanager
@@ -88,6 +95,14 @@ def run_step(executor: DistributedExecutor, step_id: int) -> list[tuple[int, lis
     executor.execute(make_batch(step_id))
     result = executor.sample(step_id).result(60)
     return [(each.slot, each.token_ids) for each in result.results]
+
+
+def is_running(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def wait_until(condition: Any, seconds: float = 30.0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 
 from shoal.errors import EngineDeadError, ModelError, StartupError
 from shoal.messages import StartupProgress
-from tests.executor.engines import ignore, make_batch, pids, run_step, stand_ins, wait_until
+from tests.executor.engines import ignore, is_running, make_batch, pids, run_step, stand_ins, wait_until
 
 
 @pytest.fixture
@@ -68,15 +69,15 @@ def test_a_message_larger_than_the_ring(directory):
 
 
 def test_a_rank_that_never_comes_is_named_with_what_the_others_see(directory):
-    error, seconds = fail_to_start(directory, "silent@1", 3, startup_timeout=1.5)
+    error, seconds = fail_to_start(directory, "silent@1", 3, startup_timeout=4.0)
     text = str(error)
-    assert "start-up phase 'spawn': rank 1 (on this host, pid" in text and "did not come within 1.5 s" in text
+    assert "start-up phase 'spawn': rank 1 (on this host, pid" in text and "did not come within 4 s" in text
     assert "127.0.0.1 on lo, pid" in text and "rank 2 (" in text and "store on port" in text
-    assert seconds < 1.5 + 5
+    assert seconds < 4 + 5
 
 
 def test_a_rank_that_loads_for_ever_is_named(directory):
-    error, _ = fail_to_start(directory, "slow-load@1", startup_timeout=2.0)
+    error, _ = fail_to_start(directory, "slow-load@1", startup_timeout=4.0)
     assert "start-up phase 'load': rank 1 (" in str(error) and "in phase 'load weights'" in str(error)
     assert "the others: rank 0 (" in str(error)
 
@@ -97,7 +98,8 @@ def test_what_a_worker_raises_while_it_loads_comes_out_as_it_is(directory):
 def test_a_worker_that_is_killed_during_the_start(directory):
     def kill_when_it_loads(progress: StartupProgress) -> None:
         if progress.phase == "load weights" and progress.total:
-            os.kill(pids(directory)[1], signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # said twice: it is gone already
+                os.kill(pids(directory)[1], signal.SIGKILL)
 
     killed = pytest.raises(StartupError, match=r"rank 1 \(.*pid \d+\) was killed by signal 9")
     with stand_ins(directory, "slow-load") as executor, killed:
@@ -208,14 +210,6 @@ def test_workers_end_with_the_process_that_started_them_even_one_that_is_stopped
     # Orphans are reaped by whoever adopts them, which may take its time: a zombie runs no more.
     wait_until(lambda: not any(is_running(pid) for pid in workers))
     owner.stdout.close()
-
-
-def is_running(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_a_worker_imports_no_torch_before_its_setup_and_never_what_it_does_not_need():
