@@ -112,7 +112,9 @@ class ParallelOptions:
     pipeline_parallel_size: int = option(
         1, "Pipeline stages: runs of layers, one after the other.", short="pp", minimum=1
     )
-    data_parallel_size: int = option(1, "Replicas of the model behind this server.", short="dp", minimum=1)
+    data_parallel_size: int = option(
+        1, "Replicas of the model behind this server, each with its own ranks.", short="dp", minimum=1
+    )
     pipeline_layer_partition: str | None = option(
         None, "Layers of each stage, such as 10,11,11; default: balanced, the head counted."
     )
