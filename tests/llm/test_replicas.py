@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
+import torch
 
 from shoal.config.resolve import make_engine_config
 from shoal.engine.replicas import ReplicatedClient
@@ -87,6 +88,21 @@ def test_replicas_of_two_ranks_give_the_same_tokens_and_one_may_lose_a_rank(chec
         assert all(one.is_running() for one in (cores[1], *workers[1]))
     _, alive = psutil.wait_procs([cores[1], *workers[1]], timeout=20)
     assert not alive
+
+
+@pytest.mark.multigpu
+def test_each_replica_has_a_gpu_of_its_own(checkpoint: str) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs 2 CUDA GPUs")
+    options = {**OPTIONS, "device": "cuda", "dtype": "float32"}
+    with LLM(checkpoint, **options) as llm:
+        greedy = generate(llm, GREEDY)
+    free = [torch.cuda.mem_get_info(device)[0] for device in (0, 1)]
+    with LLM(checkpoint, data_parallel_size=2, **options) as llm:
+        assert generate(llm, GREEDY) == greedy
+        used = [free[device] - torch.cuda.mem_get_info(device)[0] for device in (0, 1)]
+    # A process that touches another one's GPU takes hundreds of MiB there.
+    assert min(used) > 0 and abs(used[0] - used[1]) < 100 << 20, used
 
 
 def kill_when(process_id: int, condition: Callable[[], bool]) -> None:
