@@ -4,7 +4,12 @@ Makes a checkpoint of random numbers (Llama's layers, bf16, in shards), unless -
 ranks at once. `share` is what the rank's weights take; `peak` is the most memory that the rank held above what it had
 before the model was built; `read` is what it read from the files.
 
-2 cores, 24 GiB, 2026-11, checkpoint of 3.0 GiB in the page cache, MiB:
+2 cores, 24 GiB, 2026-11, checkpoint of 3.0 GiB, MiB:
+
+    ranks      share        peak   peak/share       read
+        1     3002.3      3042.2        1.013     3002.3
+        2     1501.3   1525-1527        1.016     1501.3
+        4      750.8     768-770  1.023-1.026      750.8
 """
 
 from __future__ import annotations
