@@ -145,6 +145,8 @@ class RayLauncher(Launcher):
                 logging_level="error",
                 _node_ip_address=self._driver,
             )
+        # Ray writes what happens to actors to standard output, whatever the log level; that is told otherwise here.
+        ray._private.worker.print_to_stdstream = _log_what_ray_says
         self._joined = True
 
     # --- room ------------------------------------------------------------------------------------------------------
@@ -333,6 +335,11 @@ def _clusters_here() -> set[str]:
     from ray._private.services import find_gcs_addresses
 
     return set(find_gcs_addresses())
+
+
+def _log_what_ray_says(data: dict[str, Any], ignore_prefix: bool) -> None:
+    for line in data["lines"]:
+        logger.debug("Ray: %s", line)
 
 
 @contextlib.contextmanager

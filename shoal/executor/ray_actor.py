@@ -37,7 +37,7 @@ class WorkerActor:
         gpus = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
         return {"pid": os.getpid(), "hostname": socket.gethostname(), "gpus": gpus}
 
-    def start(self, arguments: Sequence[str], token: str | None, variables: Mapping[str, str]) -> int:
+    def start(self, arguments: Sequence[str], token: str, variables: Mapping[str, str]) -> int:
         """Start the worker with this host's Python; returns its pid.
 
         variables: count where this node does not set them itself (but for CUDA_VISIBLE_DEVICES, which Ray decides).
