@@ -86,13 +86,12 @@ class DistributedExecutor(Executor):
     def start(self, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
         parallel = self._config.parallel
         address = self._launcher.listen_address()
-        token = self._launcher.token()
-        self._hub = hub = WorkerHub(self._config.generation, parallel.world_size, address, token)
+        self._hub = hub = WorkerHub(self._config.generation, parallel.world_size, address, self._launcher.token())
         self._bring_up = BringUp(self._config, self._launcher, hub, on_progress)
         self._evidence = Evidence(self._bring_up.describe)
         try:
             self._launcher.start(
-                WorkerLink(endpoint=hub.endpoint, generation=self._config.generation, token=token), hub.report_exit
+                WorkerLink(endpoint=hub.endpoint, generation=self._config.generation, token=hub.token), hub.report_exit
             )
             facts = self._bring_up.run()
         except BaseException as error:

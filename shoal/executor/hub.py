@@ -10,12 +10,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import shutil
-import tempfile
+import secrets
 import threading
 import time
 from collections import deque
-from pathlib import Path
 
 import msgspec
 import zmq
@@ -44,11 +42,12 @@ class WorkerHub:
     """`poll`, `order` and `close` are for one thread at a time; `send_step` and `report_exit` for any."""
 
     def __init__(self, generation: int, world_size: int, address: str | None, token: str | None) -> None:
-        """address: of this host, to listen on; None: all workers are children on this host, and a file will do.
+        """address: of this host, to listen on; None: all workers are children on this host, which need no network.
 
-        token: opens connections by network, which are never without.
+        token: opens the connections; None: one is made, for children to be told.
         """
-        assert address is None or token is not None, "no port is open to those who know no token"
+        assert address is None or token is not None, "workers of other hosts could not know the token"
+        self.token = token or secrets.token_hex(32)
         self._generation = generation
         self.world_size = world_size
         self.host_identity = host_identity()
@@ -57,9 +56,8 @@ class WorkerHub:
         self._last_heard: dict[int, float] = {}
         self._next_beat = time.monotonic()
         self._context = zmq.Context()
-        self._directory = tempfile.mkdtemp(prefix="shoal-workers-") if address is None else None  # mode 0700
-        self._control, self.endpoint = self._listen("control", address, token)
-        self._steps, self.steps_endpoint = self._listen("steps", address, token)
+        self._control, self.endpoint = self._listen("control", address)
+        self._steps, self.steps_endpoint = self._listen("steps", address)
         self._wake: int | None = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller = zmq.Poller()
         self._poller.register(self._control, zmq.POLLIN)
@@ -76,16 +74,16 @@ class WorkerHub:
         self._remote_ranks: list[int] = []
         self._closed = False
 
-    def _listen(self, name: str, address: str | None, token: str | None) -> tuple[zmq.Socket[bytes], str]:
+    def _listen(self, name: str, address: str | None) -> tuple[zmq.Socket[bytes], str]:
         socket = self._context.socket(zmq.ROUTER)
         socket.set_hwm(0)  # what is queued is bounded by the steps in flight; nothing is dropped here
         socket.linger = 0
         socket.router_mandatory = True
+        admit_token(socket, self.token)
         if address is None:
-            socket.bind(f"ipc://{self._directory}/{name}")
+            # A name outside the file system: nothing is left of it, whatever ends this process.
+            socket.bind(f"ipc://@shoal-workers-{secrets.token_hex(8)}-{name}")
         else:
-            assert token is not None
-            admit_token(socket, token)
             socket.ipv6 = ":" in address
             socket.bind(f"tcp://[{address}]:*" if ":" in address else f"tcp://{address}:*")
         return socket, str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
@@ -223,12 +221,13 @@ class WorkerHub:
                 return
             self._closed = True
         self._context.destroy(linger=200)
+        for ring in (self.ring, self.results):
+            if ring is not None:
+                ring.release()
         with self._exit_lock:
             if self._wake is not None:
                 os.close(self._wake)
                 self._wake = None
-        if self._directory is not None:
-            shutil.rmtree(Path(self._directory), ignore_errors=True)
 
 
 def milliseconds(seconds: float) -> int:

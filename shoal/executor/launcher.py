@@ -18,13 +18,13 @@ OnExit = Callable[[int, str], None]
 class WorkerLink:
     """What a worker process is told when it starts: where the hub listens, and the token that opens the connection.
 
-    endpoint: a ZeroMQ endpoint. token: None where the endpoint is a private file (ipc) that needs none.
+    endpoint: a ZeroMQ endpoint. token: the cluster's; for children on one host, one that the hub made.
     model_path: of the model on the worker's host, where that is another one than the core's; None: as the core has it.
     """
 
     endpoint: str
     generation: int
-    token: str | None = None
+    token: str
     model_path: str | None = None
 
     def command(self, rank: int) -> list[str]:
@@ -41,14 +41,14 @@ class Launcher(abc.ABC):
 
     @abc.abstractmethod
     def listen_address(self) -> str | None:
-        """The address of this host on which the hub listens for the workers; None: all run here, a file will do.
+        """The address of this host on which the hub listens for the workers; None: all are children here.
 
         Raises StartupError when there is no cluster, or none of its resources are enough.
         """
 
     @abc.abstractmethod
     def token(self) -> str | None:
-        """The cluster's token; None where the hub needs none. Raises ConfigError when there is none to be found."""
+        """The cluster's token; None: all are children here, which the hub makes one for. Raises ConfigError without."""
 
     @abc.abstractmethod
     def start(self, link: WorkerLink, on_exit: OnExit) -> None:

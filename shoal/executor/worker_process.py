@@ -25,7 +25,7 @@ class WorkerProcess:
     def __init__(
         self,
         command: Sequence[str],
-        token: str | None,
+        token: str,
         environment: Mapping[str, str],
         on_exit: Callable[[str], None],
         output: int | None = None,

@@ -1,6 +1,6 @@
 """A worker's process: `python -m shoal.worker --link ENDPOINT --rank R --generation G`, started by a launcher.
 
-The first line of standard input is JSON with the cluster's token, or null; its end means that the parent is gone: so
+The first line of standard input is JSON with the token of the link; its end means that the parent is gone: so
 is this then. Imports neither transformers nor a web framework, and torch only when the environment for it is complete.
 """
 
@@ -36,7 +36,10 @@ def main(make_rank: MakeRank | None = None) -> int:
     arguments = parser.parse_args()
     if arguments.end_with_thread:
         _end_with_thread()
-    token = json.loads(sys.stdin.buffer.readline() or b"{}").get("token")
+    first_line = sys.stdin.buffer.readline()
+    if not first_line:
+        return 3  # the parent is gone already
+    token = json.loads(first_line)["token"]
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     configure(role=f"worker {arguments.rank}")
     # Ctrl-C reaches all processes of a terminal: the core decides when running requests have finished.

@@ -58,7 +58,7 @@ def identity(generation: int, rank: int, channel: str) -> bytes:
 class ExecutorLink:
     """`send` is for any thread; steps are for one thread, results for one."""
 
-    def __init__(self, endpoint: str, rank: int, generation: int, token: str | None) -> None:
+    def __init__(self, endpoint: str, rank: int, generation: int, token: str) -> None:
         self.rank = rank
         self.endpoint = endpoint
         self._generation, self._token = generation, token
@@ -89,8 +89,7 @@ class ExecutorLink:
         socket.set_hwm(0)
         socket.linger = int(_LAST_WORDS_SECONDS * 1000)
         socket.identity = identity(self._generation, self.rank, channel)
-        if self._token is not None:
-            present_token(socket, self._token)
+        present_token(socket, self._token)
         socket.ipv6 = "[" in endpoint
         self._new_monitors.put(socket.get_monitor_socket(_EVENTS))
         socket.connect(endpoint)

@@ -87,7 +87,7 @@ class Seat:
 MakeRank = Callable[[WorkerSetup, Seat, OnProgress], Rank]
 
 
-def run(endpoint: str, rank: int, generation: int, token: str | None, make_rank: MakeRank) -> int:
+def run(endpoint: str, rank: int, generation: int, token: str, make_rank: MakeRank) -> int:
     """Work for the executor at `endpoint` until it says stop. Returns the exit code; threads may be left behind."""
     link = ExecutorLink(endpoint, rank, generation, token)
     try:

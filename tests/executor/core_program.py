@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 from shoal.engine.__main__ import main
@@ -13,7 +12,6 @@ from tests.executor.engines import StandInLauncher
 
 if __name__ == "__main__":
     behaviour, directory = sys.argv.pop(1), Path(sys.argv.pop(1))
-    tempfile.tempdir = str(directory)
     status = main(lambda config: DistributedExecutor(config, StandInLauncher(config, behaviour, directory)))
     sys.stderr.flush()
     os._exit(status)

@@ -35,7 +35,7 @@ class StandInLauncher(LocalLauncher):
     ) -> None:
         """worker_token: what the workers are given in place of the token."""
         super().__init__(config)
-        self._worker_token = worker_token or token
+        self._worker_token = worker_token
         self.behaviour, self.directory = behaviour, directory
         self._address, self._token, self._other = address, token, other
 
@@ -46,7 +46,7 @@ class StandInLauncher(LocalLauncher):
         return self._token
 
     def start(self, link: WorkerLink, on_exit: OnExit) -> None:
-        super().start(dataclasses.replace(link, token=self._worker_token), on_exit)
+        super().start(dataclasses.replace(link, token=self._worker_token or link.token), on_exit)
 
     def command(self, link: WorkerLink, rank: int) -> list[str]:
         program = [sys.executable, "-m", "tests.executor.stand_in", self.behaviour, str(self.directory)]
@@ -71,10 +71,11 @@ def stand_ins(
     try:
         yield executor
     finally:
+        name = executor._hub.endpoint.removeprefix("ipc://") if executor._hub is not None else "none"
         executor.shutdown()
         left = [pid for pid in pids(directory) if Path(f"/proc/{pid}").exists()]
         assert not left, f"workers {left} are left"
-        assert not list(directory.glob("shoal-*")), "a directory is left"
+        assert name not in Path("/proc/net/unix").read_text(), "a socket is left"
 
 
 def pids(directory: Path) -> list[int]:

@@ -5,6 +5,7 @@ Its ranks meet in files of DIRECTORY. Behaviours are words joined by "+"; "word@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -133,7 +134,8 @@ def run() -> int:
         while True:
             time.sleep(60)
     if "other-version" in behaviour:
-        link = ExecutorLink(sys.argv[sys.argv.index("--link") + 1], rank, 0, None)
+        token = json.loads(sys.stdin.readline())["token"]
+        link = ExecutorLink(sys.argv[sys.argv.index("--link") + 1], rank, 0, token)
         facts = {"torch version": "1.0", "Shoal version": "0"}
         link.send(WorkerHello(rank, 0, os.getpid(), "node-b", "another host", "10.0.0.2", "eth7", 0, facts))
         while True:

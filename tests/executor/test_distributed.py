@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 
 import pytest
@@ -17,27 +16,20 @@ from shoal.messages import StartupProgress
 from tests.executor.engines import ignore, is_running, make_batch, pids, run_step, stand_ins, wait_until
 
 
-@pytest.fixture
-def directory(tmp_path, monkeypatch):
-    """Temporary files go here too, so that the end of an engine can be checked."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
-
-
-def fail_to_start(directory, behaviour, num_ranks=2, **parallel):
-    with stand_ins(directory, behaviour, num_ranks, **parallel) as executor:
+def fail_to_start(tmp_path, behaviour, num_ranks=2, **parallel):
+    with stand_ins(tmp_path, behaviour, num_ranks, **parallel) as executor:
         started = time.monotonic()
         with pytest.raises((StartupError, ModelError)) as caught:
             executor.start(ignore)
         ended = time.monotonic()
-        left = [pid for pid in pids(directory) if os.path.exists(f"/proc/{pid}")]
+        left = [pid for pid in pids(tmp_path) if os.path.exists(f"/proc/{pid}")]
         assert not left, "start itself ends what it has started"
     return caught.value, ended - started
 
 
-def test_steps_give_results_and_the_end_is_clean(directory):
+def test_steps_give_results_and_the_end_is_clean(tmp_path):
     progress: list[StartupProgress] = []
-    with stand_ins(directory, num_ranks=3) as executor:
+    with stand_ins(tmp_path, num_ranks=3) as executor:
         facts = executor.start(progress.append)
         assert facts["num_blocks"] == 98, "the least of what fits on all"
         assert facts["ranks"] == 3 and facts["weight_bytes_by_rank"] == [1000, 1001, 1002]
@@ -51,68 +43,68 @@ def test_steps_give_results_and_the_end_is_clean(directory):
         results = [future.result(60) for future in futures]
         assert [result.step_id for result in results] == list(range(2, 40))
         assert results[3].results[7].token_ids == [5 + 7 + 2] and len(results[0].results) == 300
-    assert len(list(directory.glob("ended-*"))) == 3, "each came to the end of its steps"
+    assert len(list(tmp_path.glob("ended-*"))) == 3, "each came to the end of its steps"
 
 
-def test_results_are_read_back_beside_the_steps_where_the_device_is_not_the_host(directory):
-    with stand_ins(directory, "asynchronous") as executor:
+def test_results_are_read_back_beside_the_steps_where_the_device_is_not_the_host(tmp_path):
+    with stand_ins(tmp_path, "asynchronous") as executor:
         executor.start(ignore)
         assert [run_step(executor, step_id)[0] for step_id in (1, 2, 3)] == [(0, [1]), (0, [2]), (0, [3])]
 
 
-def test_a_message_larger_than_the_ring(directory):
-    with stand_ins(directory) as executor:
+def test_a_message_larger_than_the_ring(tmp_path):
+    with stand_ins(tmp_path) as executor:
         executor.start(ignore)
         executor.execute(make_batch(1))
         masks = {slot: bytes(3 << 20) for slot in range(3)}
         assert executor.sample(1, masks).result(60).results[1].token_ids == [1 + 1 + (9 << 20)]
 
 
-def test_a_rank_that_never_comes_is_named_with_what_the_others_see(directory):
-    error, seconds = fail_to_start(directory, "silent@1", 3, startup_timeout=4.0)
+def test_a_rank_that_never_comes_is_named_with_what_the_others_see(tmp_path):
+    error, seconds = fail_to_start(tmp_path, "silent@1", 3, startup_timeout=4.0)
     text = str(error)
     assert "start-up phase 'spawn': rank 1 (on this host, pid" in text and "did not come within 4 s" in text
     assert "127.0.0.1 on lo, pid" in text and "rank 2 (" in text and "store on port" in text
     assert seconds < 4 + 5
 
 
-def test_a_rank_that_loads_for_ever_is_named(directory):
-    error, _ = fail_to_start(directory, "slow-load@1", startup_timeout=4.0)
+def test_a_rank_that_loads_for_ever_is_named(tmp_path):
+    error, _ = fail_to_start(tmp_path, "slow-load@1", startup_timeout=4.0)
     assert "start-up phase 'load': rank 1 (" in str(error) and "in phase 'load weights'" in str(error)
     assert "the others: rank 0 (" in str(error)
 
 
-def test_a_version_that_differs_is_named_with_both_values(directory):
-    error, _ = fail_to_start(directory, "other-version@1")
+def test_a_version_that_differs_is_named_with_both_values(tmp_path):
+    error, _ = fail_to_start(tmp_path, "other-version@1")
     assert "all ranks must have the same Shoal version" in str(error) or "the same Python version" in str(error)
     assert "rank 0 (" in str(error) and "rank 1 (node-b 10.0.0.2, pid" in str(error)
     assert isinstance(error, StartupError)
 
 
-def test_what_a_worker_raises_while_it_loads_comes_out_as_it_is(directory):
-    error, _ = fail_to_start(directory, "no-weights")
+def test_what_a_worker_raises_while_it_loads_comes_out_as_it_is(tmp_path):
+    error, _ = fail_to_start(tmp_path, "no-weights")
     assert isinstance(error, ModelError)
     assert "and 1 more: there is no model.safetensors" in str(error), "both say the same, so it is said once"
 
 
-def test_a_worker_that_is_killed_during_the_start(directory):
+def test_a_worker_that_is_killed_during_the_start(tmp_path):
     def kill_when_it_loads(progress: StartupProgress) -> None:
         if progress.phase == "load weights" and progress.total:
             with contextlib.suppress(ProcessLookupError):  # said twice: it is gone already
-                os.kill(pids(directory)[1], signal.SIGKILL)
+                os.kill(pids(tmp_path)[1], signal.SIGKILL)
 
     killed = pytest.raises(StartupError, match=r"rank 1 \(.*pid \d+\) was killed by signal 9")
-    with stand_ins(directory, "slow-load") as executor, killed:
+    with stand_ins(tmp_path, "slow-load") as executor, killed:
         executor.start(kill_when_it_loads)
 
 
-def test_a_killed_worker_ends_the_engine_and_is_the_reason_not_what_the_others_felt(directory):
+def test_a_killed_worker_ends_the_engine_and_is_the_reason_not_what_the_others_felt(tmp_path):
     told: list[EngineDeadError] = []
-    with stand_ins(directory, num_ranks=3) as executor:
+    with stand_ins(tmp_path, num_ranks=3) as executor:
         executor.watch(told.append)
         executor.start(ignore)
         run_step(executor, 1)
-        victim = pids(directory)[1]
+        victim = pids(tmp_path)[1]
         os.kill(victim, signal.SIGSTOP)  # so that the others are in the step when it dies
         executor.execute(make_batch(2))
         future = executor.sample(2)
@@ -130,18 +122,18 @@ def test_a_killed_worker_ends_the_engine_and_is_the_reason_not_what_the_others_f
         assert len(told) == 1
 
 
-def test_a_worker_that_dies_while_nothing_is_to_do_is_told_as_well(directory):
+def test_a_worker_that_dies_while_nothing_is_to_do_is_told_as_well(tmp_path):
     told: list[EngineDeadError] = []
-    with stand_ins(directory) as executor:
+    with stand_ins(tmp_path) as executor:
         executor.watch(told.append)
         executor.start(ignore)
-        os.kill(pids(directory)[0], signal.SIGKILL)
+        os.kill(pids(tmp_path)[0], signal.SIGKILL)
         wait_until(lambda: told)
         assert "rank 0 (" in str(told[0]) and "signal 9" in str(told[0])
 
 
-def test_what_a_worker_raises_in_a_step_ends_the_engine(directory):
-    with stand_ins(directory, "fails@1") as executor:
+def test_what_a_worker_raises_in_a_step_ends_the_engine(tmp_path):
+    with stand_ins(tmp_path, "fails@1") as executor:
         executor.start(ignore)
         run_step(executor, 1)
         run_step(executor, 2)
@@ -150,11 +142,11 @@ def test_what_a_worker_raises_in_a_step_ends_the_engine(directory):
             executor.sample(3).result(60)
 
 
-def test_a_stopped_worker_is_named_when_its_step_does_not_end(directory):
-    with stand_ins(directory, step_timeout=1.5) as executor:
+def test_a_stopped_worker_is_named_when_its_step_does_not_end(tmp_path):
+    with stand_ins(tmp_path, step_timeout=1.5) as executor:
         executor.start(ignore)
         run_step(executor, 1)
-        os.kill(pids(directory)[1], signal.SIGSTOP)
+        os.kill(pids(tmp_path)[1], signal.SIGSTOP)
         executor.execute(make_batch(2))
         with pytest.raises(EngineDeadError) as caught:
             executor.sample(2).result(60)
@@ -163,27 +155,27 @@ def test_a_stopped_worker_is_named_when_its_step_does_not_end(directory):
     assert "rank 0 waits for" in text and "in all_reduce" in text and "rank 1 never entered it" in text
 
 
-def test_a_stopped_worker_is_found_without_traffic(directory):
+def test_a_stopped_worker_is_found_without_traffic(tmp_path):
     told: list[EngineDeadError] = []
-    with stand_ins(directory, step_timeout=1.0) as executor:
+    with stand_ins(tmp_path, step_timeout=1.0) as executor:
         executor.watch(told.append)
         executor.start(ignore)
-        os.kill(pids(directory)[1], signal.SIGSTOP)
+        os.kill(pids(tmp_path)[1], signal.SIGSTOP)
         wait_until(lambda: told)
         assert "the idle check of all ranks did not end" in str(told[0]) and "is stopped" in str(told[0])
 
 
-def test_idle_ranks_meet_and_steps_go_on_afterwards(directory):
-    with stand_ins(directory) as executor:
+def test_idle_ranks_meet_and_steps_go_on_afterwards(tmp_path):
+    with stand_ins(tmp_path) as executor:
         executor.start(ignore)
-        wait_until(lambda: len(list(directory.glob("idle.*.0"))) >= 2)
+        wait_until(lambda: len(list(tmp_path.glob("idle.*.0"))) >= 2)
         assert run_step(executor, 1) == [(0, [1]), (1, [2])]
 
 
-def test_workers_survive_the_signals_of_a_terminal(directory):
-    with stand_ins(directory) as executor:
+def test_workers_survive_the_signals_of_a_terminal(tmp_path):
+    with stand_ins(tmp_path) as executor:
         executor.start(ignore)
-        for pid in pids(directory):
+        for pid in pids(tmp_path):
             os.kill(pid, signal.SIGINT)
             os.kill(pid, signal.SIGTERM)
         assert run_step(executor, 1) == [(0, [1]), (1, [2])]
@@ -200,10 +192,10 @@ with stand_ins(Path(sys.argv[1]), num_ranks=3) as executor:
 """
 
 
-def test_workers_end_with_the_process_that_started_them_even_one_that_is_stopped(directory):
-    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(directory)], stdout=subprocess.PIPE, text=True)
+def test_workers_end_with_the_process_that_started_them_even_one_that_is_stopped(tmp_path):
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None and owner.stdout.readline() == "up\n"
-    workers = pids(directory)
+    workers = pids(tmp_path)
     os.kill(workers[2], signal.SIGSTOP)
     owner.kill()
     owner.wait()
