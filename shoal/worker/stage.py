@@ -8,6 +8,9 @@ that the next one takes the hidden states, and a step needs tokens of steps befo
 without anything further from the first. So the first stage may wait for the tokens of any earlier step. It does so as
 late as it can: when a batch reads one of them, or when more steps than the pipeline holds have sampled since.
 
+On a GPU all this is queued, what is sent on a stream of its own, what is received on the model's: a receive that waits
+holds processors of the GPU, and a matrix product that finds one taken takes twice as long.
+
 T tokens of a step, R rows that sample, H hidden size.
 """
 
@@ -32,14 +35,11 @@ StoreTokens = Callable[[torch.Tensor, torch.Tensor], None]
 
 
 @dataclasses.dataclass(slots=True)
-class _Tokens:
-    """What a step sends back: slots int64 [R], and on CUDA the ids that are on their way in, with the event of their
-    arrival; elsewhere they are still to be received."""
+class _Coming:
+    """A step whose tokens the last stage sends back for `slots` int64 [R]."""
 
     step_id: int
     slots: torch.Tensor
-    received: torch.Tensor | None = None
-    arrival: torch.cuda.Event | None = None
 
 
 class PipelineStage:
@@ -70,23 +70,17 @@ class PipelineStage:
         # As many steps as are in flight: one a stage, and one that waits in front.
         self._depth = dims.pipeline_size + 1
         self._transfers: deque[Transfer] = deque()
-        self._coming: deque[_Tokens] = deque()
+        self._coming: deque[_Coming] = deque()
         self._sampled_in = np.full(max_num_seqs, -1, np.int64)
-        self._receiving = torch.cuda.Stream(device) if device.type == "cuda" and dims.pipeline_size > 1 else None
 
     # --- hidden states, upwards ----------------------------------------------------------------------------------
 
     def receive(self, num_tokens: int) -> torch.Tensor | None:
-        """The hidden states [T, H] of this step from the stage before; None on the first stage.
-
-        On a GPU they come in while the step before still computes.
-        """
+        """The hidden states [T, H] of this step from the stage before; None on the first stage."""
         if self.is_first:
             return None
         self._clock.enter(HIDDEN)
-        part = self._receive((num_tokens, self._width), self._dtype, self._group.previous_rank)
-        if self._receiving is not None:
-            self._wait_for(self._receiving.record_event(), part)
+        part = self._group.recv((num_tokens, self._width), self._dtype, self._group.previous_rank)
         hidden = self._tensor_group.all_gather(part) if self._split else part
         self._clock.enter(BUSY)
         return hidden
@@ -112,13 +106,8 @@ class PipelineStage:
         """First stage, after `send`: this step samples for `slots` [R], and the last stage will send the tokens."""
         if not len(slots):
             return
-        tokens = _Tokens(step_id, upload(slots, self._device))
-        if self._receiving is not None:
-            # Queued now, they come in as soon as they are sent, and nothing of the last stage waits for this one.
-            tokens.received = self._receive((len(slots),), _TOKEN_TYPE, self._group.world_size - 1)
-            tokens.arrival = self._receiving.record_event()
         self._sampled_in[slots] = step_id
-        self._coming.append(tokens)
+        self._coming.append(_Coming(step_id, upload(slots, self._device)))
 
     def fetch_tokens(self, slots: np.ndarray, store: StoreTokens) -> None:
         """First stage: `slots` read their last token in the coming step. Store all tokens up to those, in the order of
@@ -136,29 +125,9 @@ class PipelineStage:
         while self._transfers:
             self._transfers.popleft().wait()
 
-    def _take(self, tokens: _Tokens, store: StoreTokens) -> None:
-        received = tokens.received
-        if received is None or tokens.arrival is None:
-            received = self._receive((len(tokens.slots),), _TOKEN_TYPE, self._group.world_size - 1)
-        else:
-            self._wait_for(tokens.arrival, received)
-        store(tokens.slots, received.to(torch.int64))
-
-    # --- both ----------------------------------------------------------------------------------------------------
-
-    def _receive(self, shape: tuple[int, ...], dtype: torch.dtype, source: int) -> torch.Tensor:
-        """On a GPU this only queues, on a stream of its own, so that it need not wait for what the model computes."""
-        if self._receiving is None:
-            return self._group.recv(shape, dtype, source)
-        with torch.cuda.stream(self._receiving):
-            return self._group.recv(shape, dtype, source)
-
-    def _wait_for(self, arrival: torch.cuda.Event, received: torch.Tensor) -> None:
-        """The stream of the model waits, not the host."""
-        current = torch.cuda.current_stream(self._device)
-        current.wait_event(arrival)
-        # The memory belongs to the other stream, which might otherwise give it away too early.
-        received.record_stream(current)
+    def _take(self, coming: _Coming, store: StoreTokens) -> None:
+        token_ids = self._group.recv(coming.slots.shape, _TOKEN_TYPE, self._group.world_size - 1)
+        store(coming.slots, token_ids.to(torch.int64))
 
     def _keep(self, transfer: Transfer) -> None:
         """Hold a tensor that is being sent. Those of steps that must have left the pipeline have arrived."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import ParallelConfig
@@ -178,3 +179,20 @@ def test_hidden_states_larger_than_what_the_stages_share(tmp_path: Path, three_s
             alone.step(batch)
             assert three_stages.result() == alone.result()
     three_stages.idle()
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize(("tensor_size", "pipeline_size"), [(1, 2), (1, 4), (2, 2)])
+def test_stages_over_nccl(checkpoint: Path, tmp_path: Path, tensor_size: int, pipeline_size: int) -> None:
+    """On GPUs numbers depend on who else is in a step, in their last bits; tokens of such a model do not."""
+    if torch.cuda.device_count() < tensor_size * pipeline_size:
+        pytest.skip(f"needs {tensor_size * pipeline_size} CUDA GPUs")
+    options: dict = {"device": "cuda", "deterministic": False}
+    with Ranks(tmp_path, tensor_size=tensor_size, pipeline_size=pipeline_size, device="cuda") as ranks:
+        for seed, in_flight in enumerate((1, pipeline_size, pipeline_size + 1, 9)):
+            alone = Alone(make_config(checkpoint, 1, 1, **options))
+            expected = serve(alone, make_requests(seed), in_flight=1, seed=seed)
+            ranks.load(make_config(checkpoint, tensor_size, pipeline_size, **options))
+            requests = serve(ranks, make_requests(seed), in_flight=in_flight, seed=seed + 100)
+            assert [each.token_ids for each in requests] == [each.token_ids for each in expected]
+            assert all(report.stage_times["busy"] > 0 for report in ranks.idle())
