@@ -224,7 +224,7 @@ class NodesLauncher(Launcher):
                 if self._stop_order is None:
                     self._on_exit(rank, how)
             case NodeLeaving(reason):
-                self._lose(node_rank, f"was ended, because {node.name} left: {reason}")
+                self._lose(node_rank, f"was ended, because node {node_rank} left: {reason}")
             case NodeStopped():
                 node.gone = True
             case NodeBeat():
@@ -264,15 +264,15 @@ class NodesLauncher(Launcher):
             return
         for node_rank, node in self._nodes.items():
             if node.descriptor == descriptor:
-                self._lose(node_rank, f"is gone with {node.name}: its connection was closed, its agent has ended")
+                self._lose(node_rank, f"is gone with node {node_rank}: its connection was closed, its agent has ended")
 
     def _look_for_silence(self, now: float) -> None:
         for node_rank, node in self._nodes.items():
             if now - node.last_heard > SILENCE_SECONDS:
                 self._lose(
                     node_rank,
-                    f"is lost with {node.name}: nothing was heard of it for {now - node.last_heard:.0f} s; the machine "
-                    "is down or cut off",
+                    f"is lost with node {node_rank}: nothing was heard of it for {now - node.last_heard:.0f} s; the "
+                    "machine is down or cut off",
                 )
 
     def _lose(self, node_rank: int, how: str) -> None:

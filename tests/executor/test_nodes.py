@@ -187,7 +187,7 @@ def test_a_node_that_leaves_ends_its_ranks_and_is_named(cluster):
     assert cluster.end_of(agent) is None
     exits = [cluster.exits.get(timeout=20) for _ in range(2)]
     assert [rank for rank, _ in exits] == [2, 3]
-    assert all("node 1, " in how and how.endswith("it was ended there by SIGTERM") for _, how in exits)
+    assert all("because node 1 left" in how and how.endswith("it was ended there by SIGTERM") for _, how in exits)
     assert not any(psutil.pid_exists(agent.workers.pid(rank)) for rank in (2, 3))
 
 
@@ -198,7 +198,7 @@ def test_an_agent_whose_connection_is_closed_is_gone(cluster):
     cluster.wait_for_workers(agent)
     agent._socket.disconnect(agent._socket.last_endpoint)
     rank, how = cluster.exits.get(timeout=5)
-    assert rank == 2 and "is gone with node 1, " in how
+    assert rank == 2 and "is gone with node 1: " in how
 
 
 def test_a_node_that_is_started_otherwise_is_refused_and_the_right_one_let_in(cluster):
@@ -222,6 +222,12 @@ def test_a_model_that_differs_is_named(cluster):
     error = str(cluster.end_of(agent))
     assert "differs from node 0 in the model's hidden_size (320 there, 256 on node 0)" in error
     assert "elsewhere" not in error
+
+
+def test_a_version_that_differs_is_named(cluster, monkeypatch):
+    cluster.start()
+    monkeypatch.setattr("shoal.executor.node_layout.__version__", "0.0.1")
+    assert "version of shoal (0.0.1 there, " in str(cluster.end_of(cluster.add()))
 
 
 def test_two_nodes_of_one_rank(cluster):
