@@ -10,8 +10,11 @@ from collections.abc import Sequence
 
 from shoal.scheduling.request_state import RequestState
 
-# A piece of a prompt is no shorter than this part of a full step just to be even: each step reads all weights.
-_SMALLEST_SHARE = 32
+# Steps, for each stage, that share the prompts that wait: the last stage idles while the first has the first piece, the
+# first while the last has the last, and steps of one length leave no gaps. With more, a prompt waits for more decodes.
+_PIECES_PER_STAGE = 2
+# But no piece is shorter than this part of a full step just to be even: each step reads all weights.
+_SMALLEST_PIECE = 32
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,7 +77,7 @@ class Pacing:
 
         The first stage then waits for the token on the device, where otherwise it would wait for the host to learn it
         and to send a step: with fewer requests than stages this takes the host out of every token's way. A prompt that
-        arrives meanwhile goes behind the step that waits, for less than one token's time and once: therefore no more
+        arrives meanwhile goes behind the step that waits, for one token's time at most and once: therefore no more
         than one token of a request may be on its way. Nobody enters here while the step has something else to do.
         """
         if self.num_stages == 1 or not self.before_known:
@@ -86,12 +89,17 @@ class Pacing:
         first = [state for state in coming if state.last_step == first_step]
         return first[: self._part(len(coming), step_id)]
 
-    def prompt_share(self, budget: int, num_missing: int, num_recent: int) -> int:
-        """Prompt tokens for a step of `budget`, so that pieces are even: num_missing wait, and num_recent went into
-        the num_stages - 1 steps before."""
+    @property
+    def num_pieces(self) -> int:
+        """Steps in a row that share the prompts that wait."""
+        return _PIECES_PER_STAGE * self.num_stages if self.num_stages > 1 else 1
+
+    def prompt_share(self, budget: int, num_tokens: int) -> int:
+        """Prompt tokens for a step of `budget`. num_tokens: those that wait, and those of the num_pieces - 1 steps
+        before."""
         if self.num_stages == 1:
             return budget
-        return min(budget, max(-(-(num_missing + num_recent) // self.num_stages), budget // _SMALLEST_SHARE, 1))
+        return min(budget, max(-(-num_tokens // self.num_pieces), budget // _SMALLEST_PIECE, 1))
 
     def _part(self, count: int, step_id: int) -> int:
         """A step's part of `count`, at least 1: the parts of any num_stages steps in a row make up `count`."""

@@ -27,7 +27,6 @@ class _StepInFlight:
     step_id: int
     request_of_slot: dict[int, RequestState]
     sampled_slots: set[int]
-    num_prompt_tokens: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -51,6 +50,7 @@ class Scheduler:
         self.pool = BlockPool(config.num_blocks, config.enable_prefix_caching)
         self.counters = SchedulerCounters()
         self._pacing = Pacing(config.num_stages, config.async_scheduling)
+        self._recent_prompt_tokens: deque[int] = deque(maxlen=self._pacing.num_pieces - 1)  # of each step
         self._connector: KVConnector = connector or NullConnector()
         self._requests: dict[str, RequestState] = {}
         self._waiting = WaitingQueue()
@@ -159,8 +159,8 @@ class Scheduler:
             return None
         self._next_step += 1
         sampled_slots = {item.slot for item in work if item.sample}
-        num_prompt_tokens -= budget.num_prompt_tokens
-        self._in_flight.append(_StepInFlight(step_id, request_of_slot, sampled_slots, num_prompt_tokens))
+        self._recent_prompt_tokens.append(num_prompt_tokens - budget.num_prompt_tokens)
+        self._in_flight.append(_StepInFlight(step_id, request_of_slot, sampled_slots))
         released, self._released_slots = self._released_slots, []
         return ScheduledBatch(step_id, self.config.generation, released, assigned, work)
 
@@ -171,9 +171,9 @@ class Scheduler:
         if num_stages == 1:
             return StepBudget(limit, limit)
         num_missing += self._waiting.num_tokens_of(len(self._free_slots))
-        recent = (step for step in self._in_flight if step.step_id > step_id - num_stages)
-        num_recent = sum(step.num_prompt_tokens for step in recent)
-        return StepBudget(limit, self._pacing.prompt_share(limit, num_missing, num_recent))
+        if not self._in_flight:
+            self._recent_prompt_tokens.clear()
+        return StepBudget(limit, self._pacing.prompt_share(limit, num_missing + sum(self._recent_prompt_tokens)))
 
     def _schedule_running(
         self,

@@ -46,7 +46,12 @@ class Harness:
         self.config = config
         self.scheduler = Scheduler(config)
         self.worker = SimulatedWorker(
-            config.num_blocks, config.block_size, config.max_num_seqs, config.max_num_batched_tokens
+            config.num_blocks,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.num_stages,
+            config.async_scheduling,
         )
         self.depth = depth
         self.results: deque = deque()
@@ -74,7 +79,9 @@ class Harness:
         if batch is not None:
             self.results.append(self.worker.run(batch))
         if self.results and (batch is None or len(self.results) >= self.depth):
-            self.take(self.scheduler.update(self.results.popleft()))
+            result = self.results.popleft()
+            self.worker.last_known_step = result.step_id
+            self.take(self.scheduler.update(result))
             return True
         self.take(self.scheduler.take_early_deltas())
         return batch is not None
@@ -224,7 +231,10 @@ requests_strategy = st.lists(
     max_num_seqs=st.integers(1, 8),
     budget=st.integers(1, 40),
     threshold=st.sampled_from([0, 0, 3]),
-    depth=st.integers(1, 3),
+    num_stages=st.integers(1, 4),
+    num_ahead=st.integers(-1, 2),
+    async_scheduling=st.booleans(),
+    chunked=st.booleans(),
     caching=st.booleans(),
     by_priority=st.booleans(),
 )
@@ -234,19 +244,25 @@ def test_every_request_ends_once_with_the_right_tokens_and_no_block_is_lost(
     max_num_seqs: int,
     budget: int,
     threshold: int,
-    depth: int,
+    num_stages: int,
+    num_ahead: int,
+    async_scheduling: bool,
+    chunked: bool,
     caching: bool,
     by_priority: bool,
 ) -> None:
     config = make_config(
         num_blocks=num_blocks,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
+        max_num_batched_tokens=budget if chunked else 64,
+        enable_chunked_prefill=chunked,
+        num_stages=num_stages,
+        async_scheduling=async_scheduling,
         enable_prefix_caching=caching,
         long_prefill_token_threshold=threshold,
         by_priority=by_priority,
     )
-    harness = Harness(config, depth)
+    harness = Harness(config, max(1, num_stages + (num_ahead if async_scheduling else 0)))
     arrivals: dict[int, list[EngineRequest]] = {}
     aborts: dict[int, list[str]] = {}
     for index, (family, length, max_tokens, min_tokens, priority, wants, arrival, abort) in enumerate(requests):
