@@ -25,6 +25,7 @@ import zmq.asyncio
 from shoal import errors
 from shoal.config.engine_config import EngineConfig
 from shoal.errors import EngineDeadError, EngineError, ShoalError, StartupError
+from shoal.executor.launcher import describe_exit
 from shoal.log import get_logger
 from shoal.messages import (
     ClientMessage,
@@ -310,14 +311,6 @@ class SubprocessClient(EngineClient):
         if process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
-
-
-def describe_exit(returncode: int) -> str:
-    """How a process ended, in words."""
-    if returncode >= 0:
-        return f"ended with exit code {returncode}; its own output says more"
-    hint = "; the kernel may have ended it for want of memory" if returncode == -9 else ""
-    return f"was killed by signal {-returncode}{hint}"
 
 
 def _make_error(kind: str, text: str, *, started: bool) -> ShoalError:

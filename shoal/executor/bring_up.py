@@ -35,7 +35,8 @@ logger = get_logger(__name__)
 
 # A worker that loads libraries from a slow disk cannot do anything else meanwhile, not even say that it lives.
 _LOST_SECONDS = 60.0
-_RENDEZVOUS = "rendezvous"
+# What a rank does until it has met the others: it gets its libraries ready, then it waits for the others.
+_SETUP, _RENDEZVOUS = "setup", "rendezvous"
 
 
 @dataclasses.dataclass
@@ -71,7 +72,7 @@ class BringUp:
         self._phase("spawn", "start workers", lambda state: state.hello is not None)
         self._compare_facts()
         self._set_up()
-        self._phase(_RENDEZVOUS, "connect workers", lambda state: state.phase != _RENDEZVOUS)
+        self._phase(_RENDEZVOUS, "connect workers", lambda state: state.phase not in (_SETUP, _RENDEZVOUS))
         self._phase("load", "load weights", lambda state: state.loaded is not None)
         num_blocks = min(state.loaded.num_blocks for state in self.states if state.loaded is not None)
         self._log_loading()
@@ -187,7 +188,7 @@ class BringUp:
                 steps=hub.steps_endpoint,
                 results=hub.results.address if hub.results is not None and is_output else "",
             )
-            self.states[rank].phase = _RENDEZVOUS
+            self.states[rank].phase = _SETUP
             if not hub.order(rank, setup):
                 raise StartupError(f"the connection to {names[rank]} is gone")
 
@@ -201,12 +202,13 @@ class BringUp:
         return StartupError(text)
 
     def _why_late(self, phase: str, missing: list[int]) -> str:
-        others = [state for state in self.states if state.rank not in missing]
-        here = "; ".join(map(self._what_it_sees, others)) or "none"
-        late = ", ".join(self._what_it_sees(state) for state in self.states if state.rank in missing)
+        late = [self.states[rank] for rank in missing]
+        if {state.phase for state in late} == {_SETUP, _RENDEZVOUS}:  # some wait for the others
+            late = [state for state in late if state.phase == _SETUP]
+        here = "; ".join(self._what_it_sees(state) for state in self.states if state not in late) or "none"
         return (
-            f"start-up phase {phase!r}: {late} did not come within {self._timeout:g} s (--startup-timeout); "
-            f"the others: {here}"
+            f"start-up phase {phase!r}: {', '.join(map(self._what_it_sees, late))} did not come within "
+            f"{self._timeout:g} s (--startup-timeout); the others: {here}"
         )
 
     def _what_it_sees(self, state: RankState) -> str:

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from typing import Any
 
 from shoal import env
@@ -52,6 +53,7 @@ def main(make_rank: MakeRank | None = None) -> int:
 
 def _model_rank_maker(model_path: str | None) -> MakeRank:
     def make(setup: WorkerSetup, seat: Seat, on_progress: OnProgress) -> Rank:
+        started = time.monotonic()
         for name, value in setup.environment.items():
             env.set_default(name, value)
         if setup.several_hosts:
@@ -60,7 +62,7 @@ def _model_rank_maker(model_path: str | None) -> MakeRank:
                 env.set_default(name, seat.interface)
         # torch and its libraries read their environment when they are loaded, so not before.
         module: Any = importlib.import_module("shoal.worker.rank")
-        return module.make_model_rank(setup, seat, model_path, on_progress)
+        return module.make_model_rank(setup, seat, model_path, started, on_progress)
 
     return make
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,11 @@ _BEFORE_EXECUTOR = 0.9
 class ModelRank:
     """See `process.Rank`."""
 
-    def __init__(self, setup: WorkerSetup, config: EngineConfig, seat: Seat, store: Any) -> None:
-        """Returns when all ranks have met. store: torch's, of the rendezvous; None for a rank alone."""
+    def __init__(self, setup: WorkerSetup, config: EngineConfig, seat: Seat, store: Any, timeout: float) -> None:
+        """Returns when all ranks have met. store: torch's, of the rendezvous; None for a rank alone.
+
+        timeout: seconds for each of its phases.
+        """
         parallel = config.parallel
         dims = ParallelDims(tensor_size=parallel.tensor_size, pipeline_size=parallel.pipeline_size, rank=seat.rank)
         self._groups = form_groups(
@@ -40,7 +44,7 @@ class ModelRank:
             device=find_device(config.device, setup.device_index),
             address=seat.address,
             store=store,
-            startup_timeout=parallel.startup_timeout * _BEFORE_EXECUTOR,
+            startup_timeout=timeout,
             timeout=parallel.step_timeout + _AFTER_EXECUTOR_SECONDS,
             generation=config.generation,
             facts=_facts(config),
@@ -80,18 +84,19 @@ def make_model_rank(
     setup: WorkerSetup,
     seat: Seat,
     model_path: str | None,
+    started: float,
     on_progress: OnProgress,
 ) -> ModelRank:
-    """model_path: of the model on this host, where it is not the executor's."""
+    """model_path: of the model on this host, where it is not the executor's. started: when the setup came."""
     config = EngineConfig.from_json(setup.config)
     if model_path is not None:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=model_path))
     on_progress(StartupProgress("rendezvous"))
+    timeout = max(config.parallel.startup_timeout * _BEFORE_EXECUTOR - (time.monotonic() - started), 1.0)
     store = None
     if config.parallel.world_size > 1:
-        timeout = config.parallel.startup_timeout * _BEFORE_EXECUTOR
         store = tcp_store(setup.store_address, setup.store_port, seat.rank, timeout, seat.listener)
-    return ModelRank(setup, config, seat, store)
+    return ModelRank(setup, config, seat, store, timeout)
 
 
 def _facts(config: EngineConfig) -> dict[str, str]:

@@ -37,7 +37,12 @@ class StandIn:
 
     is_asynchronous = False
 
-    def __init__(self, behaviour: set[str], directory: Path, setup: WorkerSetup, seat: Seat) -> None:
+    def __init__(
+        self, behaviour: set[str], directory: Path, setup: WorkerSetup, seat: Seat, on_progress: OnProgress
+    ) -> None:
+        if "late" in behaviour:
+            time.sleep(600)
+        on_progress(StartupProgress("rendezvous"))
         config = EngineConfig.from_json(setup.config)
         self.behaviour, self.directory, self.seat = behaviour, directory, seat
         self.world_size = config.parallel.world_size
@@ -140,7 +145,7 @@ def run() -> int:
         link.send(WorkerHello(rank, 0, os.getpid(), "node-b", "another host", "10.0.0.2", "eth7", 0, facts))
         while True:
             time.sleep(60)
-    return main(lambda setup, seat, on_progress: StandIn(behaviour, directory, setup, seat))
+    return main(lambda setup, seat, on_progress: StandIn(behaviour, directory, setup, seat, on_progress))
 
 
 if __name__ == "__main__":

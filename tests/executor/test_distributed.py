@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,10 +69,14 @@ def test_a_rank_that_never_comes_is_named_with_what_the_others_see(tmp_path):
     assert seconds < 4 + 5
 
 
-def test_a_rank_that_loads_for_ever_is_named(tmp_path):
-    error, _ = fail_to_start(tmp_path, "slow-load@1", startup_timeout=4.0)
-    assert "start-up phase 'load': rank 1 (" in str(error) and "in phase 'load weights'" in str(error)
-    assert "the others: rank 0 (" in str(error)
+@pytest.mark.parametrize(
+    ("behaviour", "phase", "doing"), [("late@0", "rendezvous", "setup"), ("slow-load@1", "load", "load weights")]
+)
+def test_a_rank_that_stays_behind_is_named_with_what_it_does(tmp_path, behaviour, phase, doing):
+    late, other = behaviour[-1], 1 - int(behaviour[-1])
+    error, _ = fail_to_start(tmp_path, behaviour, startup_timeout=4.0)
+    assert re.search(rf"start-up phase '{phase}': rank {late} \([^;]*in phase '{doing}' did not come", str(error))
+    assert f"the others: rank {other} (" in str(error)
 
 
 def test_a_version_that_differs_is_named_with_both_values(tmp_path):
