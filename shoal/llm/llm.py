@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
+from shoal import log
 from shoal.config.engine_config import EngineConfig
 from shoal.config.model_path import resolve_model_path
 from shoal.config.options import EMBEDDED_MODEL
@@ -18,6 +19,7 @@ from shoal.engine.prepare import PreparedRequest, Prompt
 from shoal.engine.replicas import make_client
 from shoal.engine.tokenizer import load_tokenizer
 from shoal.errors import InvalidRequestError
+from shoal.executor.node_agent import work_for_node_0
 from shoal.llm.offline_engine import OfflineEngine
 from shoal.llm.progress import PromptBar, StartupDisplay
 from shoal.types.outputs import RequestOutput
@@ -35,10 +37,16 @@ class LLM:
 
         model: a Hugging Face directory, or shoal-tiny. options: named as the flags of `shoal serve` (`dtype`,
         `max_model_len`, `max_num_seqs`, `tensor_parallel_size`, `seed` …).
+        On several machines (`nnodes`) the same script runs on each: where `node_rank` is above 0 this runs that
+        machine's part of the model until the engine of node 0 ends, and then ends the script (SystemExit).
         Raises ConfigError (an unknown name with the nearest right one), ModelError, StartupError.
         """
         model_options, *others = options_from_kwargs({"model": model, **options})
         config = resolve(model_options, *others)
+        if config.parallel.node_rank > 0:
+            log.configure()
+            work_for_node_0(config)
+            raise SystemExit(0)
         path = str(resolve_model_path(model_options.tokenizer) if model_options.tokenizer else config.model.path)
         with StartupDisplay() as display:
             engine = OfflineEngine(

@@ -5,15 +5,18 @@ The hosts' own names resolve to their loopback, and no variable names an interfa
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import signal
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.multihost.served import PROMPTS, cluster, complete, tokens_of_one_process
-from tests.namespaces import needs_namespaces
+from tests.checkpoints import make_checkpoint
+from tests.multihost.served import PROMPTS, TOKEN, cluster, complete, tokens_of_one_process
+from tests.namespaces import connected_hosts, needs_namespaces
 
 pytestmark = needs_namespaces
 
@@ -82,3 +85,69 @@ def test_replicas_on_two_hosts(tmp_path, expected):
             assert list(pool.map(lambda _: answers(two), range(2))) == [expected] * 2
         two.servers[0].process.send_signal(signal.SIGTERM)
         assert two.until_all_ended(15) == [0, 0]
+
+
+_SCRIPT = """
+import sys
+from shoal import LLM, SamplingParams
+
+options = {"nnodes": 2, "node_rank": int(sys.argv[1]), "master_addr": sys.argv[2], "startup_timeout": 60}
+with LLM(device="cpu", max_model_len=512, tensor_parallel_size=2, **options) as llm:
+    parameters = SamplingParams(temperature=0, max_tokens=int(sys.argv[3]), ignore_eos=True)
+    print([output.outputs[0].token_ids for output in llm.generate(sys.argv[4:], parameters, use_tqdm=False)])
+"""
+
+
+@pytest.mark.slow
+def test_the_same_script_on_both_hosts(tmp_path, expected):
+    script = tmp_path / "script.py"
+    script.write_text(_SCRIPT)
+    with connected_hosts(2) as network, ThreadPoolExecutor(2) as pool:
+        nodes = enumerate(network.hosts)
+        arguments = (network.hosts[0].address, str(_NUM_TOKENS), *PROMPTS)
+        environment = {"SHOAL_CLUSTER_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
+        runs = [
+            pool.submit(host.run, sys.executable, str(script), str(rank), *arguments, env=environment)
+            for rank, host in nodes
+        ]
+        outputs = [run.result() for run in runs]
+        assert ast.literal_eval(outputs[0]) == expected
+        assert outputs[1] == ""  # what follows LLM(…) is node 0's
+        for host in network.hosts:
+            host.wait_until_empty(5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor_size", [1, 2])
+def test_little_more_than_the_hidden_states_cross_the_network(tmp_path, tensor_size, capsys):
+    """Two stages on two hosts; all that the hosts send is counted, in both directions: hidden states and sampled tokens
+    between the stages, steps from the core and results back, signs of life, and the headers of Ethernet, IP and TCP.
+
+    Steps are worth some hundred bytes, whatever the batch, so one request alone is only printed: 1.3 × a hidden state
+    of 4 KiB, that is.
+    """
+    hidden_size, batch, num_steps = 1024, 32, 48
+    model = make_checkpoint(
+        tmp_path / "model", "qwen2", hidden_size=hidden_size, intermediate_size=1024, num_attention_heads=8
+    )
+    degrees = ("-tp", str(tensor_size), "-pp", "2", "--max-num-seqs", str(batch), "--max-model-len", "256")
+    with cluster(2, tmp_path, str(model), *degrees) as two:
+        two.start_all()
+        two.until_up()
+        with two.client() as client:
+            complete(client, [[7, 8, 9]], 4)  # the first step sets connections up
+            hidden = 4 * hidden_size  # fp32
+            ratios = {}
+            for size in (1, batch):
+                prompts = [[10 + index, 6, 7, 8] for index in range(size)]
+                before = [host.bytes_sent() for host in two.hosts]
+                complete(client, prompts, num_steps)
+                sent = [host.bytes_sent() - then for host, then in zip(two.hosts, before, strict=True)]
+                num_tokens = size * (4 + num_steps - 1)  # the last token that is sampled goes through no stage
+                ratios[size] = sum(sent) / num_tokens / hidden
+                with capsys.disabled():
+                    print(
+                        f"\nTP={tensor_size} x PP=2, {size} at once: {sent[0] / num_tokens:.0f} bytes a token up, "
+                        f"{sent[1] / num_tokens:.0f} back, {ratios[size]:.3f} x the hidden state of {hidden}"
+                    )
+    assert 1.0 < ratios[batch] < 1.1
