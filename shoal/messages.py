@@ -82,6 +82,8 @@ class EngineStats(msgspec.Struct):
     prefix_cache_hits_total: int = 0
     # time.monotonic() of the core at its last finished step: what `progressing` is judged by.
     seconds_since_last_step: float = 0.0
+    # Of each pipeline stage, the share of the last seconds with steps in flight in which it computed nothing.
+    stage_bubbles: list[float] = []
 
 
 class CoreReady(msgspec.Struct, tag="ready"):

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from shoal.config.engine_config import EngineConfig
+from shoal.engine.bubbles import BubbleMeter
 from shoal.errors import ConfigError
 from shoal.executor.base import Executor
 from shoal.log import get_logger
@@ -70,6 +71,7 @@ class EngineCore:
         self._last_stats_time = 0.0
         self._stop_at: float | None = None
         self._scheduler: Scheduler
+        self._bubbles: BubbleMeter
 
     def start(self) -> None:
         """Bring the workers up and tell the client. Raises what the executor raises."""
@@ -77,6 +79,7 @@ class EngineCore:
         info = self._executor.start(self._channel.send)
         num_blocks = info["num_blocks"]
         self._scheduler = Scheduler(make_scheduler_config(self.config, num_blocks))
+        self._bubbles = BubbleMeter(self._executor.stage_busy_seconds)
         info["startup_seconds"] = round(time.monotonic() - started, 2)
         self._channel.send(
             CoreReady(self.config.generation, self.config.max_model_len, num_blocks, self.config.block_size, info)
@@ -120,6 +123,8 @@ class EngineCore:
         batch = self._scheduler.schedule()
         if batch is not None:
             self._executor.execute(batch)
+            if not self._in_flight:
+                self._bubbles.begin()
             self._in_flight.append(self._executor.sample(batch.step_id))
         if len(self._in_flight) >= self._max_in_flight:
             self._take_result()
@@ -140,6 +145,8 @@ class EngineCore:
 
     def _take_result(self) -> None:
         result = self._in_flight.popleft().result()
+        if not self._in_flight:
+            self._bubbles.end()
         self._num_steps += 1
         self._last_step_time = time.monotonic()
         self._send(self._scheduler.update(result))
@@ -176,6 +183,7 @@ class EngineCore:
     def stats(self) -> EngineStats:
         scheduler = self._scheduler
         pool, counters = scheduler.pool, scheduler.counters
+        self._bubbles.update()
         return EngineStats(
             num_requests_running=scheduler.num_running,
             num_requests_waiting=scheduler.num_waiting,
@@ -189,6 +197,7 @@ class EngineCore:
             prefix_cache_queries_total=counters.prefix_cache_queries,
             prefix_cache_hits_total=counters.prefix_cache_hits,
             seconds_since_last_step=time.monotonic() - self._last_step_time,
+            stage_bubbles=self._bubbles.shares,
         )
 
 

@@ -107,6 +107,7 @@ class _EngineCollector(Collector):
             ("engine_steps", "num_steps_total", "Steps of the engine."),
         ):
             yield self._counter(name, text, {replica: getattr(own, field) for replica, own in stats.items()})
+        yield self._bubbles(stats)
         yield self._successes()
         metrics = self._metrics
         for name, text, histogram in (
@@ -128,6 +129,17 @@ class _EngineCollector(Collector):
         family = CounterMetricFamily(f"shoal:{name}", text, labels=["model_name", "replica"])
         for replica, value in values.items():
             family.add_metric([self._metrics.model_name, str(replica)], value)
+        return family
+
+    def _bubbles(self, stats: Mapping[int, EngineStats]) -> Metric:
+        family = GaugeMetricFamily(
+            "shoal:pipeline_bubble_perc",
+            "Share of the time with steps in flight in which a pipeline stage computed nothing; 1 is all of it.",
+            labels=["model_name", "replica", "stage"],
+        )
+        for replica, own in stats.items():
+            for stage, share in enumerate(own.stage_bubbles):
+                family.add_metric([self._metrics.model_name, str(replica), str(stage)], share)
         return family
 
     def _successes(self) -> Metric:

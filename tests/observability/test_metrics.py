@@ -40,6 +40,17 @@ def test_each_replicas_numbers_have_the_names_that_dashboards_know() -> None:
         assert found[f"shoal:{name}", "0"] == value
 
 
+def test_bubbles_are_told_for_each_stage() -> None:
+    metrics = EngineMetrics("tiny")
+    metrics.replicas_up = {0: True, 1: True}
+    metrics.stats[1] = EngineStats(stage_bubbles=[0.25, 0.125])
+    lines = [line for line in metrics.render().decode().splitlines() if line.startswith("shoal:pipeline_bubble_perc{")]
+    assert lines == [
+        f'shoal:pipeline_bubble_perc{{model_name="tiny",replica="1",stage="{stage}"}} {share}'
+        for stage, share in enumerate((0.25, 0.125))
+    ]
+
+
 def test_histograms_are_cumulative() -> None:
     metrics = EngineMetrics("tiny")
     for seconds in (0.003, 0.003, 0.6, 1000.0):
