@@ -24,11 +24,6 @@ class StepBudget:
     num_tokens: int
     num_prompt_tokens: int
 
-    def take(self, count: int, *, of_prompt: bool) -> None:
-        self.num_tokens -= count
-        if of_prompt:
-            self.num_prompt_tokens -= count
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pacing:

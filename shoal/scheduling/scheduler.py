@@ -147,7 +147,7 @@ class Scheduler:
         request_of_slot: dict[int, RequestState] = {}
         step_id = self._next_step
         ready, num_missing = self._pacing.ready(self._running, step_id)
-        budget = self._make_budget(step_id, num_missing)
+        budget = self._make_budget(num_missing)
         num_prompt_tokens = budget.num_prompt_tokens
         starved = self._schedule_running(step_id, ready, budget, work, request_of_slot)
         if not starved:
@@ -164,7 +164,7 @@ class Scheduler:
         released, self._released_slots = self._released_slots, []
         return ScheduledBatch(step_id, self.config.generation, released, assigned, work)
 
-    def _make_budget(self, step_id: int, num_missing: int) -> StepBudget:
+    def _make_budget(self, num_missing: int) -> StepBudget:
         """What the step may take. num_missing: prompt tokens that running requests lack; the next to be admitted count
         as well."""
         limit, num_stages = self.config.max_num_batched_tokens, self.config.num_stages
@@ -187,8 +187,8 @@ class Scheduler:
         block_size, threshold = self.config.block_size, self.config.long_prefill_token_threshold
         starved = False
         for state in ready:
-            if budget.num_tokens <= 0 or state.status is not RequestStatus.RUNNING:
-                break  # the last in order are preempted, so all behind it are
+            if state.slot < 0 or budget.num_tokens <= 0:
+                break  # without slot: it was preempted just now, and all behind it too, as the last go first
             num_total = len(state.token_ids) + state.num_pending
             num_new = num_total - state.num_computed
             if num_new <= 0 or num_total >= state.max_total:
@@ -210,7 +210,9 @@ class Scheduler:
                 new_blocks = self.pool.allocate(num_missing)
                 state.block_ids += new_blocks
             self._put_to_work(state, num_new, new_blocks, step_id, work, request_of_slot)
-            budget.take(num_new, of_prompt=of_prompt)
+            budget.num_tokens -= num_new
+            if of_prompt:
+                budget.num_prompt_tokens -= num_new
         return starved
 
     def _put_to_work(
@@ -289,7 +291,8 @@ class Scheduler:
                 )
             )
             self._put_to_work(state, num_new, list(state.block_ids), step_id, work, request_of_slot)
-            budget.take(num_new, of_prompt=True)
+            budget.num_tokens -= num_new
+            budget.num_prompt_tokens -= num_new
 
     def _admit(self, state: RequestState, budget: StepBudget) -> int | None:
         """Find the cached prefix of a waiting request and hold blocks for all its tokens.
