@@ -12,11 +12,12 @@ from shoal.messages import CoreReady, EngineStats, StartupProgress
 # Facts of CoreReady.info that add up over the replicas, and those of which the largest counts.
 _SUMS = ("num_blocks", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_full_requests", "ranks")
 _LARGEST = ("load_seconds", "startup_seconds")
-_NO_SUMS = ("kv_cache_usage", "seconds_since_last_step")
+_NO_SUMS = ("kv_cache_usage", "seconds_since_last_step", "stage_bubbles")
 
 
 def combine_stats(several: Iterable[EngineStats]) -> EngineStats:
-    """Counts and counters add up; the usage is that of all blocks, the last step that of the slowest."""
+    """Counts and counters add up; the usage is that of all blocks, the last step that of the slowest, a stage's bubble
+    the mean of the replicas that told theirs."""
     all_stats = list(several)
     sums = {
         name: sum(getattr(stats, name) for stats in all_stats)
@@ -27,13 +28,21 @@ def combine_stats(several: Iterable[EngineStats]) -> EngineStats:
     if combined.num_blocks:
         combined.kv_cache_usage = 1.0 - combined.num_free_blocks / combined.num_blocks
     combined.seconds_since_last_step = max((stats.seconds_since_last_step for stats in all_stats), default=0.0)
+    bubbles = [stats.stage_bubbles for stats in all_stats if stats.stage_bubbles]
+    combined.stage_bubbles = [sum(shares) / len(bubbles) for shares in zip(*bubbles, strict=True)]
     return combined
 
 
 def stats_of_the_lost(last: EngineStats) -> EngineStats:
     """A core that is gone holds nothing; what it has counted stays counted."""
     return msgspec.structs.replace(
-        last, num_requests_running=0, num_requests_waiting=0, kv_cache_usage=0.0, num_blocks=0, num_free_blocks=0
+        last,
+        num_requests_running=0,
+        num_requests_waiting=0,
+        kv_cache_usage=0.0,
+        num_blocks=0,
+        num_free_blocks=0,
+        stage_bubbles=[],
     )
 
 
