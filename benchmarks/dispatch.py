@@ -2,6 +2,10 @@
 
 `python benchmarks/dispatch.py` runs the workers on this host; `--two-hosts` puts half of them, the one that answers
 among them, into a second network namespace, so that steps and results cross TCP, encrypted (needs root).
+
+ms, 4 workers, 64 sequences, 2026-11, 2 cores (AMD EPYC) shared with other work, so that p99 says little: median | p99
+    one host                  0.24 | 0.34
+    two network namespaces    0.47 | 5
 """
 
 from __future__ import annotations

@@ -147,6 +147,17 @@ def test_what_a_worker_raises_in_a_step_ends_the_engine(tmp_path):
             executor.sample(3).result(60)
 
 
+def test_a_message_that_is_missing_ends_the_engine(tmp_path):
+    with stand_ins(tmp_path) as executor:
+        executor.start(ignore)
+        run_step(executor, 1)
+        assert executor._hub is not None
+        executor._hub._num_sent += 1  # as if one had been lost
+        executor.execute(make_batch(2))
+        with pytest.raises(EngineDeadError, match="message 2 of the executor is missing: 3 came in its place"):
+            executor.sample(2).result(60)
+
+
 def test_a_stopped_worker_is_named_when_its_step_does_not_end(tmp_path):
     with stand_ins(tmp_path, step_timeout=1.5) as executor:
         executor.start(ignore)
