@@ -3,6 +3,11 @@ the bubble of each stage. `scripts/bench pipeline --help`.
 
 All requests are there at the start; weights and token ids are random, every answer has the same length. The bubble is
 the share of the time, from the first request to the last token, in which a stage does not compute.
+
+Tokens/s, prompts counted, 2 H200s of one host (NVLink), torch 2.11, 2026-11, --shape 8b --batched-tokens 4096
+    requests · in · out        1 stage    2 stages             bubble by stage
+    24 · 4096 · 1               34,402      62,079   1.80 ×          4 %, 19 %
+    256 · 512 · 64              21,490      37,030   1.72 ×          2 %, 14 %
 """
 
 from __future__ import annotations
