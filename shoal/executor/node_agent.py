@@ -1,6 +1,6 @@
 """The agent of a node with --node-rank above 0: joins node 0, starts this node's workers, watches them, ends with them.
 
-`shoal serve` and LLM run `work_for_node_0` there in place of a server. The other end is `nodes.NodesLauncher`.
+`shoal serve` and LLM run `work_for_node_0` there in place of a server. The other end is `node_door`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from shoal.config.engine_config import EngineConfig
 from shoal.errors import ConfigError, EngineDeadError, ShoalError, StartupError
 from shoal.executor.launcher import Launcher, WorkerLink
 from shoal.executor.multiprocess import LocalLauncher
+from shoal.executor.node_door import BEAT_SECONDS, REFUSED_EVENTS, SILENCE_SECONDS
 from shoal.executor.node_layout import node_facts, ranks_on
-from shoal.executor.nodes import BEAT_SECONDS, REFUSED_EVENTS, SILENCE_SECONDS
 from shoal.log import get_logger
 from shoal.messages import (
     ExecutorBeat,
@@ -190,7 +190,7 @@ class NodeAgent:
         """Wait for node 0, which may be started later than this one. None when this node is to leave before."""
         parallel = self._parallel
         logger.info(
-            "node %d of %d (%s on %s) joins node 0 at %s",
+            "node %d of %d (%s on %s) joins node 0 at %s, which serves",
             *(parallel.node_rank, parallel.num_nodes, self._address, network.interface_of(self._address), self._node_0),
         )
         hello = NodeHello(

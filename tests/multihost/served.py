@@ -73,7 +73,8 @@ class Cluster:
 
     def start(self, node_rank: int) -> Server:
         nodes = ["--nnodes", str(len(self.hosts)), "--node-rank", str(node_rank)]
-        arguments = ["--port", str(_PORT), *nodes, "--master-addr", self.hosts[0].address, *self._options]
+        options = [option.replace("{home}", str(self.hosts[node_rank].home)) for option in self._options]
+        arguments = ["--port", str(_PORT), *nodes, "--master-addr", self.hosts[0].address, *options]
         environment = {"SHOAL_CLUSTER_TOKEN": TOKEN, "OMP_NUM_THREADS": "1"}
         server = Server(self.hosts[node_rank], self._directory / f"node{node_rank}.log", arguments, environment)
         self.servers[node_rank] = server
@@ -89,17 +90,9 @@ class Cluster:
     def until_up(self) -> None:
         self.servers[0].until("is served at")
 
-    @contextlib.contextmanager
-    def client(self) -> Iterator[openai.OpenAI]:
+    def client(self) -> contextlib.AbstractContextManager[openai.OpenAI]:
         """The official client, on node 0."""
-        with (
-            self.hosts[0].entered(),
-            httpx.Client(trust_env=False, timeout=60.0) as http,
-            openai.OpenAI(
-                base_url=f"http://127.0.0.1:{_PORT}/v1", api_key="none", max_retries=0, http_client=http
-            ) as client,
-        ):
-            yield client
+        return client_on(self.hosts[0])
 
     def until_all_ended(self, timeout: float) -> list[int]:
         """Exit codes by node, when nothing is left on any host: not even a process that the servers have forgotten."""
@@ -115,8 +108,21 @@ class Cluster:
 
 
 @contextlib.contextmanager
+def client_on(host: Host) -> Iterator[openai.OpenAI]:
+    """The official client of what is served on a host, used there."""
+    with (
+        host.entered(),
+        httpx.Client(trust_env=False, timeout=60.0) as http,
+        openai.OpenAI(
+            base_url=f"http://127.0.0.1:{_PORT}/v1", api_key="none", max_retries=0, http_client=http
+        ) as client,
+    ):
+        yield client
+
+
+@contextlib.contextmanager
 def cluster(num_hosts: int, directory: Path, *options: str) -> Iterator[Cluster]:
-    """Hosts on which nothing runs yet. options: the same for all nodes."""
+    """Hosts on which nothing runs yet. options: the same for all nodes, but that {home} becomes each host's own."""
     with connected_hosts(num_hosts) as network:
         cluster = Cluster(network, directory, options)
         try:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
 import signal
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -131,11 +133,15 @@ def test_little_more_than_the_hidden_states_cross_the_network(tmp_path, tensor_s
         tmp_path / "model", "qwen2", hidden_size=hidden_size, intermediate_size=1024, num_attention_heads=8
     )
     degrees = ("-tp", str(tensor_size), "-pp", "2", "--max-num-seqs", str(batch), "--max-model-len", "256")
-    with cluster(2, tmp_path, str(model), *degrees) as two:
+    with cluster(2, tmp_path, "{home}/model", *degrees) as two:
+        for host in two.hosts:  # each has it at another path
+            shutil.copytree(model, host.home / "model")
         two.start_all()
         two.until_up()
         with two.client() as client:
             complete(client, [[7, 8, 9]], 4)  # the first step sets connections up
+            command = Path(f"/proc/{two.servers[1].worker()}/cmdline").read_text()
+            assert str(two.hosts[1].home) in command and str(two.hosts[0].home) not in command
             hidden = 4 * hidden_size  # fp32
             ratios = {}
             for size in (1, batch):
