@@ -108,6 +108,11 @@ def ray_address() -> str | None:
     return _text("RAY_ADDRESS")
 
 
+def has_ray_authentication() -> bool:
+    """Whether RAY_AUTH_MODE, RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH say how to reach a cluster that is not Shoal's."""
+    return any(_text(name) for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+
+
 def cluster_token() -> str | None:
     """SHOAL_CLUSTER_TOKEN: what a machine shows to join a cluster."""
     return _text("SHOAL_CLUSTER_TOKEN")

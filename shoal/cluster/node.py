@@ -38,12 +38,16 @@ _KILLED_SECONDS = 5.0
 _WATCH_SECONDS = 0.5
 _SMALLEST_STORE = 128 << 20
 _LARGEST_STORE = 2 << 30
-# A node that is gone is noticed after 3 to 4 seconds; Ray's own figures make that a minute.
+# A node that is gone is noticed after 3 to 4 seconds, where Ray's own figures make that a minute. One that is cut off
+# from its head, which has given it up by then, ends its actors after half a minute; else it would keep them.
 _HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
 
 

@@ -4,6 +4,7 @@ never go through Ray. The registry makes it for `ray`."""
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import signal
 import sys
@@ -106,11 +107,14 @@ class RayLauncher(Launcher):
 
     def _find_token(self) -> str | None:
         """None for a cluster that somebody else started: what Ray needs then is in Ray's own variables and files."""
+        record = read_record()
+        is_ours = record is not None and record.head == self._head
+        if self._parallel.token_file is None and not is_ours and env.has_ray_authentication():
+            return None
         try:
             return network.load_token(self._parallel.token_file)
         except ConfigError:
-            record = read_record()
-            if self._parallel.token_file is not None or (record is not None and record.head == self._head):
+            if is_ours or self._parallel.token_file is not None or env.cluster_token() is not None:
                 raise
             return None
 
@@ -289,7 +293,7 @@ class RayLauncher(Launcher):
                     said = ray.get(reference)
                 except ray.exceptions.RayError as error:
                     if kind == "wait":
-                        self._report(on_exit, rank, f"died with its Ray actor: {_first_line(error)}")
+                        self._report(on_exit, rank, f"died with its Ray actor: {_gist(error)}")
                     continue
                 if kind == "wait":
                     self._report(on_exit, rank, said)
@@ -370,3 +374,10 @@ def _translated(what: str) -> Iterator[None]:
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _gist(error: BaseException) -> str:
+    """The line that gives the reason, if there is one: Ray's messages begin with the actor's class, id and so on."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    line = next((line for line in lines if "because" in line), _first_line(error))
+    return re.sub(r" Node Id: \w+$", "", line)

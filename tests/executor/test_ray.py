@@ -21,7 +21,7 @@ from shoal.executor import ray_head
 from shoal.executor.ray import RayLauncher
 from tests.executor.engines import wait_until
 from tests.multihost.ray_hosts import RayCluster, ray_cluster
-from tests.namespaces import Host, needs_namespaces
+from tests.namespaces import Host, connected_hosts, needs_namespaces
 
 
 class Program:
@@ -190,6 +190,35 @@ def test_which_cluster(cluster, head, tmp_path):
         run.stop(0.0)
     with program(head, 1, 1, RAY_ADDRESS=f"{head.address}:6380", **given) as run:
         assert "nothing listens there" in run.says()["error"]
+
+
+@pytest.mark.slow
+@needs_namespaces
+@pytest.mark.parametrize(
+    "authentication",
+    [{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-key-of-theirs-alone"}, {"RAY_AUTH_MODE": "disabled"}],
+)
+def test_a_cluster_that_somebody_else_started(authentication):
+    with connected_hosts(1) as hosts:
+        (host,) = hosts.hosts
+        start = ["--head", "--num-cpus", "1", "--include-dashboard", "false", "--disable-usage-stats"]
+        start += [
+            "--node-ip-address",
+            host.address,
+            "--object-store-memory",
+            str(128 << 20),
+            "--temp-dir",
+            str(host.home),
+        ]
+        host.run(sys.executable, "-m", "ray.scripts.scripts", "start", *start, env=authentication)
+        # A token of ours, for another cluster, does not get in the way.
+        mine = {"RAY_ADDRESS": f"{host.address}:6379", "SHOAL_CLUSTER_TOKEN": "t" * 32}
+        with program(host, 1, 1, **authentication, **mine) as run:
+            said = run.says()
+            run.until_workers(1)
+            assert run.workers[0]["token"] == said["token"] != "t" * 32
+            assert len(said["token"]) == 64
+            run.stop(0.0)
 
 
 def launcher(**options):

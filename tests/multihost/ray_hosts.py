@@ -8,18 +8,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.multihost.served import Cluster, Server
+from tests.multihost.served import Server
 from tests.namespaces import Host, Network, connected_hosts
 
 _SHOAL = (sys.executable, "-m", "shoal.cli")
 
 
-class RayCluster(Cluster):
+class RayCluster:
     """`hosts[0]` is the head. What is served there comes from `serve`."""
 
     def __init__(self, network: Network, directory: Path, num_cpus: int) -> None:
-        super().__init__(network, directory, ())
-        self._num_cpus = num_cpus
+        self.network, self.hosts = network, network.hosts
+        self._directory, self._num_cpus = directory, num_cpus
+        self.servers: list[Server] = []
 
     def join(self, host: Host, **variables: str) -> str:
         """`shoal node start` there, on the first host with --head; what it prints."""
@@ -39,6 +40,9 @@ class RayCluster(Cluster):
         server = Server(self.hosts[0], log, arguments, {"OMP_NUM_THREADS": "1", **variables})
         self.servers.append(server)
         return server
+
+    def outputs(self) -> str:
+        return "\n".join(f"--- server {number}\n{server.output}" for number, server in enumerate(self.servers))
 
     def processes(self, host: Host, word: str) -> list[int]:
         """Those on a host whose command line has this word."""
