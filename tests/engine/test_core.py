@@ -111,11 +111,29 @@ def test_utility_calls(config: EngineConfig) -> None:
 
 
 def test_a_failing_step_ends_the_core_with_its_error(config: EngineConfig) -> None:
-    core, channel, _ = make_core(config, fail_at_step=2)
+    core, channel, executor = make_core(config, fail_at_step=2)
     core.start()
     channel.push(AddRequest(make_request("r", [1], 50)))
     with pytest.raises(RuntimeError, match="on fire"):
         core.run()
+    assert executor.closed
+
+
+@pytest.mark.parametrize("async_scheduling", [True, False])
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_a_step_is_in_flight_for_each_stage(config: EngineConfig, num_stages: int, async_scheduling: bool) -> None:
+    parallel = dataclasses.replace(config.parallel, pipeline_size=num_stages)
+    core, channel, executor = make_core(
+        dataclasses.replace(config, parallel=parallel, async_scheduling=async_scheduling, max_num_seqs=8)
+    )
+    core.start()
+    requests = [make_request(f"r{i}", [i + 1, 2, 3], 20) for i in range(9)]
+    channel.push(*[AddRequest(request) for request in requests])
+    core.run()
+    assert executor.most_in_flight == num_stages + int(async_scheduling)
+    for request in requests:
+        tokens = [token for delta in deltas_of(channel, request.request_id) for token in delta.token_ids]
+        assert tokens == expected_output(request, 64)[0]
 
 
 def test_a_cache_smaller_than_one_request_is_refused(config: EngineConfig) -> None:
