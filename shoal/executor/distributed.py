@@ -69,9 +69,10 @@ class DistributedExecutor(Executor):
         self._evidence: Evidence | None = None
         self._board: StatusBoard | None = None
         self._beats: dict[int, tuple[WorkerBeat, float]] = {}
-        # Answers come in this order. The lock is for it, the clock and the failure.
+        # Answers come in this order, as messages leave in it. The lock is for it, the clock and the failure.
         self._pending: deque[_Pending] = deque()
         self._lock = threading.Lock()
+        self._executed: Future[BatchResult] | None = None
         self._clock = time.monotonic()  # when the oldest of them began, or the last answer came
         self._num_idle = 0
         self._noticed: deque[str] = deque()  # what went wrong in sending
@@ -125,25 +126,37 @@ class DistributedExecutor(Executor):
     # --- steps -------------------------------------------------------------------------------------------------
 
     def execute(self, batch: ScheduledBatch) -> None:
-        self._send(ExecuteStep(batch))
+        # Pending from here on: an idle check between this and `sample` would find tokens missing that are not sampled.
+        self._executed = future = Future()
+        with self._lock:
+            failure = self._failure
+            if failure is None:
+                self._expect(_Pending(batch.step_id, future))
+        if failure is None:
+            self._send(ExecuteStep(batch))
+        else:
+            future.set_exception(failure)
 
     def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Future[BatchResult]:
-        future: Future[BatchResult] = Future()
-        if self._expect(_Pending(step_id, future)):
+        future, self._executed = self._executed, None
+        assert future is not None, "sample follows execute"
+        if not future.done():
             self._send(SampleStep(step_id, grammar_masks))
         return future
 
-    def _expect(self, pending: _Pending) -> bool:
-        """Before it is asked for, as the answer may come at once. False after a failure, which its future tells."""
+    def _check_idle_ranks(self) -> None:
+        """Let all ranks meet, unless a step has begun meanwhile: the lock keeps one from being sent before this is."""
         with self._lock:
-            if self._failure is None:
-                if not self._pending:
-                    self._clock = time.monotonic()
-                self._pending.append(pending)
-                return True
-        if pending.future is not None:
-            pending.future.set_exception(self._failure)
-        return False
+            if self._failure is None and not self._pending:
+                self._num_idle += 1
+                self._expect(_Pending(self._num_idle, None))
+                self._send(IdleStep(self._num_idle))
+
+    def _expect(self, pending: _Pending) -> None:
+        """Before it is asked for, as the answer may come at once. The caller has the lock."""
+        if not self._pending:
+            self._clock = time.monotonic()
+        self._pending.append(pending)
 
     def _send(self, message: StepMessage) -> None:
         """To all ranks. Where that fails the engine is at its end: the futures tell why, as soon as that is known."""
@@ -214,16 +227,14 @@ class DistributedExecutor(Executor):
                 self._evidence.failed(rank, kind, text)
 
     def _look_at_the_clock(self) -> None:
-        elapsed = time.monotonic() - self._clock
         with self._lock:
+            elapsed = time.monotonic() - self._clock
             pending = self._pending[0] if self._pending else None
         if pending is not None and elapsed > self._step_timeout:
             what = f"step {pending.number}" if pending.future is not None else "the idle check of all ranks"
             self._fail(f"{what} did not end within {self._step_timeout:g} s (--step-timeout): {self._explain()}")
         elif pending is None and elapsed > _IDLE_SECONDS and self._config.parallel.world_size > 1:
-            self._num_idle += 1
-            if self._expect(_Pending(self._num_idle, None)):
-                self._send(IdleStep(self._num_idle))
+            self._check_idle_ranks()
 
     def _explain(self) -> str:
         assert self._bring_up is not None and self._hub is not None

@@ -97,6 +97,7 @@ class StandIn:
         )
 
     def idle(self) -> None:
+        assert not self.batches, "an idle check within a step: stages would wait for tokens that are not sampled"
         self.meet("idle")
 
     def meet(self, name: str) -> None:

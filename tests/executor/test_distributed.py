@@ -47,6 +47,20 @@ def test_steps_give_results_and_the_end_is_clean(tmp_path):
     assert len(list(tmp_path.glob("ended-*"))) == 3, "each came to the end of its steps"
 
 
+def test_idle_checks_never_come_into_a_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("shoal.executor.distributed._IDLE_SECONDS", 0.0)
+    monkeypatch.setattr("shoal.executor.distributed._TICK_SECONDS", 0.001)
+    with stand_ins(tmp_path) as executor:
+        executor.start(ignore)
+        for step_id in range(1, 100):
+            executor.execute(make_batch(step_id))
+            time.sleep(0.002 * (step_id % 3))  # masks may take their time
+            assert executor.sample(step_id).result(60).step_id == step_id
+            time.sleep(0.001 * (step_id % 4))
+        wait_until(lambda: executor._num_idle > 10)
+        assert run_step(executor, 100)[0] == (0, [100])
+
+
 def test_results_are_read_back_beside_the_steps_where_the_device_is_not_the_host(tmp_path):
     with stand_ins(tmp_path, "asynchronous") as executor:
         executor.start(ignore)
