@@ -127,7 +127,8 @@ class DistributedExecutor(Executor):
 
     def execute(self, batch: ScheduledBatch) -> None:
         # Pending from here on: an idle check between this and `sample` would find tokens missing that are not sampled.
-        self._executed = future = Future()
+        future: Future[BatchResult] = Future()
+        self._executed = future
         with self._lock:
             failure = self._failure
             if failure is None:
