@@ -96,12 +96,14 @@ class BringUp:
     # --- phases ------------------------------------------------------------------------------------------------
 
     def _phase(self, name: str, shown: str, is_done: Callable[[RankState], bool]) -> None:
-        """Take in what workers say until all ranks are done with the phase."""
+        """Take in what workers say until all ranks are done with the phase, and none of them has failed since."""
         deadline = time.monotonic() + self._timeout
         self._on_progress(StartupProgress(shown))
-        while missing := [state.rank for state in self.states if not is_done(state)]:
+        while (
+            missing := [state.rank for state in self.states if not is_done(state)]
+        ) or self._evidence.seconds_left is not None:
             left = deadline - time.monotonic()
-            if left <= 0:
+            if missing and left <= 0:
                 raise StartupError(self._why_late(name, missing))
             until_verdict = self._evidence.seconds_left
             if until_verdict == 0.0:

@@ -95,11 +95,11 @@ class DistributedExecutor(Executor):
                 WorkerLink(endpoint=hub.endpoint, generation=self._config.generation, token=hub.token), hub.report_exit
             )
             facts = self._bring_up.run()
+            self._open_board()
         except BaseException as error:
             self._launcher.tell(str(error))
             self._end(grace_seconds=0.0)
             raise
-        self._open_board()
         self._clock = time.monotonic()
         targets = [self._watch] if hub.results is None else [self._watch, self._take_results]
         self._threads = [threading.Thread(target=each, name=each.__name__, daemon=True) for each in targets]

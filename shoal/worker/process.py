@@ -119,10 +119,10 @@ def _serve(link: ExecutorLink, generation: int, make_rank: MakeRank) -> None:
     link.send(WorkerLoaded(link.rank, num_blocks, facts))
     facts = rank.allocate(link.wait_for(AllocateCache).num_blocks, link.report)
     link.send(WorkerReady(link.rank, facts, rank.status_address))
-    try:
-        _run_steps(link, rank)
-    finally:
-        rank.shutdown()
+    _run_steps(link, rank)
+    # In good order only. After a failure nothing comes before the report of it: a group with a lost peer may never
+    # close, and closing it would fail the other ranks before the reason is known. The process ends anyway.
+    rank.shutdown()
 
 
 def _find_seat(link: ExecutorLink) -> Seat:

@@ -13,7 +13,8 @@ import time
 import pytest
 
 from shoal.errors import EngineDeadError, ModelError, StartupError
-from shoal.messages import StartupProgress
+from shoal.executor.hub import WorkerHub
+from shoal.messages import StartupProgress, WorkerExited, WorkerMessage, WorkerReady
 from tests.executor.engines import ignore, is_running, make_batch, pids, run_step, stand_ins, wait_until
 
 
@@ -141,6 +142,22 @@ def test_a_killed_worker_ends_the_engine_and_is_the_reason_not_what_the_others_f
         assert len(told) == 1
 
 
+def test_a_worker_that_dies_as_the_last_one_comes_up_is_told(tmp_path, monkeypatch):
+    poll = WorkerHub.poll
+
+    def poll_until_dead(hub: WorkerHub, seconds: float) -> list[WorkerMessage]:
+        messages = poll(hub, seconds)
+        if any(isinstance(message, WorkerReady) and message.rank == 0 for message in messages):
+            os.kill(pids(tmp_path)[0], signal.SIGKILL)
+            while not any(isinstance(message, WorkerExited) for message in messages):
+                messages += poll(hub, 0.1)
+        return messages
+
+    monkeypatch.setattr(WorkerHub, "poll", poll_until_dead)
+    error, _ = fail_to_start(tmp_path, "", num_ranks=1)
+    assert "rank 0 (" in str(error) and "was killed by signal 9" in str(error)
+
+
 def test_a_worker_that_dies_while_nothing_is_to_do_is_told_as_well(tmp_path):
     told: list[EngineDeadError] = []
     with stand_ins(tmp_path) as executor:
@@ -152,7 +169,7 @@ def test_a_worker_that_dies_while_nothing_is_to_do_is_told_as_well(tmp_path):
 
 
 def test_what_a_worker_raises_in_a_step_ends_the_engine(tmp_path):
-    with stand_ins(tmp_path, "fails@1") as executor:
+    with stand_ins(tmp_path, "fails@1+stuck-at-the-end@1") as executor:
         executor.start(ignore)
         run_step(executor, 1)
         run_step(executor, 2)
