@@ -135,9 +135,14 @@ def _plan_decodes(metadata: AttentionMetadata, rows: list[int]) -> _Decodes:
         first_tokens = [0]
         for num_new in metadata.query_lens:
             first_tokens.append(first_tokens[-1] + num_new)
-        tokens = torch.tensor([first_tokens[row] for row in rows], device=device)
-        tables = tables[torch.tensor(rows, device=device)]
+        tokens = _upload([first_tokens[row] for row in rows], device)
+        tables = tables[_upload(rows, device)]
     return _Decodes(tokens, seq_lens, tables, {})
+
+
+def _upload(numbers: list[int], device: torch.device) -> torch.Tensor:
+    """int64, without waiting for the device: from pageable memory a copy would wait for all steps that are queued."""
+    return torch.tensor(numbers, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
 
 def _decode_view(decodes: _Decodes, block_size: int, dtype: torch.dtype, window: int | None) -> _View:
@@ -146,7 +151,7 @@ def _decode_view(decodes: _Decodes, block_size: int, dtype: torch.dtype, window:
     longest = max(decodes.seq_lens)
     if len(decodes.seq_lens) == 1 and (window is None or window >= longest):
         return _View(tables.flatten(), longest, None)
-    lengths = torch.tensor(decodes.seq_lens, device=device)[:, None]
+    lengths = _upload(decodes.seq_lens, device)[:, None]
     position = torch.arange(tables.shape[1] * block_size, device=device)[None, :]
     if window is not None and (num_blocks := (window - 2) // block_size + 2) < tables.shape[1]:
         first_block = (lengths - window).clamp_(min=0) // block_size

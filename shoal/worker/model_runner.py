@@ -19,6 +19,7 @@ from shoal.kv_transfer.hooks import LayerHooks
 from shoal.messages import BatchResult, ScheduledBatch, SlotResult
 from shoal.models.base import CausalLM
 from shoal.sampling.logprobs import prompt_logprobs, to_host
+from shoal.sampling.rows import upload
 from shoal.sampling.sampler import SampledTokens, Sampler
 from shoal.sampling.state import SamplingState
 from shoal.types.outputs import TokenLogprobs
@@ -126,7 +127,7 @@ class ModelRunner:
                 if num_partial > 0:
                     blocks += item.new_block_ids[-num_partial:]
         if blocks:
-            index = torch.tensor(blocks, device=self.device)
+            index = upload(np.array(blocks, np.int64), self.device)
             for kv_cache in self.kv_caches:
                 self.backend.clear_blocks(kv_cache, index)
 
@@ -179,7 +180,7 @@ class ModelRunner:
             mask = self._grammar_mask(slots, grammar_masks) if grammar_masks else None
             sampled = self.sampler.sample(self.model.compute_logits(hidden), metadata, mask)
             if self.stage.is_first:
-                self.batch.store_sampled(torch.tensor(slots, device=self.device), sampled.token_ids)
+                self.batch.store_sampled(upload(inputs.sample_slots, self.device), sampled.token_ids)
             else:
                 self.stage.send_tokens(sampled.token_ids)
             self.sampling.commit(metadata, sampled.token_ids)
@@ -192,7 +193,7 @@ class ModelRunner:
         for row, slot in enumerate(slots):
             if slot in masks:
                 packed[row] = np.frombuffer(masks[slot], "<i4", num_words)
-        return torch.from_numpy(packed).to(self.device)
+        return upload(packed, self.device)
 
     def _prompt_results(self, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
         """Log-probabilities of the prompt tokens that follow the positions computed in this step, by slot."""
