@@ -88,9 +88,10 @@ def main(make: Callable[[EngineConfig], Executor] = make_executor) -> int:
     arguments = parser.parse_args()
     config = EngineConfig.from_json(sys.stdin.buffer.readline())
     configure(role="engine", rank=config.parallel.data_rank, world_size=config.parallel.data_size)
-    # Ctrl-C, and a service manager's SIGTERM, reach the parent too: it decides when running requests have finished.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, the end of a terminal and a service manager's SIGTERM reach the parent too: it decides when running
+    # requests have finished, and its end is this process's.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(
         target=end_with_parent, args=([arguments.input, arguments.output],), name="parent-watch", daemon=True
     ).start()

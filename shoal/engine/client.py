@@ -25,6 +25,7 @@ import zmq.asyncio
 from shoal import errors
 from shoal.config.engine_config import EngineConfig
 from shoal.errors import EngineDeadError, EngineError, ShoalError, StartupError
+from shoal.executor.failure import is_stopped
 from shoal.executor.launcher import describe_exit
 from shoal.log import get_logger
 from shoal.messages import (
@@ -192,12 +193,21 @@ class SubprocessClient(EngineClient):
         decoder = msgspec.msgpack.Decoder(CoreMessage)
         try:
             while True:
-                self._take(decoder.decode(await self._output.recv()))
+                message = decoder.decode(await self._output.recv())
+                self._remove_names()
+                self._take(message)
         except Exception as error:  # nothing that comes later would be heard: say so, instead of waiting for ever
             logger.exception("what the engine core sends cannot be taken in")
             self._fail(
                 EngineDeadError(f"what the engine core sends cannot be taken in: {type(error).__name__}: {error}")
             )
+
+    def _remove_names(self) -> None:
+        """Once the core has come to both sockets, nobody needs their names: so nothing is left of them even when this
+        process and the core are ended at once, as with their process group or their container."""
+        if self._directory is not None and self._input.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+            shutil.rmtree(self._directory, ignore_errors=True)
+            self._directory = None
 
     def _take(self, message: CoreMessage) -> None:
         match message:
@@ -279,6 +289,8 @@ class SubprocessClient(EngineClient):
 
     def kill(self, reason: str, replica: int | None = None) -> None:
         if self._process is not None:
+            if is_stopped(self._process.pid):
+                reason += "; it was stopped (SIGSTOP, or a debugger holds it)"
             self._process.kill()  # does nothing to a process that has been waited for
         self._fail(EngineDeadError(f"the engine core {reason}"))
 

@@ -89,14 +89,15 @@ class Evidence:
 
 def explain_stall(records: Sequence[RankStatus], pids_here: dict[int, int], describe: Callable[[int], str]) -> str:
     """Who waits for whom, from the status records, and which processes of this host (pids_here) are stopped."""
-    stopped = [rank for rank, pid in sorted(pids_here.items()) if _is_stopped(pid)]
+    stopped = [rank for rank, pid in sorted(pids_here.items()) if is_stopped(pid)]
     sentences = [f"{describe(rank)} is stopped (SIGSTOP, or a debugger holds it)" for rank in stopped]
     if records:
         sentences.append(describe_stall(records))
     return "; ".join(sentences) or "no rank has said what it does"
 
 
-def _is_stopped(pid: int) -> bool:
+def is_stopped(pid: int) -> bool:
+    """Whether a process of this host does nothing until somebody continues it."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace")
     except OSError:

@@ -39,7 +39,7 @@ from shoal.server.state import served_names
 
 ClientMaker = Callable[[EngineConfig], EngineClient]
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # Longer than the clients' own keep-alive, so that it is they who close an idle connection, never in mid-request.
 _KEEP_ALIVE_SECONDS = 75
 _LAST_BYTES_SECONDS = 5
@@ -53,7 +53,7 @@ logger = get_logger(__name__)
 def serve(
     config: EngineConfig, options: ServerOptions, model: ModelOptions, *, make_client: ClientMaker = make_client
 ) -> None:
-    """Serve until Ctrl-C or SIGTERM, then return.
+    """Serve until Ctrl-C, SIGTERM or the end of the terminal (SIGHUP), then return.
 
     Raises ConfigError (TLS files, chat template, host), StartupError (port taken, the engine does not come up),
     ModelError, or EngineDeadError when the engine core died.
@@ -140,7 +140,9 @@ class _Service:
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
-        for number in _SIGNALS:
+        # What nohup has this process ignore stays so.
+        signals = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        for number in signals:
             loop.add_signal_handler(number, self._on_signal)
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")
         http.add_done_callback(lambda _: self.stop.set())  # should it ever end by itself, so does the rest
@@ -153,7 +155,7 @@ class _Service:
         finally:
             self.http.should_exit = True
             await http
-            for number in _SIGNALS:
+            for number in signals:
                 loop.remove_signal_handler(number)
         if failure is not None:
             raise failure

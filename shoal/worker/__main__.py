@@ -43,9 +43,9 @@ def main(make_rank: MakeRank | None = None) -> int:
     token = json.loads(first_line)["token"]
     threading.Thread(target=_end_with_parent, name="parent-watch", daemon=True).start()
     configure(role=f"worker {arguments.rank}")
-    # Ctrl-C reaches all processes of a terminal: the core decides when running requests have finished.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Ctrl-C, or its end, reaches all processes of a terminal: the core decides when running requests have finished.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     faulthandler.register(signal.SIGUSR1)
     make_rank = make_rank or _model_rank_maker(arguments.model_path)
     return run(arguments.link, arguments.rank, arguments.generation, token, make_rank)

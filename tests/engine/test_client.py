@@ -121,7 +121,9 @@ async def test_a_core_that_is_late_is_ended(checkpoint: Path) -> None:
     assert client.process_id is not None and not psutil.pid_exists(client.process_id)
 
 
-def test_the_core_ends_with_a_parent_that_was_killed(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["parent", "group"])
+def test_the_core_ends_with_a_parent_that_was_killed(checkpoint: Path, tmp_path: Path, how: str) -> None:
+    """group: both at once, as when a container is ended."""
     program = f"""
 import asyncio, os
 from pathlib import Path
@@ -135,11 +137,16 @@ asyncio.run(main())
 """
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as parent:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as parent:
         assert parent.stdout is not None
         core = int(parent.stdout.readline())
         assert psutil.pid_exists(core)
-        parent.kill()
+        if how == "parent":
+            parent.kill()
+        else:
+            os.killpg(parent.pid, signal.SIGKILL)
     deadline = time.monotonic() + 10
     while psutil.pid_exists(core) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -186,7 +193,7 @@ async def test_a_core_that_is_stopped_is_ended_after_the_time_of_a_step(checkpoi
     await engine.start()
     assert client.process_id is not None
     os.kill(client.process_id, signal.SIGSTOP)
-    with pytest.raises(EngineDeadError, match="made no step for 2 s although it has work .--step-timeout"):
+    with pytest.raises(EngineDeadError, match="made no step for 2 s although it has work .--step-timeout.*was stopped"):
         await asyncio.wait_for(engine.collect(engine.prepare([1, 2, 3], SamplingParams(max_tokens=5))), 30)
     assert not engine.alive
     await asyncio.wait_for(engine.close(), 10)

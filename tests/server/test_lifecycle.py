@@ -74,7 +74,7 @@ def test_ctrl_c_while_it_starts_ends_it_at_once(model: Path) -> None:
         assert not core.is_running()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_drains_running_requests_finish_and_new_ones_are_sent_away(model: Path, number: signal.Signals) -> None:
     with serving(model, "--pause", "0.02") as server:
         server.until_ready()
