@@ -75,11 +75,15 @@ def resolve_head(head: str) -> str:
 
 
 def interface_of(address: str) -> str:
-    """The name of the interface with this address. Raises ConfigError where none has it."""
+    """The name of the interface with this address. Raises ConfigError where none has it, or where it is no address."""
     for interface in interfaces():
         if interface.address == address:
             return interface.name
-    if is_loopback(address):  # all of 127.0.0.0/8 is the loopback's
+    try:
+        loopback = is_loopback(address)
+    except ValueError as error:
+        raise ConfigError(f"{address!r} is no IP address; this machine has: {format_interfaces()}") from error
+    if loopback:  # all of 127.0.0.0/8 is the loopback's
         return next((interface.name for interface in interfaces() if interface.is_loopback), "lo")
     raise ConfigError(f"no interface of this machine has the address {address}; there are: {format_interfaces()}")
 

@@ -59,7 +59,8 @@ def read_record() -> NodeRecord | None:
 
 def write_record(record: NodeRecord) -> None:
     path = record_path()
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for directory in (path.parent.parent, path.parent):  # `parents=True` would not heed the mode for the first
+        directory.mkdir(mode=0o700, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
     temporary.write_bytes(msgspec.json.encode(record))
     temporary.replace(path)

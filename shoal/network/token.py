@@ -29,7 +29,7 @@ def default_token_path() -> Path:
 def load_token(token_file: str | None = None) -> str:
     """The token, from `token_file` (a flag's), SHOAL_CLUSTER_TOKEN or the file that the head of a cluster writes.
 
-    Raises ConfigError when there is none, saying the three ways, or when it is no token; also for a default file that
+    Raises ConfigError when there is none, saying where one comes from, or when it is no token; also for a default file that
     other users can read. (A file of the user's own choice is only warned about: mounted secrets are often readable.)
     """
     if token_file is not None:
@@ -43,8 +43,9 @@ def load_token(token_file: str | None = None) -> str:
     path = default_token_path()
     if not path.exists():
         raise ConfigError(
-            "there is no cluster token. `shoal node start --head` makes one on the head; bring it here in one of three "
-            f"ways: SHOAL_CLUSTER_TOKEN=TOKEN in the environment, --token-file FILE, or the file {path} (mode 0600)"
+            "there is no cluster token here, and all machines of one model need the same: one that `openssl rand -hex "
+            "32` printed, or the one that `shoal node start --head` made on the head. Give it in one of three ways: "
+            f"SHOAL_CLUSTER_TOKEN=TOKEN in the environment, --token-file FILE, or the file {path} (mode 0600)"
         )
     if _others_can_read(path):
         raise ConfigError(

@@ -53,6 +53,7 @@ def test_a_cluster_from_two_commands():
 
         # No variable any more: the token is kept where later commands look.
         for host in (head, other):
+            assert stat.S_IMODE((host.home / ".shoal").stat().st_mode) == 0o700
             table = shoal(host, "status")
             assert re.search(rf"node1 \(head\) +{head.address} +2 +0 +alive\n", table), table
             assert re.search(rf"node2 +{other.address} +3 +0 +alive\n", table), table
@@ -81,6 +82,7 @@ def test_what_keeps_a_node_from_starting(tmp_path):
         assert "10.255.255.1" in shoal(other, *join, "10.255.255.1", fails=True)
         elsewhere = shoal(other, *join, head.address, "--node-ip", "10.255.255.1", fails=True)
         assert "no interface of this machine has the address 10.255.255.1; there are: lo 127.0.0.1, eth0" in elsewhere
+        assert "'eth0' is no IP address" in shoal(other, *join, head.address, "--node-ip", "eth0", fails=True)
         assert "--resources must be JSON" in shoal(head, "node", "start", "--head", "--resources", "disk", fails=True)
         assert "say which" in shoal(head, "node", "start", fails=True)
         # A listener that is no head: it takes the connection and says nothing.

@@ -139,6 +139,8 @@ def test_this_machine_as_it_is():
     assert network.interface_of("127.0.0.99") == network.interface_of("127.0.0.1")
     with pytest.raises(ConfigError, match="no interface of this machine has the address 192.0.2.77; there are: "):
         network.interface_of("192.0.2.77")
+    with pytest.raises(ConfigError, match="'node7' is no IP address; this machine has: "):
+        network.interface_of("node7")
 
 
 @pytest.mark.parametrize(

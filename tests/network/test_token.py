@@ -18,8 +18,9 @@ def home(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_without_one_the_three_ways_are_named(home):
-    with pytest.raises(ConfigError, match=f"SHOAL_CLUSTER_TOKEN.*--token-file.*{home}/.shoal/cluster-token"):
+def test_without_one_it_says_how_to_make_one_and_where_to_put_it(home):
+    ways = f"SHOAL_CLUSTER_TOKEN.*--token-file.*{home}/.shoal/cluster-token"
+    with pytest.raises(ConfigError, match=f"openssl rand -hex 32.*shoal node start --head.*{ways}"):
         network.load_token()
 
 
