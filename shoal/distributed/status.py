@@ -33,9 +33,11 @@ OPERATIONS = (
 
 _HEAD = struct.Struct("<IIIIII")  # rank + 1 (0: nobody yet), pid, data, pipeline and tensor size, zero
 _STEP = struct.Struct("<QQIid")  # generation, step, phase, layer, since
+_LAYER = struct.Struct("<i")  # within it
 _GROUP = struct.Struct("<QIIid")  # collectives entered, operation, inside, peer, since
 _BUSY = struct.Struct("<d")  # seconds
 _STEP_AT = _HEAD.size
+_LAYER_AT = _STEP_AT + struct.calcsize("<QQI")
 _GROUPS_AT = _STEP_AT + _STEP.size
 _BUSY_AT = _GROUPS_AT + _GROUP.size * len(GROUPS)
 RECORD_BYTES = 256
@@ -81,7 +83,8 @@ class StatusRecord:
         self._memory = memory if memory is not None else mmap.mmap(-1, RECORD_BYTES)
         self._start = index * RECORD_BYTES
         self._numbers = [0] * len(GROUPS)
-        self._step = (0, 0, 0, -1)
+        self._step = (0, 0, 0)
+        self._layer = -1
         self._busy_seconds = 0.0
         _HEAD.pack_into(
             self._memory,
@@ -101,17 +104,20 @@ class StatusRecord:
         generation: int | None = None,
         step: int | None = None,
         phase: str | None = None,
-        layer: int | None = None,
     ) -> None:
-        """Say where this rank is: what is not given stays. `layer` -1 means between layers."""
+        """Say where this rank is: what is not given stays."""
         old = self._step
         self._step = (
             old[0] if generation is None else generation,
             old[1] if step is None else step,
             old[2] if phase is None else PHASES.index(phase),
-            old[3] if layer is None else layer,
         )
-        _STEP.pack_into(self._memory, self._start + _STEP_AT, *self._step, time.monotonic())
+        _STEP.pack_into(self._memory, self._start + _STEP_AT, *self._step, self._layer, time.monotonic())
+
+    def enter_layer(self, layer: int) -> None:
+        """Said before each layer of each step, so nothing else is written. -1: between the last and the first."""
+        self._layer = layer
+        _LAYER.pack_into(self._memory, self._start + _LAYER_AT, layer)
 
     def add_busy(self, seconds: float) -> None:
         """This rank has computed for so long, waits for other stages not counted: what is left is the bubble."""

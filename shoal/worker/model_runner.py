@@ -25,6 +25,7 @@ from shoal.sampling.state import SamplingState
 from shoal.types.outputs import TokenLogprobs
 from shoal.worker.clock import BUSY, MESSAGES, StageClock
 from shoal.worker.input_batch import InputBatch, StepInputs
+from shoal.worker.layer_status import LayerStatus
 from shoal.worker.stage import PipelineStage
 
 # Rows of logits made at once for prompt log-probabilities: 256 x 152,000 fp32 are 150 MB.
@@ -65,7 +66,9 @@ class ModelRunner:
         self.model = model
         self.backend = backend
         self.device = device
-        self.hooks = hooks
+        self._status = groups.status
+        # Nobody asks a rank alone what it waits for.
+        self.hooks = hooks if groups.world.world_size == 1 else LayerStatus(groups.status, hooks)
         self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, device)
         self.clock = StageClock(device, groups.status)
         self.stage = PipelineStage(
@@ -142,7 +145,9 @@ class ModelRunner:
         self.backend.prepare(metadata)
         token_ids = self._token_ids(inputs)
         hidden = self.stage.receive(inputs.num_tokens)
-        return self.model.forward(token_ids, inputs.positions, self.kv_caches, metadata, self.hooks, hidden)
+        hidden = self.model.forward(token_ids, inputs.positions, self.kv_caches, metadata, self.hooks, hidden)
+        self._status.enter_layer(-1)
+        return hidden
 
     def _token_ids(self, inputs: StepInputs) -> torch.Tensor:
         """int64 [T], on the first stage; the others need none."""

@@ -235,7 +235,8 @@ def killed(rank: int, size: int, store: str, kind: str) -> None:
 def stopped(rank: int, size: int, store: str, kind: str) -> None:
     """Rank 1 stops coming; the others raise at the timeout and say where everyone is."""
     groups = form(rank, size, store, kind, timeout=1.5)
-    groups.status.update(generation=3, step=12, phase="forward", layer=7)
+    groups.status.update(generation=3, step=12, phase="forward")
+    groups.status.enter_layer(7)
     for _ in range(5):
         groups.tensor.all_reduce(torch.ones(3))
     if rank == 1:

@@ -26,7 +26,8 @@ def board_of(num_ranks: int, **sizes: int) -> tuple[StatusBoard, list[StatusReco
 @given(st.integers(0, 2**63), st.integers(0, 2**63), st.sampled_from(PHASES), st.integers(-1, 2**31 - 1))
 def test_what_is_written_is_read(generation: int, step: int, phase: str, layer: int) -> None:
     board, records = board_of(2)
-    records[1].update(generation=generation, step=step, phase=phase, layer=layer)
+    records[1].update(generation=generation, step=step, phase=phase)
+    records[1].enter_layer(layer)
     records[1].update(step=step)
     records[1].add_busy(0.25)
     records[1].add_busy(0.5)
@@ -62,7 +63,8 @@ def test_who_waits_and_who_never_entered() -> None:
             record.leave(TENSOR)
     for rank in (0, 2, 3):
         records[rank].enter(TENSOR, ALL_REDUCE)
-    records[1].update(step=40, phase="forward", layer=3)
+    records[1].update(step=40, phase="forward")
+    records[1].enter_layer(3)
     assert describe_stall(board.read()) == (
         "ranks 0, 2 and 3 wait in all_reduce 812 (tensor); rank 1 never entered it; "
         f"rank 1 (pid {os.getpid()}) is in step 40, phase forward, layer 3"
