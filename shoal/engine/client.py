@@ -152,7 +152,7 @@ class SubprocessClient(EngineClient):
                     if time.monotonic() >= self._phase_began + self._startup_timeout:
                         self._failure = StartupError(
                             f"the engine core did not finish phase {self._phase!r} within "
-                            f"{self._startup_timeout:g} s (--startup-timeout)"
+                            f"{self._startup_timeout:g} s (--startup-timeout){self._stopped()}"
                         )
         except BaseException:
             await self.close()
@@ -205,7 +205,7 @@ class SubprocessClient(EngineClient):
     def _remove_names(self) -> None:
         """Once the core has come to both sockets, nobody needs their names: so nothing is left of them even when this
         process and the core are ended at once, as with their process group or their container."""
-        if self._directory is not None and self._input.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+        if self._directory is not None and int(self._input.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
             shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
 
@@ -289,10 +289,14 @@ class SubprocessClient(EngineClient):
 
     def kill(self, reason: str, replica: int | None = None) -> None:
         if self._process is not None:
-            if is_stopped(self._process.pid):
-                reason += "; it was stopped (SIGSTOP, or a debugger holds it)"
+            reason += self._stopped()
             self._process.kill()  # does nothing to a process that has been waited for
         self._fail(EngineDeadError(f"the engine core {reason}"))
+
+    def _stopped(self) -> str:
+        if self._process is None or not is_stopped(self._process.pid):
+            return ""
+        return f"; it was stopped (pid {self._process.pid}: SIGSTOP, or a debugger holds it)"
 
     async def close(self, drain_seconds: float = 0.0) -> None:
         if self._closing:

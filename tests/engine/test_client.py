@@ -114,6 +114,16 @@ async def test_a_core_that_cannot_start_says_why(checkpoint: Path, tmp_path: Pat
         await client.start()
 
 
+async def test_a_core_that_is_stopped_while_it_starts_is_called_so(checkpoint: Path) -> None:
+    client = make_client(checkpoint, startup_timeout=1)
+    starting = asyncio.create_task(client.start())
+    while client.process_id is None:
+        await asyncio.sleep(0)
+    os.kill(client.process_id, signal.SIGSTOP)
+    with pytest.raises(StartupError, match=f"startup-timeout.*was stopped .pid {client.process_id}"):
+        await starting
+
+
 async def test_a_core_that_is_late_is_ended(checkpoint: Path) -> None:
     client = make_client(checkpoint, startup_timeout=1)
     with pytest.raises(StartupError, match="startup-timeout"):
