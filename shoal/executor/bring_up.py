@@ -209,9 +209,17 @@ class BringUp:
             late = [state for state in late if state.phase == _SETUP]
         here = "; ".join(self._what_it_sees(state) for state in self.states if state not in late) or "none"
         return (
-            f"start-up phase {phase!r}: {', '.join(map(self._what_it_sees, late))} did not come within "
+            f"start-up phase {phase!r}: {self._together(late)} did not come within "
             f"{self._timeout:g} s (--startup-timeout); the others: {here}"
         )
+
+    def _together(self, states: list[RankState]) -> str:
+        """What they see: "rank 2, 3 (on node 1, which has not come …)" where the same is to be said of several."""
+        by_words: dict[str, list[str]] = {}
+        for state in states:
+            words = self._what_it_sees(state).removeprefix(f"rank {state.rank} ")
+            by_words.setdefault(words, []).append(str(state.rank))
+        return ", ".join(f"rank {', '.join(ranks)} {words}" for words, ranks in by_words.items())
 
     def _what_it_sees(self, state: RankState) -> str:
         hello = state.hello

@@ -47,6 +47,8 @@ logger = get_logger(__name__)
 _IDLE_SECONDS = 1.0
 _TICK_SECONDS = 0.25
 _GRACE_SECONDS = 5.0
+# Four beats of a worker: when a step does not end, one that has not been heard for so long is why.
+_SILENT_SECONDS = 2.0
 
 
 @dataclasses.dataclass
@@ -244,7 +246,8 @@ class DistributedExecutor(Executor):
             for state in self._bring_up.states
             if state.hello is not None and state.hello.host_identity == self._hub.host_identity
         }
-        return explain_stall(list(self._records().values()), pids_here, self._bring_up.describe)
+        silent = self._hub.unheard(_SILENT_SECONDS)
+        return explain_stall(list(self._records().values()), pids_here, silent, self._bring_up.describe)
 
     def _records(self) -> dict[int, RankStatus]:
         """The status records of all ranks: this host's board, and what the others sent last."""

@@ -61,7 +61,13 @@ class Evidence:
     def cause(self) -> tuple[str, str]:
         """The name of an error class ("" for the end of a process) and the sentence: causes before their effects."""
         if died := {rank: how for rank, how in self._exits.items() if rank not in self._failures}:
-            return "", "; ".join(f"{self._describe(rank)} {how}" for rank, how in sorted(died.items()))
+            by_end: dict[str, list[str]] = {}
+            for rank, how in sorted(died.items()):
+                by_end.setdefault(how, []).append(self._describe(rank))
+            return "", "; ".join(
+                f"{first} {how}" + "".join(f"; so too {other}" for other in others)
+                for how, (first, *others) in by_end.items()
+            )
         own = {rank: each for rank, each in self._failures.items() if each[0] not in _EFFECTS}
         if own:
             return self._told(own)
@@ -87,10 +93,24 @@ class Evidence:
         return kind, "; ".join(sentences)
 
 
-def explain_stall(records: Sequence[RankStatus], pids_here: dict[int, int], describe: Callable[[int], str]) -> str:
-    """Who waits for whom, from the status records, and which processes of this host (pids_here) are stopped."""
+def explain_stall(
+    records: Sequence[RankStatus],
+    pids_here: dict[int, int],
+    silent: dict[int, float],
+    describe: Callable[[int], str],
+) -> str:
+    """Who waits for whom, from the status records, and which processes of this host (pids_here) are stopped.
+
+    silent: ranks of which nothing was heard for so many seconds.
+    """
     stopped = [rank for rank, pid in sorted(pids_here.items()) if is_stopped(pid)]
     sentences = [f"{describe(rank)} is stopped (SIGSTOP, or a debugger holds it)" for rank in stopped]
+    sentences += [
+        f"nothing was heard of {describe(rank)} for {seconds:.0f} s: it is stopped (SIGSTOP, or a debugger holds it), "
+        "or its host is down or cut off"
+        for rank, seconds in sorted(silent.items())
+        if rank not in stopped
+    ]
     if records:
         sentences.append(describe_stall(records))
     return "; ".join(sentences) or "no rank has said what it does"

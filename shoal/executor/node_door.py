@@ -233,7 +233,7 @@ class NodeDoor:
                 self._lose(
                     node_rank,
                     f"is lost with node {node_rank}: nothing was heard of it for {now - node.last_heard:.0f} s; the "
-                    "machine is down or cut off",
+                    "machine is down or cut off, or its `shoal serve` is stopped",
                 )
 
     def _lose(self, node_rank: int, how: str) -> None:

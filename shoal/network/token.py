@@ -29,8 +29,8 @@ def default_token_path() -> Path:
 def load_token(token_file: str | None = None) -> str:
     """The token, from `token_file` (a flag's), SHOAL_CLUSTER_TOKEN or the file that the head of a cluster writes.
 
-    Raises ConfigError when there is none, saying where one comes from, or when it is no token; also for a default file that
-    other users can read. (A file of the user's own choice is only warned about: mounted secrets are often readable.)
+    Raises ConfigError when there is none, saying where one comes from, or when it is no token; also for a default file
+    that others can read. (A file of the user's own choice is only warned about: mounted secrets are often readable.)
     """
     if token_file is not None:
         path = Path(token_file).expanduser()

@@ -60,6 +60,8 @@ def _model_rank_maker(model_path: str | None) -> MakeRank:
             # By themselves these libraries may take an interface that the other hosts do not reach.
             for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"):
                 env.set_default(name, seat.interface)
+        # torch warns of every peer whose address no name server knows, which is usual and means nothing here.
+        env.set_default("TORCH_CPP_LOG_LEVEL", "ERROR")
         # torch and its libraries read their environment when they are loaded, so not before.
         module: Any = importlib.import_module("shoal.worker.rank")
         return module.make_model_rank(setup, seat, model_path, started, on_progress)

@@ -101,6 +101,20 @@ def test_a_step_that_does_not_end_is_explained_from_what_the_other_host_sent(tmp
 
 
 @needs_namespaces
+def test_a_worker_of_the_other_host_that_is_stopped_is_named(tmp_path, network):
+    with stand_ins(tmp_path, "own-board", hosts=on(network), step_timeout=3.0, **STAGES) as executor:
+        with network.hosts[0].entered():
+            executor.start(ignore)
+        run_step(executor, 1)
+        remote = pids(tmp_path)[1]
+        os.kill(remote, signal.SIGSTOP)
+        executor.execute(make_batch(2))
+        with pytest.raises(EngineDeadError) as caught:
+            executor.sample(2).result(60)
+    assert f"nothing was heard of rank 1 (node2 {network.hosts[1].address}, pid {remote}) for " in str(caught.value)
+
+
+@needs_namespaces
 @pytest.mark.slow
 def test_a_worker_that_is_cut_off_ends_by_itself(tmp_path, network):
     with stand_ins(tmp_path, "own-board@1", hosts=on(network), **STAGES) as executor:
