@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -68,6 +67,7 @@ class LocalLauncher(Launcher):
         deadline = time.monotonic() + grace_seconds
         for process in self._processes.values():
             process.wait(deadline)
+        for process in self._processes.values():  # all at once, not each when the one before is gone
+            process.begin_kill()
         for process in self._processes.values():
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            process.kill()

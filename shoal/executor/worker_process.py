@@ -77,7 +77,11 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """End it by force, and return when it is gone (or cannot be ended, as the kernel is busy for it)."""
+        self.begin_kill()
+        self._ended.wait(_KILL_SECONDS)
+
+    def begin_kill(self) -> None:
+        """As `kill`, and return at once: a process with much memory, a GPU's above all, is not gone in a moment."""
         assert self._process is not None
         if not self._ended.is_set():
             self._process.kill()
-        self._ended.wait(_KILL_SECONDS)

@@ -172,6 +172,13 @@ class ExecutorLink:
     # --- the thread that holds the connection ------------------------------------------------------------------
 
     def _run(self) -> None:
+        try:
+            self._serve()
+        except Exception as error:  # the executor would wait for this rank, and this rank for orders
+            logger.exception("the link to the executor broke")
+            self._end(f"the link to the executor at {self.endpoint} broke: {type(error).__name__}: {error}")
+
+    def _serve(self) -> None:
         by_network = self.endpoint.startswith("tcp:")
         poller = zmq.Poller()
         poller.register(self._wake, zmq.POLLIN)

@@ -14,8 +14,10 @@ import pytest
 
 from shoal.errors import EngineDeadError, ModelError, StartupError
 from shoal.executor.hub import WorkerHub
+from shoal.executor.multiprocess import LocalLauncher
 from shoal.messages import StartupProgress, WorkerExited, WorkerMessage, WorkerReady
-from tests.executor.engines import ignore, is_running, make_batch, pids, run_step, stand_ins, wait_until
+from shoal.worker.link import identity
+from tests.executor.engines import ignore, is_running, make_batch, make_config, pids, run_step, stand_ins, wait_until
 
 
 def fail_to_start(tmp_path, behaviour, num_ranks=2, **parallel):
@@ -140,6 +142,42 @@ def test_a_killed_worker_ends_the_engine_and_is_the_reason_not_what_the_others_f
         with pytest.raises(EngineDeadError, match="rank 1"):
             executor.sample(3).result(60)
         assert len(told) == 1
+
+
+def test_a_worker_whose_link_breaks_ends(tmp_path):
+    with stand_ins(tmp_path, "slow-load") as executor:
+
+        def say_nonsense(progress: StartupProgress) -> None:
+            if progress.phase == "load weights" and progress.total:
+                assert executor._hub is not None
+                executor._hub._control.send_multipart([identity(0, 1, "control"), b"\xc1"])
+
+        with pytest.raises(StartupError, match=r"rank 1 \(.*ended with exit code 4"):
+            executor.start(say_nonsense)
+
+
+def test_processes_are_killed_all_at_once(monkeypatch):
+    launcher = LocalLauncher(make_config(3))
+    killed: list[int] = []
+
+    class Slow:
+        """Is gone only some time after it was killed."""
+
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def wait(self, deadline: float) -> bool:
+            return False
+
+        def begin_kill(self) -> None:
+            killed.append(self.rank)
+
+        def kill(self) -> None:
+            assert sorted(killed) == [0, 1, 2], "waited for one before the others were killed"
+
+    monkeypatch.setattr(launcher, "_processes", {rank: Slow(rank) for rank in range(3)})
+    launcher.stop(0.0)
+    assert killed
 
 
 def test_a_worker_that_dies_as_the_last_one_comes_up_is_told(tmp_path, monkeypatch):
