@@ -1,7 +1,8 @@
 """BringUp: workers from their first word to the first step, phase by phase, each with a deadline. DistributedExecutor
 runs one.
 
-spawn (every rank says hello, and their facts agree) → rendezvous (they form their groups) → load → size the KV cache.
+spawn (every rank says hello, and their facts agree) → link (other hosts' have opened their connections for steps) →
+rendezvous (they form their groups) → load → size the KV cache.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ logger = get_logger(__name__)
 _LOST_SECONDS = 60.0
 # What a rank does until it has met the others: it gets its libraries ready, then it waits for the others.
 _SETUP, _RENDEZVOUS = "setup", "rendezvous"
+_LINK = "link"
 
 
 @dataclasses.dataclass
@@ -72,18 +74,14 @@ class BringUp:
         self._phase("spawn", "start workers", lambda state: state.hello is not None)
         self._compare_facts()
         self._set_up()
+        self._phase(_LINK, "link workers", lambda state: state.rank not in self._hub.unconnected)
         self._phase(_RENDEZVOUS, "connect workers", lambda state: state.phase not in (_SETUP, _RENDEZVOUS))
         self._phase("load", "load weights", lambda state: state.loaded is not None)
         num_blocks = min(state.loaded.num_blocks for state in self.states if state.loaded is not None)
         self._log_loading()
         self._hub.order_all(AllocateCache(num_blocks))
-        deadline = time.monotonic() + self._timeout
         self._phase("size", "size the KV cache", lambda state: state.ready is not None)
-        if missing := self._hub.wait_for_channels(deadline):
-            raise StartupError(
-                f"the connection for steps did not come from {', '.join(map(self.describe, missing))} to "
-                f"{self._hub.steps_endpoint}; a firewall may let the other port pass only"
-            )
+        self._hub.release_rings()
         return self._facts(num_blocks)
 
     def describe(self, rank: int) -> str:
@@ -208,8 +206,9 @@ class BringUp:
         if {state.phase for state in late} == {_SETUP, _RENDEZVOUS}:  # some wait for the others
             late = [state for state in late if state.phase == _SETUP]
         here = "; ".join(self._what_it_sees(state) for state in self.states if state not in late) or "none"
+        to = f" to {self._hub.steps_endpoint} (does a firewall let its other port pass only?)" if phase == _LINK else ""
         return (
-            f"start-up phase {phase!r}: {self._together(late)} did not come within "
+            f"start-up phase {phase!r}: {self._together(late)} did not come{to} within "
             f"{self._timeout:g} s (--startup-timeout); the others: {here}"
         )
 

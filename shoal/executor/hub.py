@@ -72,6 +72,7 @@ class WorkerHub:
         self.results: RingReader | None = None
         self.ring_ranks: list[int] = []
         self._remote_ranks: list[int] = []
+        self.unconnected: set[int] = set()  # those of them whose connection for steps has not come
         self._closed = False
 
     def _listen(self, name: str, address: str | None) -> tuple[zmq.Socket[bytes], str]:
@@ -102,6 +103,8 @@ class WorkerHub:
             while True:
                 sender, *rest = self._control.recv_multipart(zmq.NOBLOCK)
                 messages += self._take(sender.decode(), rest[-1])
+        if self.unconnected:
+            self._take_connections()
         while self._exits:
             messages.append(self._exits.popleft())
         if self.beats and time.monotonic() >= self._next_beat:
@@ -122,6 +125,17 @@ class WorkerHub:
             return [self._decoder.decode(payload)]
         except msgspec.MsgspecError as error:
             raise EngineDeadError(f"what worker {name} sends is no message of this version: {error}") from error
+
+    def _take_connections(self) -> None:
+        """Workers of other hosts say a word on the socket for steps, so that it knows where they are."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                sender = self._steps.recv_multipart(zmq.NOBLOCK)[0]
+                self.unconnected = {
+                    rank for rank in self.unconnected if identity(self._generation, rank, "steps") != sender
+                }
+        if not self.unconnected:
+            self._poller.unregister(self._steps)  # from now on it is for `send_step` alone, in whatever thread
 
     def report_exit(self, rank: int, how: str) -> None:
         """A worker's process has ended; comes out of `poll`. From any thread, also when it is too late."""
@@ -162,21 +176,15 @@ class WorkerHub:
             if output_rank in here:
                 self.results = RingReader.create()
         self._remote_ranks = [rank for rank in sorted(hellos) if rank not in self.ring_ranks]
+        self.unconnected = set(self._remote_ranks)
+        if self.unconnected:
+            self._poller.register(self._steps, zmq.POLLIN)
 
-    def wait_for_channels(self, deadline: float) -> list[int]:
-        """Every worker has said that it has its channel: take that in, and let nobody else in any more.
-
-        Returns the ranks whose connection for steps has not come by the deadline.
-        """
-        missing = set(self._remote_ranks)
-        while missing and self._steps.poll(milliseconds(deadline - time.monotonic())):
-            sender = self._steps.recv_multipart()[0].decode()
-            missing -= {rank for rank in missing if identity(self._generation, rank, "steps").decode() == sender}
-        if self.ring is not None:
-            self.ring.release()
-        if self.results is not None:
-            self.results.release()
-        return sorted(missing)
+    def release_rings(self) -> None:
+        """All workers of this host have opened them: let nobody else in any more."""
+        for ring in (self.ring, self.results):
+            if ring is not None:
+                ring.release()
 
     def send_step(self, message: StepMessage) -> None:
         """To all ranks, after all that was sent before. Waits while a worker of this host is behind by a whole ring.
@@ -221,9 +229,7 @@ class WorkerHub:
                 return
             self._closed = True
         self._context.destroy(linger=200)
-        for ring in (self.ring, self.results):
-            if ring is not None:
-                ring.release()
+        self.release_rings()
         with self._exit_lock:
             if self._wake is not None:
                 os.close(self._wake)

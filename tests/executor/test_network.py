@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from shoal.errors import EngineDeadError, StartupError
+from shoal.messages import StartupProgress
 from tests.executor.engines import (
     ignore,
     is_running,
@@ -67,6 +68,23 @@ def test_variables_of_the_executors_host_reach_the_others(tmp_path, network, mon
         assert executor._bring_up is not None
         here, there = (state.loaded.facts["environment"] for state in executor._bring_up.states)
         assert there["NCCL_DEBUG"] == "WARN" and here == {}, "it has them from its parent"
+
+
+@needs_namespaces
+def test_a_worker_that_cannot_open_its_connection_for_steps_is_named_before_anything_is_loaded(tmp_path, network):
+    phases: list[str] = []
+    with stand_ins(tmp_path, "own-board@1", hosts=on(network), startup_timeout=4.0, **STAGES) as executor:
+
+        def close_the_other_port(progress: StartupProgress) -> None:
+            phases.append(progress.phase)
+            assert executor._hub is not None
+            executor._hub.steps_endpoint = f"tcp://{network.hosts[0].address}:9"
+
+        with network.hosts[0].entered(), pytest.raises(StartupError) as caught:
+            executor.start(close_the_other_port)
+    assert f"start-up phase 'link': rank 1 (node2 {network.hosts[1].address} on" in str(caught.value)
+    assert ":9 (does a firewall let its other port pass only?) within 4 s" in str(caught.value)
+    assert "load weights" not in phases[: phases.index("link workers")] and "size the KV cache" not in phases
 
 
 @needs_namespaces
