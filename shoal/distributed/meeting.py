@@ -64,7 +64,7 @@ def tcp_store(address: str, port: int, rank: int, timeout: float, listener: sock
         )
 
     what = "open its store on" if rank == 0 else "reach the store of rank 0 at"
-    hint = "" if rank == 0 else "; rank 0 has not started, or a firewall is between"
+    hint = "; rank 0 has not started, a firewall is between, or no way leads to that address" if rank else ""
     return within(timeout, connect, f"rank {rank} ({socket.gethostname()}) could not {what} {address}:{port}", hint)
 
 
@@ -96,7 +96,7 @@ def within(seconds: float, call: Callable[[], T], failure: str, hint: str = "") 
         return results[0]
     if errors and isinstance(errors[0], ShoalError):
         raise errors[0]
-    reason = str(errors[0]).split("\n")[0] if errors else f"no answer within {seconds:g} s"
+    reason = str(errors[0]).split("\n")[0] if errors else f"no answer within {round(seconds, 1):g} s"
     raise StartupError(f"{failure}: {reason}{hint}") from (errors[0] if errors else None)
 
 
@@ -149,7 +149,7 @@ class Meeting:
             ) from error
         missing = [rank for rank in ranks if rank not in replies]
         raise self.fail(
-            f"start-up phase {phase!r}: {self._describe(missing)} did not come within {self.timeout:g} s; "
+            f"start-up phase {phase!r}: {self._describe(missing)} did not come within {round(self.timeout, 1):g} s; "
             f"{self._describe_arrived(phase, replies)}"
         )
 

@@ -267,7 +267,7 @@ def _describe_wait(
     if past:
         sentences.append(f"{_names(past)} left it already")
     if absent:
-        sentences.append(f"{_names(absent)}: no record on this host")
+        sentences.append(f"what {_names(absent)} {'does' if len(absent) == 1 else 'do'} is not known here")
     return sentences
 
 

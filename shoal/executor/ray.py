@@ -377,7 +377,8 @@ def _first_line(error: BaseException) -> str:
 
 
 def _gist(error: BaseException) -> str:
-    """The line that gives the reason, if there is one: Ray's messages begin with the actor's class, id and so on."""
+    """The line that gives the reason, if there is one: Ray's messages begin with the actor's class, id and so on, and
+    end with what may have been."""
     lines = [line.strip() for line in str(error).splitlines()]
     line = next((line for line in lines if "because" in line), _first_line(error))
-    return re.sub(r" Node Id: \w+$", "", line)
+    return re.sub(r" Some common causes include: .*| Node Id: \w+$", "", line).rstrip(".")

@@ -46,8 +46,12 @@ class WorkerActor:
         environment = {**variables, **env.initial_environment()}
         if "CUDA_VISIBLE_DEVICES" in variables:
             environment["CUDA_VISIBLE_DEVICES"] = variables["CUDA_VISIBLE_DEVICES"]
-        # What is Ray's, the key of the cluster among it, is none of the worker's business.
-        environment = {name: value for name, value in environment.items() if not name.startswith("RAY_")}
+        # What is Ray's, and the key of the cluster, is none of the worker's business.
+        environment = {
+            name: value
+            for name, value in environment.items()
+            if not name.startswith("RAY_") and name != "SHOAL_CLUSTER_TOKEN"
+        }
         try:
             self._process = WorkerProcess([sys.executable, *arguments], token, environment, self._on_exit, writing)
         finally:

@@ -204,7 +204,7 @@ class ExecutorLink:
                 next_beat = now + BEAT_SECONDS
                 self._control.send(self._encoder.encode(WorkerBeat(self.rank, self._read_status(), now)))
             if by_network and now - last_heard > _SILENCE_SECONDS:
-                self._end(f"nothing was heard of the executor at {self.endpoint} for {_SILENCE_SECONDS:g} s")
+                self._end(self._why_silent())
         for socket in (self._control, *monitors):
             socket.close()
 
@@ -233,6 +233,14 @@ class ExecutorLink:
             self._connected, self._num_refusals = True, 0
         elif event & zmq.EVENT_DISCONNECTED and self._connected:
             self._end(f"the connection to the executor at {self.endpoint} is lost")
+
+    def _why_silent(self) -> str:
+        if self._connected:
+            return f"nothing was heard of the executor at {self.endpoint} for {_SILENCE_SECONDS:g} s"
+        return (
+            f"the executor at {self.endpoint} was not reached within {_SILENCE_SECONDS:g} s: a firewall is between, or "
+            "no way leads from here to that address (which SHOAL_HOST_IP or a *_SOCKET_IFNAME that is set there chose)"
+        )
 
     def _end(self, reason: str) -> None:
         if not self._ending:

@@ -48,8 +48,8 @@ def test_another_process_reads_it_and_ranks_that_never_came_have_none() -> None:
     )
     command = [sys.executable, "-c", program, board.address]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert output == "rank 2 waits in all_reduce 1 (tensor); ranks 0 and 1: no record on this host\n" or (
-        output.startswith("rank 2 waits for ") and output.endswith("ranks 0 and 1: no record on this host\n")
+    assert output == "rank 2 waits in all_reduce 1 (tensor); what ranks 0 and 1 do is not known here\n" or (
+        output.startswith("rank 2 waits for ") and output.endswith("what ranks 0 and 1 do is not known here\n")
     )
     with pytest.raises(ValueError, match="no record 3"):
         board.record(ParallelDims(rank=0, tensor_size=3), 3)

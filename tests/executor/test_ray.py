@@ -141,6 +141,7 @@ def test_ends_are_told_once_with_their_reason(head):
         os.kill(int(run.workers[1]["ppid"]), signal.SIGKILL)  # the actor
         said = run.says()
         assert said["rank"] == 1 and "died with its Ray actor" in said["how"]
+        assert said["how"].endswith("End of file"), "what is known, and not all that may have been"
         wait_until(lambda: not is_alive(run.workers[1]["pid"]))
         assert "stopped" in run.stop(0.0), "ends of the others, which it brings about itself, are not told"
 

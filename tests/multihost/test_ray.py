@@ -70,7 +70,11 @@ def test_two_hosts_with_two_ranks_each(tmp_path, expected):
             for pid in two.workers(host):
                 environment = environment_of(pid)
                 assert (environment["NCCL_DEBUG"], environment["NCCL_IB_DISABLE"]) == (debug, "1")
-                assert not [name for name in environment if name.startswith("RAY_") or name == "HF_TOKEN"]
+                assert not [
+                    name
+                    for name in environment
+                    if name.startswith("RAY_") or name in ("HF_TOKEN", "SHOAL_CLUSTER_TOKEN")
+                ]
         # Between two stages a token costs its hidden state, over the wire and all told.
         assert bytes_per_token(two) <= 1.1 * _HIDDEN_BYTES
         end(two, server)
