@@ -37,6 +37,7 @@ class ParallelGroups:
         status: StatusRecord,
         board: StatusBoard | None = None,
         store: Any = None,
+        meeting: Meeting | None = None,
     ) -> None:
         self.dims = dims
         self.world = groups["world"]
@@ -45,6 +46,7 @@ class ParallelGroups:
         self.data = groups["data"]
         self.status = status
         self._board = board
+        self._meeting = meeting
         self._store = store  # rank 0 serves it: NCCL may ask it for as long as the groups live
 
     def host_status(self) -> list[RankStatus]:
@@ -56,13 +58,21 @@ class ParallelGroups:
         """Where another process of this host opens the records (`StatusBoard.open`); None for a rank alone."""
         return self._board.address if self._board is not None else None
 
+    def meet(self, phase: str) -> None:
+        """Wait for all ranks, as long as a phase of the start may take: where they come too far apart for a collective.
+
+        Raises StartupError, which names those who have not come.
+        """
+        if self._meeting is not None:
+            self._meeting.exchange(phase, "")
+
     def close(self) -> None:
         """End the groups on this rank, without asking the others. May be called twice."""
         groups = (self.world, self.tensor, self.pipeline, self.data)
         for communicator in {id(each): each for group in groups for each in group.communicators()}.values():
             communicator.close()
         self.status.update(phase="end")
-        self._store = None
+        self._meeting = self._store = None
 
 
 def single_rank_groups(dims: ParallelDims | None = None) -> ParallelGroups:
@@ -117,7 +127,7 @@ def form_groups(
         groups[name] = GroupCoordinator(
             ranks, dims.rank, communicator, host=host, name=name, status=status, board=board
         )
-    parallel = ParallelGroups(dims, groups, status, board, store)
+    parallel = ParallelGroups(dims, groups, status, board, store, meeting)
     _first_collectives(meeting, parallel, device)
     return parallel
 

@@ -95,6 +95,8 @@ class Worker:
             keep_freed_memory()
             use_few_threads(weight_bytes)
         self._runner = ModelRunner(config, model, context.attention_backend, device, self.groups)
+        # One rank may load for longer than a collective of the step that sizes the cache would wait for it.
+        self.groups.meet("loaded")
         on_progress(StartupProgress("size the KV cache"))
         self.groups.status.update(phase="size")
         return self._count_blocks(weight_bytes), {

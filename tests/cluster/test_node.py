@@ -7,7 +7,9 @@ import re
 import signal
 import stat
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,15 +30,23 @@ def shoal(host: Host, *arguments: str, fails: bool = False, **variables: str) ->
     return str(failure.value)
 
 
-def ray_directories() -> set[Path]:
-    return set(Path("/tmp").glob("shoal-ray-*"))
+@pytest.fixture(autouse=True)
+def ray_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where nodes of this test put their directories. Short: Ray's sockets lie deep in them, and a path is 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="n-", dir="/tmp") as directory:
+        monkeypatch.setenv("TMPDIR", directory)
+        yield Path(directory)
 
 
-def test_a_cluster_from_two_commands():
-    before = ray_directories()
+def ray_directories(ray_home: Path) -> list[Path]:
+    return list(ray_home.glob("shoal-ray-*"))
+
+
+def test_a_cluster_from_two_commands(ray_home):
     with connected_hosts(2) as hosts:
         head, other = hosts.hosts
         printed = shoal(head, "node", "start", "--head", "--num-cpus", "2", "--resources", '{"disk": 1}')
+        assert len(ray_directories(ray_home)) == 1
         token_file = head.home / ".shoal" / "cluster-token"
         assert stat.S_IMODE(token_file.stat().st_mode) == 0o600
         token = token_file.read_text().strip()
@@ -66,7 +76,7 @@ def test_a_cluster_from_two_commands():
         head.wait_until_empty(0)
         for host in (head, other):
             assert [path.name for path in (host.home / ".shoal").rglob("*") if path.is_file()] == ["cluster-token"]
-    assert ray_directories() <= before
+    assert not ray_directories(ray_home)
 
 
 def test_what_keeps_a_node_from_starting(tmp_path):
@@ -143,10 +153,9 @@ def test_a_node_in_the_foreground_says_when_ray_is_gone():
 
 
 @pytest.mark.slow
-def test_an_interrupted_start_leaves_nothing():
+def test_an_interrupted_start_leaves_nothing(ray_home):
     with connected_hosts(1) as hosts:
         (host,) = hosts.hosts
-        before = ray_directories()
         process = host.popen(
             sys.executable, "-m", "shoal.cli", "node", "start", "--head", stdout=-1, stderr=-2, text=True
         )
@@ -157,5 +166,5 @@ def test_an_interrupted_start_leaves_nothing():
         process.communicate(timeout=30)
         assert process.returncode == 130
         host.wait_until_empty(0)
-        assert ray_directories() <= before
+        assert not ray_directories(ray_home)
         assert not list((host.home / ".shoal" / "nodes").iterdir())
