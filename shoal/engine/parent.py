@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent(endpoints: Sequence[str]) -> None:
     """Read standard input to its end, which comes when the parent has closed it or died; then end at once.
 
     A parent that was killed could not remove its sockets and their directory: so this does, and touches nothing else.
+    A process that is stopped would not see the end: so the kernel is asked to continue it when the parent dies.
     """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     while os.read(sys.stdin.fileno(), 4096):
         pass
     sockets = [Path(endpoint.removeprefix("ipc://")) for endpoint in endpoints if endpoint.startswith("ipc://")]

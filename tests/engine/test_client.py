@@ -131,9 +131,9 @@ async def test_a_core_that_is_late_is_ended(checkpoint: Path) -> None:
     assert client.process_id is not None and not psutil.pid_exists(client.process_id)
 
 
-@pytest.mark.parametrize("how", ["parent", "group"])
+@pytest.mark.parametrize("how", ["parent", "group", "stopped"])
 def test_the_core_ends_with_a_parent_that_was_killed(checkpoint: Path, tmp_path: Path, how: str) -> None:
-    """group: both at once, as when a container is ended."""
+    """group: both at once, as when a container is ended. stopped: the core cannot see it by itself."""
     program = f"""
 import asyncio, os
 from pathlib import Path
@@ -153,10 +153,12 @@ asyncio.run(main())
         assert parent.stdout is not None
         core = int(parent.stdout.readline())
         assert psutil.pid_exists(core)
-        if how == "parent":
-            parent.kill()
-        else:
+        if how == "stopped":
+            os.kill(core, signal.SIGSTOP)
+        if how == "group":
             os.killpg(parent.pid, signal.SIGKILL)
+        else:
+            parent.kill()
     deadline = time.monotonic() + 10
     while psutil.pid_exists(core) and time.monotonic() < deadline:
         time.sleep(0.05)
