@@ -21,7 +21,9 @@ def _run(options: ClusterOptions) -> int:
         )
     answer = ray_head.ask_head(head, network.load_token(options.token_file))
     rows: list[tuple[str, ...]] = [("node", "address", "CPUs", "GPUs", "state")]
-    for node in sorted(answer.nodes, key=lambda node: (not node.is_head, node.address)):
+    # A machine that was started anew stands in the head's table several times; as what it is now, it does here.
+    latest = {node.address: node for node in sorted(answer.nodes, key=lambda node: node.alive)}
+    for node in sorted(latest.values(), key=lambda node: (not node.is_head, node.address)):
         state = "alive" if node.alive else "dead"
         amounts = (f"{node.resources.get(name, 0):g}" for name in ("CPU", "GPU"))
         rows.append((node.hostname + (" (head)" if node.is_head else ""), node.address, *amounts, state))

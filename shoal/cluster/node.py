@@ -32,6 +32,8 @@ from shoal.network.node_record import (
 
 START_SECONDS = 60.0
 _UP_SECONDS = 20.0
+# By then the head has found out that it cannot reach a node (see _HEALTH_CHECKS), and lists it as dead.
+_REACHED_SECONDS = 8.0
 _RAYLET_SECONDS = 5.0
 _REST_SECONDS = 5.0
 _KILLED_SECONDS = 5.0
@@ -228,19 +230,35 @@ def _last_words(directory: str) -> str:
 
 
 def _wait_until_up(record: NodeRecord, token: str) -> None:
-    """Until the head's table shows this address alive; a node that was here before may still stand there as dead."""
+    """Until the head's table shows this address alive; a node that was here before may still stand there as dead.
+
+    Where the address was chosen against the route to the head, also until the head has reached the node by it.
+    """
+    head = network.split_endpoint(record.head)[0]
+    settle = 0.0 if record.is_head or network.sends_from(record.address, head) else _REACHED_SECONDS
     deadline = time.monotonic() + _UP_SECONDS
+    alive_since: float | None = None
     while True:
         if not record.processes or not is_up(record):
+            if alive_since is not None:  # it ends itself when it hears that it is dead
+                raise StartupError(_not_reached(record))
             raise StartupError(f"the node ended while it came up; Ray's logs end with: {_last_words(record.directory)}")
         answer = ray_head.ask_head(record.head, token)
+        now = time.monotonic()
         if any(node.alive and node.address == record.address for node in answer.nodes):
-            return
-        if time.monotonic() >= deadline:
-            raise StartupError(
-                f"the node runs, but the head at {record.head} does not list {record.address} after {_UP_SECONDS:g} s: "
-                f"can it connect to this machine? This one has: {network.format_interfaces()}"
-            )
+            alive_since = alive_since or now
+            if now - alive_since >= settle:
+                return
+        elif alive_since is not None or now >= deadline:
+            raise StartupError(_not_reached(record))
+
+
+def _not_reached(record: NodeRecord) -> str:
+    return (
+        f"the node runs, but the head at {record.head} does not reach it at {record.address}. Is that the right one of "
+        "this machine's addresses (--node-ip, SHOAL_HOST_IP, NCCL_SOCKET_IFNAME or GLOO_SOCKET_IFNAME choose), and do "
+        f"firewalls let the head connect to it? This machine has: {network.format_interfaces()}"
+    )
 
 
 def _store_bytes() -> int:

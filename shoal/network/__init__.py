@@ -8,6 +8,7 @@ from shoal.network.addresses import (
     interfaces,
     is_loopback,
     resolve_head,
+    sends_from,
 )
 from shoal.network.curve import admit_token, present_token
 from shoal.network.sockets import (
@@ -40,5 +41,6 @@ __all__ = [
     "port_of",
     "present_token",
     "resolve_head",
+    "sends_from",
     "split_endpoint",
 ]

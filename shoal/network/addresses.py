@@ -49,6 +49,11 @@ def host_address(head: str | None = None) -> str:
     return address
 
 
+def sends_from(address: str, target: str) -> bool:
+    """Whether this machine chooses `address` by itself to send to `target`. Else there may be no way back to it."""
+    return _route_to(target) == address
+
+
 def resolve_head(head: str) -> str:
     """The address of a head named by IP or DNS name. IPv4 counts more where a name has both.
 
