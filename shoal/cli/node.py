@@ -46,6 +46,7 @@ def _start(options: NodeStartOptions) -> int:
             print("\n".join(_describe(record, token)), flush=True)
             if options.block:
                 watch(record)
+                print("The node has ended.")
         except KeyboardInterrupt:
             stop_node()
             print("The node has ended.")

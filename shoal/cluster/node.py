@@ -38,6 +38,8 @@ _RAYLET_SECONDS = 5.0
 _REST_SECONDS = 5.0
 _KILLED_SECONDS = 5.0
 _WATCH_SECONDS = 0.5
+# `shoal node stop` removes the record so soon after the first process ends; who only died leaves it.
+_STOPPED_SECONDS = 3.0
 _SMALLEST_STORE = 128 << 20
 _LARGEST_STORE = 2 << 30
 # A node that is gone is noticed after 3 to 4 seconds, where Ray's own figures make that a minute. One that is cut off
@@ -267,8 +269,13 @@ def _store_bytes() -> int:
 
 
 def watch(record: NodeRecord) -> None:
-    """Wait for ever. Raises StartupError when the node ends by itself; what is left of it is ended then."""
+    """Until `shoal node stop` ends the node. Raises StartupError when it ends by itself; what is left is ended then."""
     while is_up(record):
+        time.sleep(_WATCH_SECONDS)
+    deadline = time.monotonic() + _STOPPED_SECONDS
+    while time.monotonic() < deadline:
+        if read_record() != record:
+            return
         time.sleep(_WATCH_SECONDS)
     end_node(record)
     raise StartupError("the node has ended by itself: a process of Ray is gone, or the head is")
