@@ -12,6 +12,7 @@ from shoal.config.resolve import resolve
 from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
 from shoal.errors import ConfigError
 from shoal.executor.node_agent import work_for_node_0
+from shoal.network.node_record import is_node
 
 
 def _run(
@@ -24,7 +25,7 @@ def _run(
     log.configure(server.log_level)
     env.export_log_level(server.log_level)
     warn_about_environment((*SERVE_SECTIONS, *CLIENT_SECTIONS))
-    engine_config = resolve(model, cache, scheduler, parallel)
+    engine_config = resolve(model, cache, scheduler, parallel, is_node=is_node())
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(

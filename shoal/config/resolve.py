@@ -34,9 +34,14 @@ def make_engine_config(**kwargs: Any) -> EngineConfig:
 
 
 def resolve(
-    model: ModelOptions, cache: CacheOptions, scheduler: SchedulerOptions, parallel: ParallelOptions
+    model: ModelOptions,
+    cache: CacheOptions,
+    scheduler: SchedulerOptions,
+    parallel: ParallelOptions,
+    *,
+    is_node: bool = False,
 ) -> EngineConfig:
-    """Settle every option.
+    """Settle every option. is_node: this machine is a node of a Ray cluster, for ranks that do not fit it.
 
     Raises ModelError for a model that is missing or broken, ConfigError for options that do not go together or
     that the model or the device cannot do.
@@ -70,11 +75,13 @@ def resolve(
         long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
         scheduling_policy=scheduler.scheduling_policy,
         async_scheduling=scheduler.async_scheduling,
-        parallel=_resolve_parallel(parallel, model_config, device, deterministic),
+        parallel=_resolve_parallel(parallel, model_config, device, deterministic, is_node),
     )
 
 
-def _resolve_parallel(options: ParallelOptions, model: ModelConfig, device: str, deterministic: bool) -> ParallelConfig:
+def _resolve_parallel(
+    options: ParallelOptions, model: ModelConfig, device: str, deterministic: bool, is_node: bool
+) -> ParallelConfig:
     """Degrees that the model can be cut into, and where the ranks run."""
     num_ranks = options.tensor_parallel_size * options.pipeline_parallel_size
     config = ParallelConfig(
@@ -82,7 +89,7 @@ def _resolve_parallel(options: ParallelOptions, model: ModelConfig, device: str,
         pipeline_size=options.pipeline_parallel_size,
         data_size=options.data_parallel_size,
         layer_partition=_parse_partition(options.pipeline_layer_partition),
-        backend=_resolve_backend(options, device),
+        backend=_resolve_backend(options, device, is_node),
         num_nodes=options.nnodes,
         node_rank=options.node_rank,
         master_address=options.master_addr,
@@ -132,7 +139,7 @@ def _parse_partition(text: str | None) -> tuple[int, ...] | None:
         ) from None
 
 
-def _resolve_backend(options: ParallelOptions, device: str) -> str:
+def _resolve_backend(options: ParallelOptions, device: str, is_node: bool) -> str:
     """Where the ranks run, unless it is said: one rank in the core, several on this host if they fit, else on Ray."""
     backend = options.distributed_executor_backend
     if backend != "auto":
@@ -144,7 +151,7 @@ def _resolve_backend(options: ParallelOptions, device: str) -> str:
     fits = num_ranks * options.data_parallel_size <= num_here
     if num_ranks == 1 and (fits or device == "cpu" or options.data_parallel_size == 1):
         return "uni"
-    if fits or (device == "cpu" and env.ray_address() is None):
+    if fits or (device == "cpu" and not is_node):
         return "mp"
     return "ray"
 

@@ -109,9 +109,12 @@ class SubprocessClient(EngineClient):
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
-        # An executor of several ranks keeps the same deadline, and can say which of them did not come.
+        # An executor of several ranks keeps the deadline itself, and can say which of them did not come. Its phases
+        # are not those that it tells: the first rank that loads begins one while the others may still connect.
         several = config.parallel.world_size > 1
-        self._startup_timeout = config.parallel.startup_timeout + (EXECUTORS_OWN_SECONDS if several else 0.0)
+        self._startup_timeout = config.parallel.startup_timeout
+        if several:
+            self._startup_timeout = 2 * self._startup_timeout + EXECUTORS_OWN_SECONDS
         self._phase = "start"
         self._phase_began = time.monotonic()
         self._process: subprocess.Popen[bytes] | None = None

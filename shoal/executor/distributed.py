@@ -88,11 +88,11 @@ class DistributedExecutor(Executor):
 
     def start(self, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
         parallel = self._config.parallel
-        address = self._launcher.listen_address()
-        self._hub = hub = WorkerHub(self._config.generation, parallel.world_size, address, self._launcher.token())
-        self._bring_up = BringUp(self._config, self._launcher, hub, on_progress)
-        self._evidence = Evidence(self._bring_up.describe)
         try:
+            address = self._launcher.listen_address()
+            self._hub = hub = WorkerHub(self._config.generation, parallel.world_size, address, self._launcher.token())
+            self._bring_up = BringUp(self._config, self._launcher, hub, on_progress)
+            self._evidence = Evidence(self._bring_up.describe)
             self._launcher.start(
                 WorkerLink(endpoint=hub.endpoint, generation=self._config.generation, token=hub.token), hub.report_exit
             )
@@ -306,6 +306,7 @@ class DistributedExecutor(Executor):
             if each.future is not None:
                 each.future.set_exception(EngineDeadError("the engine was shut down"))
         if self._hub is None:
+            self._launcher.stop(grace_seconds)  # it may have joined a cluster
             return
         self._hub.stop_channels()
         for thread in self._threads:

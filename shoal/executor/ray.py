@@ -8,6 +8,7 @@ import re
 import secrets
 import signal
 import sys
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from typing import Any
 
 from shoal import env, network
 from shoal.config.engine_config import EngineConfig
+from shoal.config.resolve import num_gpus
 from shoal.errors import ConfigError, StartupError
 from shoal.executor import ray_head
 from shoal.executor.launcher import Launcher, OnExit, WorkerLink
@@ -98,7 +100,11 @@ class RayLauncher(Launcher):
         ray_head.check_installed()
         found = _clusters_here()
         if not found:
-            raise StartupError(_NO_CLUSTER)
+            num_here = num_gpus() if self._resource == "GPU" else os.cpu_count()
+            raise StartupError(
+                f"{self._parallel.world_size * self._parallel.data_size} ranks want a {self._resource} each, this host "
+                f"has {num_here}, and {_NO_CLUSTER}"
+            )
         if len(found) > 1:
             raise StartupError(
                 f"several Ray clusters run here: {', '.join(sorted(found))}; RAY_ADDRESS=HEAD:PORT says which"

@@ -22,6 +22,7 @@ from shoal.errors import InvalidRequestError
 from shoal.executor.node_agent import work_for_node_0
 from shoal.llm.offline_engine import OfflineEngine
 from shoal.llm.progress import PromptBar, StartupDisplay
+from shoal.network.node_record import is_node
 from shoal.types.outputs import RequestOutput
 from shoal.types.sampling_params import SamplingParams
 
@@ -42,7 +43,7 @@ class LLM:
         Raises ConfigError (an unknown name with the nearest right one), ModelError, StartupError.
         """
         model_options, *others = options_from_kwargs({"model": model, **options})
-        config = resolve(model_options, *others)
+        config = resolve(model_options, *others, is_node=is_node())
         if config.parallel.node_rank > 0:
             log.configure()
             work_for_node_0(config)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import msgspec
 
+from shoal import env
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -55,6 +57,11 @@ def read_record() -> NodeRecord | None:
     except (OSError, msgspec.DecodeError):
         return None
     return record if record.boot == boot_identity() else None
+
+
+def is_node() -> bool:
+    """Whether this machine is known to be a node of a Ray cluster: by RAY_ADDRESS, or by `shoal node start`."""
+    return env.ray_address() is not None or read_record() is not None
 
 
 def write_record(record: NodeRecord) -> None:

@@ -32,7 +32,7 @@ def shoal(host: Host, *arguments: str, fails: bool = False, **variables: str) ->
 
 @pytest.fixture(autouse=True)
 def ray_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where nodes of this test put their directories. Short: Ray's sockets lie deep in them, and a path is 107 bytes."""
+    """Where nodes of this test put their directories. Short: Ray's sockets lie deep in them, with 107 bytes a path."""
     with tempfile.TemporaryDirectory(prefix="n-", dir="/tmp") as directory:
         monkeypatch.setenv("TMPDIR", directory)
         yield Path(directory)

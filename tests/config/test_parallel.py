@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import balance, virtual_shards
-from shoal.config.resolve import make_engine_config
+from shoal.config.resolve import make_engine_config, resolve
+from shoal.config.sources import options_from_kwargs
 from shoal.errors import ConfigError
 from tests.config.model_directory import write_model_directory
 
@@ -36,7 +38,6 @@ def test_a_config_survives_the_way_to_the_core(model):
 
 
 def test_several_ranks_are_subprocesses_where_nothing_else_is_said(model, monkeypatch):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     assert make(model, tensor_parallel_size=2).parallel.backend == "mp"
     assert make(model, tensor_parallel_size=2, distributed_executor_backend="ray").parallel.backend == "ray"
 
@@ -52,6 +53,15 @@ def test_replicas_run_here_while_there_are_gpus_for_them(model, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert backend() == "uni", "which then says that it finds no GPU"
     assert make(model, device="cpu", data_parallel_size=500).parallel.backend == "uni"
+
+
+def test_what_does_not_fit_goes_to_the_cluster_that_this_machine_belongs_to(model, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    options = options_from_kwargs({"model": model, "device": "cpu", "pipeline_parallel_size": 4})
+    assert resolve(*options).parallel.backend == "mp"
+    assert resolve(*options, is_node=True).parallel.backend == "ray"
+    options = options_from_kwargs({"model": model, "device": "cpu", "pipeline_parallel_size": 2})
+    assert resolve(*options, is_node=True).parallel.backend == "mp"
 
 
 @pytest.mark.parametrize(
