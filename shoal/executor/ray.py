@@ -4,11 +4,11 @@ never go through Ray. The registry makes it for `ray`."""
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import secrets
 import signal
 import sys
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
