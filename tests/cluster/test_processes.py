@@ -31,6 +31,8 @@ def test_a_session_and_its_descendants(tree):
     leader = members[0].process
     assert leader.pid == tree.pid
     assert processes.with_descendants([leader]) == [entry.process for entry in members]
+    while not processes.command_line(members[1].process):  # a program that has just begun has none for a moment
+        assert processes.is_alive(members[1].process)
     assert "sleep 60" in processes.command_line(members[1].process)
     # Without its parent the child is still of the session.
     processes.send([leader], signal.SIGKILL)
