@@ -141,7 +141,8 @@ class _Service:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         # What nohup has this process ignore stays so.
-        signals = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        signals = [number for number in _SIGNALS if number != signal.SIGHUP or not ignored]
         for number in signals:
             loop.add_signal_handler(number, self._on_signal)
         http = asyncio.create_task(self.http.serve(sockets=[self.listener]), name="http")

@@ -7,6 +7,7 @@ import json
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -72,6 +73,27 @@ def test_ctrl_c_while_it_starts_ends_it_at_once(model: Path) -> None:
         server.process.send_signal(signal.SIGINT)
         assert server.wait() == 0
         assert not core.is_running()
+
+
+@contextlib.contextmanager
+def ignoring(*numbers: signal.Signals) -> Iterator[None]:
+    """Processes that start meanwhile begin with these signals ignored, as this process does meanwhile."""
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_ctrl_c_counts_in_the_background_of_a_script_and_hang_up_not_under_nohup(model: Path) -> None:
+    """A shell's background jobs begin with SIGINT ignored, what nohup runs with SIGHUP."""
+    with ignoring(signal.SIGINT, signal.SIGHUP), serving(model) as server:
+        server.until_ready()
+        server.process.send_signal(signal.SIGHUP)
+        assert server.status("/health") == 200
+        server.process.send_signal(signal.SIGINT)
+        assert server.wait() == 0
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
