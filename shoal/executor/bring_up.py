@@ -22,6 +22,7 @@ from shoal.log import get_logger
 from shoal.messages import (
     AllocateCache,
     StartupProgress,
+    WorkerBeat,
     WorkerExited,
     WorkerFailed,
     WorkerHello,
@@ -55,7 +56,7 @@ class RankState:
 
 
 class BringUp:
-    """One start of one engine. `states` and `describe` are of use afterwards, too."""
+    """One start of one engine. `states`, `beats` and `describe` are of use afterwards, too."""
 
     def __init__(
         self,
@@ -67,6 +68,8 @@ class BringUp:
         self._config, self._launcher, self._hub, self._on_progress = config, launcher, hub, on_progress
         self._timeout = config.parallel.startup_timeout
         self.states = [RankState(rank) for rank in range(config.parallel.world_size)]
+        # What each rank said last of its state, and when: until it says so again, nothing else is known of it.
+        self.beats: dict[int, tuple[WorkerBeat, float]] = {}
         self._evidence = Evidence(self.describe)
 
     def run(self) -> dict[str, Any]:
@@ -128,6 +131,8 @@ class BringUp:
             case WorkerReady(rank):
                 self.states[rank].ready = message
                 self.states[rank].phase = "ready"
+            case WorkerBeat(rank):
+                self.beats[rank] = message, time.monotonic()
             case WorkerExited(rank, how):
                 self._evidence.exited(rank, how)
             case WorkerFailed(rank, kind, text):

@@ -97,6 +97,7 @@ class DistributedExecutor(Executor):
                 WorkerLink(endpoint=hub.endpoint, generation=self._config.generation, token=hub.token), hub.report_exit
             )
             facts = self._bring_up.run()
+            self._beats = self._bring_up.beats
             self._open_board()
         except BaseException as error:
             self._launcher.tell(str(error))

@@ -15,7 +15,7 @@ import pytest
 from shoal.errors import EngineDeadError, ModelError, StartupError
 from shoal.executor.hub import WorkerHub
 from shoal.executor.multiprocess import LocalLauncher
-from shoal.messages import StartupProgress, WorkerExited, WorkerMessage, WorkerReady
+from shoal.messages import StartupProgress, WorkerBeat, WorkerExited, WorkerMessage, WorkerReady
 from shoal.worker.link import identity
 from tests.executor.engines import ignore, is_running, make_batch, make_config, pids, run_step, stand_ins, wait_until
 
@@ -238,6 +238,28 @@ def test_a_stopped_worker_is_named_when_its_step_does_not_end(tmp_path):
     text = str(caught.value)
     assert "step 2 did not end within 1.5 s (--step-timeout): rank 1 (" in text and "is stopped" in text
     assert "rank 0 waits for" in text and "in all_reduce" in text and "rank 1 never entered it" in text
+
+
+def test_what_a_rank_said_while_the_engine_came_up_is_known_afterwards(tmp_path, monkeypatch):
+    poll = WorkerHub.poll
+
+    def poll_until_stopped(hub: WorkerHub, seconds: float) -> list[WorkerMessage]:
+        """Stop rank 1 as it is ready, when it has said for the last time what it does."""
+        messages = poll(hub, seconds)
+        if any(isinstance(message, WorkerReady) and message.rank == 1 for message in messages):
+            while not any(isinstance(each, WorkerBeat) and each.rank == 1 and each.status for each in messages):
+                messages += poll(hub, 0.1)
+            os.kill(pids(tmp_path)[1], signal.SIGSTOP)
+        return messages
+
+    monkeypatch.setattr(WorkerHub, "poll", poll_until_stopped)
+    by_network = {"address": "127.0.0.1", "token": "t" * 32}
+    with stand_ins(tmp_path, "own-board", hosts=by_network, step_timeout=1.0) as executor:
+        executor.start(ignore)
+        executor.execute(make_batch(1))
+        with pytest.raises(EngineDeadError) as caught:
+            executor.sample(1).result(60)
+    assert "rank 1 never entered it" in str(caught.value) and "not known here" not in str(caught.value)
 
 
 def test_a_stopped_worker_is_found_without_traffic(tmp_path):
