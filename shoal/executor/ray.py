@@ -56,6 +56,8 @@ class RayLauncher(Launcher):
         self._places: list[NodeRoom] = []
         self._num_nodes = 1
         self._watcher: threading.Thread | None = None
+        self._head_watch: ray_head.HeadWatch | None = None
+        self._head_is_gone = False
         self._stopping = threading.Event()
         self._ended: set[int] = set()
         self._all_ended = threading.Event()
@@ -245,6 +247,16 @@ class RayLauncher(Launcher):
             self._ask_all("start", calls)
         self._watcher = threading.Thread(target=self._watch, args=(on_exit,), name="ray-watch", daemon=True)
         self._watcher.start()
+        host, port = network.split_endpoint(self._head)
+        endpoint = network.format_endpoint(network.resolve_head(host), port)
+        self._head_watch = ray_head.HeadWatch(self._head, endpoint, lambda how: self._lose_head(on_exit, how))
+
+    def _lose_head(self, on_exit: OnExit, how: str) -> None:
+        """Ray would end every process of the cluster soon: the engine ends before that, with a reason."""
+        self._head_is_gone = True
+        for rank in range(len(self._actors)):
+            if rank not in self._ended and not self._stopping.is_set():
+                on_exit(rank, f"must end, as the head of its Ray cluster is gone: {how}")
 
     def _ask_all(self, method: str, calls: Sequence[tuple[Any, ...]]) -> list[Any]:
         """One call of each actor; StartupError names those that did not answer in time."""
@@ -319,8 +331,11 @@ class RayLauncher(Launcher):
 
     def stop(self, grace_seconds: float) -> None:
         self._stopping.set()
+        if self._head_watch is not None:
+            self._head_watch.stop()
         if not self._joined:
             return
+        self._joined = False
         import ray
 
         if self._watcher is not None:
@@ -328,15 +343,16 @@ class RayLauncher(Launcher):
         with contextlib.suppress(ray.exceptions.RayError):
             # What a node that is cut off does not answer is not waited for; its worker ends by its own deadline.
             alive = [actor for rank, actor in enumerate(self._actors) if rank not in self._ended]
-            ray.wait([each.kill.remote() for each in alive] or [ray.put(None)], num_returns=len(alive) or 1,
-                     timeout=_KILL_SECONDS)  # fmt: skip
+            ray.wait([each.kill.remote(self._head_is_gone) for each in alive] or [ray.put(None)],
+                     num_returns=len(alive) or 1, timeout=_KILL_SECONDS)  # fmt: skip
+            if self._head_is_gone:
+                return  # all below would wait for it; the actors end by themselves, and this process does in a moment
             if self._watcher is not None:
                 self._watcher.join(_KILL_SECONDS)
             for actor in self._actors:
                 ray.kill(actor)
             if self._group is not None:
                 ray.util.remove_placement_group(self._group)
-        self._joined = False
         ray.shutdown()
 
 

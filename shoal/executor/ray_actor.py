@@ -16,6 +16,8 @@ from shoal.executor.worker_process import WorkerProcess
 
 # Lines that wait for the engine core to fetch them. More than it keeps up with are counted, not kept.
 _MOST_LINES = 10_000
+# For the answer to a call to leave this process.
+_ANSWER_SECONDS = 0.5
 
 
 class WorkerActor:
@@ -75,10 +77,12 @@ class WorkerActor:
             self._num_lost = 0
             return lines or None
 
-    def kill(self) -> None:
-        """End the worker by force; returns when it is gone."""
+    def kill(self, then_leave: bool) -> None:
+        """End the worker by force; returns when it is gone. then_leave: this process ends too, as Ray cannot end it."""
         if self._process is not None:
             self._process.kill()
+        if then_leave:
+            threading.Timer(_ANSWER_SECONDS, os._exit, (0,)).start()
 
     def _on_exit(self, how: str) -> None:
         self._how = how

@@ -12,7 +12,9 @@ import platform
 import socket
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -22,6 +24,9 @@ from shoal.errors import ConfigError, StartupError
 DEFAULT_PORT = 6379
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 20.0
+# Ray itself ends every process of a cluster a minute after its head is gone, without a word that names it.
+HEAD_GONE_SECONDS = 10.0
+_LOOK_SECONDS = 1.0
 
 
 class Node(msgspec.Struct):
@@ -113,6 +118,33 @@ def _check_reachable(head: str, endpoint: str) -> None:
         reason = error
         text = f"{error.strerror or error}. This machine has: {network.format_interfaces()}"
     raise StartupError(f"cannot reach the head at {head}: {text}") from reason
+
+
+class HeadWatch:
+    """Looks each second whether the head still takes connections, which costs it nothing, from a thread of its own."""
+
+    def __init__(self, head: str, endpoint: str, on_gone: Callable[[str], None]) -> None:
+        """on_gone: called once, with what was seen, when the head has taken no connection for HEAD_GONE_SECONDS."""
+        self._head, self._endpoint, self._on_gone = head, endpoint, on_gone
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="ray-head-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Look no more. From any thread, also from `on_gone`."""
+        self._stopping.set()
+
+    def _watch(self) -> None:
+        last_seen = time.monotonic()
+        while not self._stopping.wait(_LOOK_SECONDS):
+            try:
+                _check_reachable(self._head, self._endpoint)
+                last_seen = time.monotonic()
+            except StartupError as error:
+                if time.monotonic() - last_seen >= HEAD_GONE_SECONDS:
+                    if not self._stopping.is_set():
+                        self._on_gone(str(error))
+                    return
 
 
 def _main(endpoint: str) -> int:

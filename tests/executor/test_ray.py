@@ -148,6 +148,25 @@ def test_ends_are_told_once_with_their_reason(head):
 
 @pytest.mark.slow
 @needs_namespaces
+def test_a_head_that_is_gone_ends_the_engine_before_ray_does(tmp_path):
+    with ray_cluster(2, tmp_path, num_cpus=1) as cluster:
+        head = cluster.hosts[0]
+        with program(head, 2, 1) as run:
+            run.says()
+            run.until_workers(2)
+            (pid,) = cluster.processes(head, "gcs_server")
+            os.kill(pid, signal.SIGKILL)
+            said = [run.says(), run.says()]
+            assert {each["rank"] for each in said} == {0, 1}
+            seen = f"cannot reach the head at {head.address}:6379: nothing listens there"
+            assert all(f"the head of its Ray cluster is gone: {seen}" in each["how"] for each in said)
+            assert run.stop(0.0)["stopped"] < 10, "nothing waits for a head that does not answer"
+            assert not [worker for worker in run.workers.values() if is_alive(worker["pid"])]
+            wait_until(lambda: not cluster.left(), 5)
+
+
+@pytest.mark.slow
+@needs_namespaces
 def test_a_frozen_worker_is_ended_too(head):
     with program(head, 1, 1) as run:
         run.says()
