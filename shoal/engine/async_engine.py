@@ -323,8 +323,10 @@ class AsyncEngine:
                     late.add(replica.index)
             # Late twice in a row: the first time it may be this process that was stopped, with the news unread.
             for index in late & before:
-                reason = f"made no step for {limit:g} s although it has work (--step-timeout), and was ended"
-                self._client.kill(reason, index)
+                why = "--step-timeout"
+                if limit > parallel.step_timeout:
+                    why += f" is {parallel.step_timeout:g} s, and the core itself did not act on it"
+                self._client.kill(f"made no step for {limit:g} s although it has work ({why}), and was ended", index)
 
     # --- health and ending -----------------------------------------------------------------------------------------
 

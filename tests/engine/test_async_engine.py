@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from shoal.config.parallel import ParallelConfig
 from shoal.engine.async_engine import AsyncEngine
 from shoal.engine.observer import EngineObserver
 from shoal.engine.prepare import PreparedRequest
@@ -338,6 +339,18 @@ async def test_a_full_queue_refuses() -> None:
 
 
 # --- health, draining, observing -------------------------------------------------------------------------------------
+
+
+async def test_a_core_of_several_ranks_that_hangs_gets_longer_and_both_times_are_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shoal.engine.async_engine.EXECUTORS_OWN_SECONDS", 0.3)
+    parallel = ParallelConfig(tensor_size=2, backend="mp", step_timeout=0.2)
+    async with running(config={"parallel": parallel}) as (engine, client):
+        client.gate.clear()
+        said = "made no step for 0.5 s .*--step-timeout is 0.2 s, and the core itself did not act on it., and was ended"
+        with pytest.raises(EngineDeadError, match=said):
+            await engine.collect(engine.prepare("x", SamplingParams(max_tokens=20)))
 
 
 async def test_draining_finishes_what_runs_and_takes_nothing_new() -> None:
