@@ -201,14 +201,23 @@ class EngineCore:
         )
 
 
+def _how_to_hold_more(config: EngineConfig) -> str:
+    """What decides about the size of the cache here."""
+    if config.num_blocks_override is not None:
+        num_blocks = -(-config.max_model_len // config.block_size) + 1  # one holds no tokens
+        return f"set --num-gpu-blocks-override {num_blocks} or more,"
+    if config.device == "cuda" and config.kv_cache_memory is None:
+        return "give it more memory (--gpu-memory-utilization, or --kv-cache-memory)"
+    return "give it more memory (--kv-cache-memory)"
+
+
 def make_scheduler_config(config: EngineConfig, num_blocks: int) -> SchedulerConfig:
     """The scheduler's limits; the cache must hold one request of full length, or it could never run to its end."""
     capacity = (num_blocks - 1) * config.block_size
     if capacity < config.max_model_len:
         raise ConfigError(
             f"the KV cache holds {capacity} tokens, less than max_model_len {config.max_model_len}; "
-            "give it more memory (--kv-cache-memory, --gpu-memory-utilization) "
-            f"or set --max-model-len {capacity} or less"
+            f"{_how_to_hold_more(config)}{f' or set --max-model-len {capacity} or less' if capacity else ''}"
         )
     return SchedulerConfig(
         num_blocks=num_blocks,

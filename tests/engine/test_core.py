@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -137,5 +138,13 @@ def test_a_step_is_in_flight_for_each_stage(config: EngineConfig, num_stages: in
 
 
 def test_a_cache_smaller_than_one_request_is_refused(config: EngineConfig) -> None:
-    with pytest.raises(ConfigError, match="--max-model-len 60"):
-        make_scheduler_config(config, 16)
+    for changes, way_out in (
+        ({"device": "cpu"}, "more memory (--kv-cache-memory) or set --max-model-len 60"),
+        ({"device": "cuda"}, "more memory (--gpu-memory-utilization, or --kv-cache-memory) or set --max-model-len 60"),
+        ({"device": "cuda", "kv_cache_memory": 4096}, "more memory (--kv-cache-memory) or set --max-model-len 60"),
+        ({"num_blocks_override": 16}, "set --num-gpu-blocks-override 17 or more, or set --max-model-len 60"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(way_out)):
+            make_scheduler_config(dataclasses.replace(config, **changes), 16)
+    allowed = make_scheduler_config(dataclasses.replace(config, num_blocks_override=17), 17)
+    assert allowed.num_blocks == 17, "what it says works"
