@@ -32,7 +32,13 @@ def models_router(state: ServerState) -> APIRouter:
     @router.get("/version")
     async def get_version(request: Request) -> Response:
         """The version of Shoal, and facts about the running engine."""
-        return json_response({"version": __version__, "engine": dict(state.facts)})
+        parallel = state.engine.config.parallel
+        degrees = {
+            "tensor_parallel_size": parallel.tensor_size,
+            "pipeline_parallel_size": parallel.pipeline_size,
+            "data_parallel_size": parallel.data_size,
+        }
+        return json_response({"version": __version__, "engine": {**degrees, **state.facts}})
 
     @router.get("/metrics")
     async def get_metrics(request: Request) -> Response:

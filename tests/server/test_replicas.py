@@ -57,7 +57,9 @@ def test_one_of_two_dies_and_the_other_goes_on_until_it_dies_too(model: Path) ->
         server.until_ready()
         assert "2 replicas in float32 on no device" in server.output
         assert "KV cache: 2,048 tokens (2 MiB), 4.0 requests of the full 512 tokens" in server.output
-        assert len(get(server, "/version")["engine"]["replicas"]) == 2
+        engine = get(server, "/version")["engine"]
+        assert len(engine["replicas"]) == engine["data_parallel_size"] == 2
+        assert engine["tensor_parallel_size"] == engine["pipeline_parallel_size"] == 1
         assert get(server, "/health") == {"status": "ok", "replicas": "2 of 2"}
         with streaming(server, 200) as first, streaming(server, 200) as second:
             server.cores()[0].kill()
