@@ -92,6 +92,8 @@ class Knob:
             return list(items)
         if float in self.types and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
+        if isinstance(value, tuple) and list in self.types:
+            value = list(value)
         if hasattr(value, "__fspath__") and str in self.types:
             value = value.__fspath__()
         if type(value) not in self.types:
@@ -112,7 +114,7 @@ class Knob:
             int: "an integer",
             float: "a number",
             str: "a string",
-            list: "a list of strings",
+            list: "a list of strings" if self.is_list else "a list",
         }
         wanted = " or ".join(words[kind] for kind in self.types)
         if self.minimum is not None and self.maximum is not None:

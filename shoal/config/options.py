@@ -115,7 +115,7 @@ class ParallelOptions:
     data_parallel_size: int = option(
         1, "Replicas of the model behind this server, each with its own ranks.", short="dp", minimum=1
     )
-    pipeline_layer_partition: str | None = option(
+    pipeline_layer_partition: str | list[int] | None = option(
         None, "Layers of each stage, such as 10,11,11; default: balanced, the head counted."
     )
     distributed_executor_backend: str = option(

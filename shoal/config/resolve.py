@@ -128,15 +128,16 @@ def _check_nodes(options: ParallelOptions, backend: str, num_ranks: int) -> None
         )
 
 
-def _parse_partition(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
+def _parse_partition(given: str | list[int] | None) -> tuple[int, ...] | None:
+    if given is None:
         return None
     try:
-        return tuple(int(part) for part in text.split(","))
+        numbers = [int(part) for part in given.split(",")] if isinstance(given, str) else given
     except ValueError:
-        raise ConfigError(
-            f"pipeline_layer_partition must be numbers of layers such as 10,11,11; got {text!r}"
-        ) from None
+        numbers = []
+    if not numbers or not all(type(number) is int for number in numbers):
+        raise ConfigError(f"pipeline_layer_partition must be numbers of layers such as 10,11,11; got {given!r}")
+    return tuple(numbers)
 
 
 def _resolve_backend(options: ParallelOptions, device: str, is_node: bool) -> str:

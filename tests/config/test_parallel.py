@@ -37,6 +37,12 @@ def test_a_config_survives_the_way_to_the_core(model):
     assert (config.parallel.world_size, config.parallel.output_rank) == (4, 2)
 
 
+@pytest.mark.parametrize("partition", ["4,2", [4, 2], (4, 2)])
+def test_layers_of_stages_as_text_and_as_numbers(model, partition):
+    config = make(model, pipeline_parallel_size=2, pipeline_layer_partition=partition)
+    assert config.parallel.layer_partition == (4, 2)
+
+
 def test_several_ranks_are_subprocesses_where_nothing_else_is_said(model, monkeypatch):
     assert make(model, tensor_parallel_size=2).parallel.backend == "mp"
     assert make(model, tensor_parallel_size=2, distributed_executor_backend="ray").parallel.backend == "ray"
@@ -71,6 +77,9 @@ def test_what_does_not_fit_goes_to_the_cluster_that_this_machine_belongs_to(mode
         ({"pipeline_parallel_size": 7}, "more than the model's 6 layers; 1 to 6 work"),
         ({"pipeline_parallel_size": 2, "pipeline_layer_partition": "4,3"}, r"4,3 must give .* 3,3 works"),
         ({"pipeline_parallel_size": 2, "pipeline_layer_partition": "4;2"}, "numbers of layers such as"),
+        ({"pipeline_parallel_size": 2, "pipeline_layer_partition": [4, 2.0]}, r"such as 10,11,11; got \[4, 2.0\]"),
+        ({"pipeline_parallel_size": 2, "pipeline_layer_partition": []}, "numbers of layers such as"),
+        ({"pipeline_parallel_size": 2, "pipeline_layer_partition": 6}, r"a string or a list; got 6 \(int\)"),
         ({"tensor_parallel_size": 2, "distributed_executor_backend": "uni"}, "uni runs one rank"),
         ({"node_rank": 1}, "needs nnodes"),
         ({"nnodes": 2, "tensor_parallel_size": 2}, "master_addr"),
