@@ -14,7 +14,10 @@ from shoal.executor.launcher import Launcher, OnExit, WorkerLink
 from shoal.executor.multiprocess import LocalLauncher
 from shoal.executor.node_door import NodeDoor
 from shoal.executor.node_layout import index_on_node, node_of, ranks_on, ranks_per_node
+from shoal.log import get_logger
 from shoal.messages import NodeStop
+
+logger = get_logger(__name__)
 
 
 class NodesLauncher(Launcher):
@@ -47,15 +50,37 @@ class NodesLauncher(Launcher):
             ) from error
         return address
 
+    def _compare_addresses(self, master: str) -> None:
+        """Warn where the workers of this node are to be reached at another address than the one that is known to be
+        right. On purpose that may be a faster network; by mistake the others would wait until the start's deadline."""
+        chosen = network.host_address(master)
+        if chosen != master:
+            logger.warning(
+                "%s has the workers of the other nodes come to %s (%s) on this machine, and not to %s (%s), the "
+                "address of --master-addr. If they do not reach that, the start does not end: unset the variable here, "
+                "or have it name %s",
+                network.named_by(),
+                chosen,
+                network.interface_of(chosen),
+                master,
+                network.interface_of(master),
+                network.interface_of(master),
+            )
+
     def token(self) -> str:
         return network.load_token(self._parallel.token_file)
 
     def start(self, link: WorkerLink, on_exit: OnExit) -> None:
-        """Open the door to the other nodes, and start the workers of this one."""
+        """Open the door to the other nodes, and start the workers of this one.
+
+        Raises ConfigError where a variable names an interface that is none, or that the other nodes cannot reach.
+        """
         with self._lock:
             if self._stopping:
                 raise StartupError("the engine was ended while its nodes were started")
-            self._door = NodeDoor(self._config, self.listen_address(), link, on_exit)
+            address = self.listen_address()
+            self._compare_addresses(address)
+            self._door = NodeDoor(self._config, address, link, on_exit)
         self._local.start(link, on_exit)
 
     def describe(self, rank: int) -> str:

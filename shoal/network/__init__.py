@@ -7,6 +7,7 @@ from shoal.network.addresses import (
     interface_of,
     interfaces,
     is_loopback,
+    named_by,
     resolve_head,
     sends_from,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "listen",
     "listen_preferably",
     "load_token",
+    "named_by",
     "port_of",
     "present_token",
     "resolve_head",

@@ -49,6 +49,14 @@ def host_address(head: str | None = None) -> str:
     return address
 
 
+def named_by() -> str:
+    """The variable that decides in `host_address`, as it is set ("GLOO_SOCKET_IFNAME=eth1"); "" where none does."""
+    address, named = env.host_ip(), env.socket_interface()
+    if address is not None:
+        return f"SHOAL_HOST_IP={address}"
+    return "=".join(named) if named is not None else ""
+
+
 def sends_from(address: str, target: str) -> bool:
     """Whether this machine chooses `address` by itself to send to `target`. Else there may be no way back to it."""
     return _route_to(target) == address

@@ -247,6 +247,20 @@ def test_another_token_opens_nothing(cluster, monkeypatch):
     assert "connections without this cluster's token were turned away" in cluster.launcher.describe(2)
 
 
+def test_another_address_than_the_master_is_told_at_once(cluster, caplog, monkeypatch):
+    monkeypatch.setenv("SHOAL_HOST_IP", "127.0.0.2")
+    cluster.start()
+    (said,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert said.startswith("SHOAL_HOST_IP=127.0.0.2 has the workers of the other nodes come to 127.0.0.2 (lo)")
+    assert "and not to 127.0.0.1 (lo), the address of --master-addr" in said
+
+
+def test_an_interface_that_is_none_is_told_at_once(cluster, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
+    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME=eth77 allows no interface of this machine"):
+        cluster.start()
+
+
 def test_nobody_waits_for_ever(cluster, caplog):
     caplog.set_level("INFO", "shoal")
     agent = cluster.add(config=cluster.config(node_rank=1, startup_timeout=2.0))

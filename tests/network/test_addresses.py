@@ -57,6 +57,16 @@ def test_a_host_ip_must_be_one_of_this_machine(machine, monkeypatch):
         network.host_address()
 
 
+def test_the_variable_that_decides_is_named(monkeypatch):
+    assert network.named_by() == ""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth1")
+    assert network.named_by() == "GLOO_SOCKET_IFNAME=eth1"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "=ib0")
+    assert network.named_by() == "NCCL_SOCKET_IFNAME==ib0"
+    monkeypatch.setenv("SHOAL_HOST_IP", "10.0.0.4")
+    assert network.named_by() == "SHOAL_HOST_IP=10.0.0.4"
+
+
 @pytest.mark.parametrize(
     ("pattern", "address"),
     [
