@@ -404,3 +404,48 @@ class NodeStop(msgspec.Struct, tag="node_stop"):
 
 
 NodeOrder = NodeStart | NodeRefused | NodeStop | ExecutorBeat
+
+
+# --- offline benchmark <-> its program, lines of JSON ----------------------------------------------------------
+
+
+class BenchRequest(msgspec.Struct):
+    """A prompt of token ids, and how many tokens must follow it."""
+
+    prompt: list[int]
+    num_output: int
+
+
+class BenchOrder(msgspec.Struct, tag="bench_order"):
+    """What the program shall measure. `options` are LLM's; `token_times`: when each token came, not only the whole."""
+
+    options: dict[str, Any]
+    requests: list[BenchRequest]
+    temperature: float
+    num_warmups: int
+    num_runs: int
+    token_times: bool
+
+
+class BenchReady(msgspec.Struct, tag="bench_ready"):
+    """The engine takes requests; `time` is CLOCK_MONOTONIC, which all processes of a host share."""
+
+    time: float
+
+
+class BenchRun(msgspec.Struct, tag="bench_run"):
+    """One repetition: its seconds, and for each request [seconds since the start, tokens that came then] if asked."""
+
+    seconds: float
+    arrivals: list[list[tuple[float, int]]]
+    is_warmup: bool
+
+
+class BenchFailed(msgspec.Struct, tag="bench_failed"):
+    """The program could not go on. kind: the name of an error of shoal.errors."""
+
+    kind: str
+    error: str
+
+
+BenchNews = BenchReady | BenchRun | BenchFailed

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from shoal.cli.bench_options import BENCH_SECTIONS
 from shoal.config.options import option
 
 
@@ -108,4 +109,5 @@ CLIENT_SECTIONS = (
     CollectEnvOptions,
     NodeStartOptions,
     ClusterOptions,
+    *BENCH_SECTIONS,
 )

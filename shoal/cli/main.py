@@ -22,6 +22,7 @@ COMMANDS = {
     "chat": ("shoal.cli.chat", "talk to a server in the terminal"),
     "complete": ("shoal.cli.complete", "let a server continue one prompt"),
     "demo": ("shoal.cli.demo", "serve the embedded model, ask it a question, and go on serving"),
+    "bench": ("shoal.cli.bench", "measure an engine or a server: bench serve, latency, throughput, startup"),
     "node": ("shoal.cli.node", "make this machine a node of a cluster: node start, node stop"),
     "status": ("shoal.cli.status", "show the nodes of the cluster"),
     "collect-env": ("shoal.cli.collect_env", "print versions, CPU, memory, GPUs: what a bug report needs"),

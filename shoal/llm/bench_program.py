@@ -1,0 +1,113 @@
+"""`python -m shoal.llm.bench_program`: the engine's side of the offline benchmarks, a process of its own.
+
+`shoal.benchmark.offline` starts it. In: one line of JSON on standard input, a BenchOrder; then it stays open, and its
+end ends the program. Out: lines of JSON on standard output: BenchReady, a BenchRun for each repetition, or BenchFailed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import threading
+import time
+
+import msgspec
+
+from shoal import log
+from shoal.engine.prepare import PreparedRequest
+from shoal.errors import EngineError, ShoalError
+from shoal.llm.llm import LLM
+from shoal.messages import BenchFailed, BenchNews, BenchOrder, BenchReady, BenchRun
+from shoal.types.outputs import FinishReason
+from shoal.types.sampling_params import SamplingParams
+
+
+class BenchProgram:
+    """An LLM and the order that it is measured by."""
+
+    def __init__(self, llm: LLM, order: BenchOrder) -> None:
+        self._llm = llm
+        self._order = order
+        self._prompts = [request.prompt for request in order.requests]
+        self._params = [
+            SamplingParams(
+                temperature=order.temperature, max_tokens=request.num_output, ignore_eos=True, detokenize=False
+            )
+            for request in order.requests
+        ]
+
+    def run(self, is_warmup: bool) -> BenchRun:
+        """All requests once, at the same time. Raises EngineError when one has not as many tokens as it should."""
+        started = time.perf_counter()
+        arrivals = self._stream_all(started) if self._order.token_times else self._collect_all()
+        seconds = time.perf_counter() - started
+        for request, times in zip(self._order.requests, arrivals, strict=True):
+            num_tokens = sum(count for _, count in times)
+            if num_tokens != request.num_output:
+                raise EngineError(f"a request ended after {num_tokens} of {request.num_output} tokens")
+        return BenchRun(seconds, arrivals if self._order.token_times else [], is_warmup)
+
+    def _collect_all(self) -> list[list[tuple[float, int]]]:
+        outputs = self._llm.generate(self._prompts, self._params, use_tqdm=False)
+        return [[(0.0, len(output.outputs[0].token_ids))] for output in outputs]
+
+    def _stream_all(self, started: float) -> list[list[tuple[float, int]]]:
+        """For each request the seconds since `started` at which tokens came, and how many."""
+        offline = self._llm._engine
+        engine = offline.engine
+
+        async def stream(prepared: PreparedRequest) -> list[tuple[float, int]]:
+            times: list[tuple[float, int]] = []
+            async for update in engine.stream(prepared):
+                if update.finish_reason is FinishReason.ERROR:
+                    raise EngineError(update.error or "the engine failed on a request")
+                if update.token_ids:
+                    times.append((time.perf_counter() - started, len(update.token_ids)))
+            return times
+
+        async def stream_all() -> list[list[tuple[float, int]]]:
+            prepared = [
+                engine.prepare(prompt, params) for prompt, params in zip(self._prompts, self._params, strict=True)
+            ]
+            return await asyncio.gather(*map(stream, prepared))
+
+        return offline.run(stream_all())
+
+
+def main() -> int:
+    """Do the order on standard input; returns the exit code."""
+    # What libraries print goes to standard error, so that our lines are alone on standard output.
+    output = os.dup(1)
+    os.dup2(2, 1)
+
+    def say(news: BenchNews) -> None:
+        os.write(output, msgspec.json.encode(news) + b"\n")
+
+    log.configure()
+    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=BenchOrder)
+    threading.Thread(target=_end_with_input, name="shoal-bench-input", daemon=True).start()
+    try:
+        with LLM(**order.options) as llm:
+            say(BenchReady(time.monotonic()))
+            program = BenchProgram(llm, order)
+            for index in range(order.num_warmups + order.num_runs):
+                say(program.run(is_warmup=index < order.num_warmups))
+    except ShoalError as error:
+        say(BenchFailed(type(error).__name__, str(error)))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _end_with_input() -> None:
+    """Standard input ends when the benchmark has closed it or died; the engine's core then ends with this process."""
+    # Not sys.stdin: its lock, held by a thread that waits, would not let the interpreter end.
+    while os.read(0, 4096):
+        pass
+    os._exit(3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
