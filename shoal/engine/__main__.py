@@ -92,11 +92,15 @@ def main(make: Callable[[EngineConfig], Executor] = make_executor) -> int:
     # requests have finished, and its end is this process's.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(
-        target=end_with_parent, args=([arguments.input, arguments.output],), name="parent-watch", daemon=True
-    ).start()
-    channel = SocketChannel(arguments.input, arguments.output)
     executor: Executor | None = None
+
+    def say_last_words() -> None:
+        if executor is not None:
+            executor.abandon()
+
+    endpoints = [arguments.input, arguments.output]
+    threading.Thread(target=end_with_parent, args=(endpoints, say_last_words), name="parent-watch", daemon=True).start()
+    channel = SocketChannel(arguments.input, arguments.output)
     try:
         executor = make(config)
         executor.watch(channel.fail)

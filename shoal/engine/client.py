@@ -24,6 +24,7 @@ import zmq.asyncio
 
 from shoal import errors
 from shoal.config.engine_config import EngineConfig
+from shoal.engine.parent import GOODBYE, LAST_WORDS_SECONDS
 from shoal.errors import EngineDeadError, EngineError, ShoalError, StartupError
 from shoal.executor.failure import is_stopped
 from shoal.executor.launcher import describe_exit
@@ -324,6 +325,13 @@ class SubprocessClient(EngineClient):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._exited.wait(), drain_seconds + _KILL_AFTER_SECONDS)
             asked.cancel()  # where it is still not sent, nobody is there to take it
+        elif process.poll() is None and self._config.parallel.num_nodes > 1:
+            # The other nodes are to hear that it is ended on purpose; it reads no messages while it starts.
+            assert process.stdin is not None
+            with contextlib.suppress(BrokenPipeError, TimeoutError):
+                process.stdin.write(GOODBYE)
+                process.stdin.close()
+                await asyncio.wait_for(self._exited.wait(), LAST_WORDS_SECONDS)
         if process.poll() is None:
             process.kill()
         await self._exited.wait()

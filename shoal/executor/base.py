@@ -45,6 +45,9 @@ class Executor(ABC):
         Workers in the core's process are lost with it only.
         """
 
+    def abandon(self) -> None:  # noqa: B027
+        """This process ends in a moment, in the middle of its start: tell the other hosts. From any thread."""
+
     @abstractmethod
     def shutdown(self) -> None:
         """End the workers and give their memory back. May be called twice."""

@@ -290,6 +290,9 @@ class DistributedExecutor(Executor):
         if self._on_failure is not None:
             self._on_failure(failure)
 
+    def abandon(self) -> None:
+        self._launcher.abandon()
+
     def shutdown(self) -> None:
         healthy = self._failure is None and not any(each.future for each in self._pending)
         if healthy and self._threads and not self._ending:

@@ -72,6 +72,9 @@ class Launcher(abc.ABC):
     def tell(self, reason: str) -> None:  # noqa: B027
         """The engine has failed, and why: for the other hosts to know. Comes before `stop`, from any thread."""
 
+    def abandon(self) -> None:  # noqa: B027
+        """See `Executor.abandon`: for launchers whose other hosts would take this process's end for a failure."""
+
     @abc.abstractmethod
     def stop(self, grace_seconds: float) -> None:
         """Wait so long for the processes to end by themselves, then end them by force; return when none is left.

@@ -99,6 +99,9 @@ class NodesLauncher(Launcher):
     def tell(self, reason: str) -> None:
         self._failure = self._failure or reason
 
+    def abandon(self) -> None:
+        self.stop(0.0)
+
     def stop(self, grace_seconds: float) -> None:
         with self._lock:
             self._stopping = True

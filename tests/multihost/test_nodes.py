@@ -58,6 +58,16 @@ def test_a_node_that_never_comes(tmp_path):
         assert re.search(rf"the others: rank 0 \(node1 {two.hosts[0].address} on eth0, pid", node_0.output)
 
 
+def test_ctrl_c_on_node_0_during_the_start_ends_all_nodes_in_order(tmp_path):
+    with cluster(2, tmp_path, "-tp", "4", *_OPTIONS) as two:
+        two.start_all()
+        two.servers[1].until("starting rank 2, 3")
+        two.servers[0].process.send_signal(signal.SIGINT)
+        assert two.until_all_ended(15) == [0, 0]
+        assert "stopped while starting" in two.servers[0].output
+        assert two.servers[1].output.endswith("the engine has ended\n")
+
+
 @pytest.mark.slow
 def test_two_hosts_with_one_rank_each_end_in_order(tmp_path, expected):
     with cluster(2, tmp_path, "-tp", "2", *_OPTIONS) as two:
