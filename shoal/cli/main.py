@@ -1,10 +1,11 @@
 """The `shoal` command: finds the subcommand, loads its module, and turns our errors into one line and an exit code.
 
-Exit codes: 0 done, 1 an error, 2 wrong usage or configuration, 130 Ctrl-C.
+Exit codes: 0 done, 1 an error, 2 wrong usage or configuration, 130 Ctrl-C; for `serve` Ctrl-C is the end in order: 0.
 """
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -13,6 +14,7 @@ from collections.abc import Sequence
 
 from shoal import env, log
 from shoal.cli.command import Command, CommandGroup
+from shoal.cli.first_signals import ends_at_once
 from shoal.errors import ConfigError, ShoalError
 from shoal.version import __version__
 
@@ -33,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _dispatch(given)
+        with ends_at_once() if given[:1] == ["serve"] else contextlib.nullcontext():
+            return _dispatch(given)
     except ShoalError as error:
         return _report(error, given)
     except KeyboardInterrupt:

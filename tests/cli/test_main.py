@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
+from shoal.cli.first_signals import ends_at_once
 from shoal.cli.main import COMMANDS, load_command, main
 from shoal.version import __version__
 from tests.config.model_directory import write_model_directory
@@ -90,3 +92,27 @@ def test_a_reader_that_leaves_is_no_crash():
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
     process.wait()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("when", ["shoal.cli.main.load_command", "shoal.cli.serve.resolve"])
+def test_serve_ends_in_order_from_the_first_moment_on(number, when):
+    module, name = when.rsplit(".", 1)
+    script = (
+        f"import os, sys, {module} as module; from shoal.cli.main import main\n"
+        f"module.{name} = lambda *given, **named: os.kill(os.getpid(), {int(number)})\n"
+        "sys.exit(main(['serve']))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "stopped while starting\n")
+
+
+def test_what_nohup_ignores_stays_ignored_and_handlers_come_back():
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    found = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with ends_at_once():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    finally:
+        signal.signal(signal.SIGHUP, found)
