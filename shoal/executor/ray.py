@@ -158,8 +158,11 @@ class RayLauncher(Launcher):
                 _node_ip_address=self._driver,
             )
         # Ray writes what happens to actors to standard output, whatever the log level; that is told otherwise here.
-        ray._private.worker.print_to_stdstream = _log_what_ray_says
         self._joined = True
+        with ray_head.private_names():
+            from ray._private.worker import print_to_stdstream  # noqa: F401  setting it alone would not tell
+
+            ray._private.worker.print_to_stdstream = _log_what_ray_says
 
     # --- room ------------------------------------------------------------------------------------------------------
 
@@ -180,7 +183,9 @@ class RayLauncher(Launcher):
 
     def _look(self) -> list[NodeRoom]:
         import ray
-        from ray._private.state import available_resources_per_node
+
+        with ray_head.private_names():
+            from ray._private.state import available_resources_per_node
 
         with _translated(f"the cluster {self._head} does not answer"):
             nodes, free = ray.nodes(), available_resources_per_node()
@@ -358,7 +363,8 @@ class RayLauncher(Launcher):
 
 def _clusters_here() -> set[str]:
     """HOST:PORT of the heads that Ray processes of this machine belong to."""
-    from ray._private.services import find_gcs_addresses
+    with ray_head.private_names():
+        from ray._private.services import find_gcs_addresses
 
     return set(find_gcs_addresses())
 

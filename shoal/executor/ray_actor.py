@@ -56,6 +56,9 @@ class WorkerActor:
         }
         try:
             self._process = WorkerProcess([sys.executable, *arguments], token, environment, self._on_exit, writing)
+        except BaseException:
+            os.close(reading)
+            raise
         finally:
             os.close(writing)
         threading.Thread(target=self._read, args=(reading,), name="worker-output", daemon=True).start()

@@ -6,6 +6,7 @@ does, and Ray's own messages stay out of ours.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -22,6 +23,7 @@ from shoal import env, network
 from shoal.errors import ConfigError, StartupError
 
 DEFAULT_PORT = 6379
+TESTED_RAY = "2.60"
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 20.0
 # Ray itself ends every process of a cluster a minute after its head is gone, without a word that names it.
@@ -53,6 +55,19 @@ def check_installed() -> None:
     """Raises ConfigError where Ray is not."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError("Ray is not installed here; pip install 'shoal[ray]' brings it")
+
+
+@contextlib.contextmanager
+def private_names() -> Iterator[None]:
+    """For what Ray has no public name for: raises StartupError where this version of Ray lacks that."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        installed = importlib.metadata.version("ray")
+        raise StartupError(
+            f"Ray {installed} is installed here, and lacks what Shoal uses of Ray {TESTED_RAY}, with which "
+            f"it is tested ({error}): pip install 'ray=={TESTED_RAY}.*' on every node"
+        ) from error
 
 
 def ray_variables(token: str) -> dict[str, str]:
@@ -149,8 +164,13 @@ class HeadWatch:
 
 def _main(endpoint: str) -> int:
     """The asking process. GcsClient is what `ray start` itself asks with; a whole driver would take seconds."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]
-    from ray.exceptions import AuthenticationError
+    try:
+        with private_names():
+            from ray._raylet import GcsClient  # type: ignore[attr-defined]
+            from ray.exceptions import AuthenticationError
+    except StartupError as error:
+        print(error, file=sys.stderr)
+        return 1
 
     try:
         client = GcsClient(address=endpoint)

@@ -19,6 +19,7 @@ from shoal.config.resolve import make_engine_config
 from shoal.errors import ConfigError, StartupError
 from shoal.executor import ray_head
 from shoal.executor.ray import RayLauncher
+from shoal.executor.ray_actor import WorkerActor
 from tests.executor.engines import wait_until
 from tests.multihost.ray_hosts import RayCluster, ray_cluster
 from tests.namespaces import Host, connected_hosts, needs_namespaces
@@ -278,6 +279,27 @@ def test_other_versions_are_named():
     answer = ray_head.Answer(ray_version="2.99.0", python_version="3.12.1")
     with pytest.raises(StartupError, match="the cluster of head:6379 has Ray 2.99.0; every node must have the same"):
         ray_head.check_versions("head:6379", answer)
+
+
+def test_a_ray_that_has_changed_inside_is_named(monkeypatch, nothing_is_known):
+    from ray._private import services
+
+    monkeypatch.delattr(services, "find_gcs_addresses")
+    found = r"Ray [\d.]+ is installed here, and lacks .*tested .*find_gcs_addresses.*pip install 'ray==2"
+    with pytest.raises(StartupError, match=found):
+        launcher().listen_address()
+
+
+def test_an_actor_that_cannot_start_its_worker_keeps_nothing_open(monkeypatch):
+    def fail(*arguments):
+        raise OSError("no more processes")
+
+    monkeypatch.setattr("shoal.executor.ray_actor.WorkerProcess", fail)
+    actor = WorkerActor()
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match="no more processes"):
+        actor.start(["-m", "shoal.worker"], "t" * 32, {})
+    assert os.listdir("/proc/self/fd") == before
 
 
 def test_a_rank_sees_all_devices_of_its_engine_on_its_node(nothing_is_known):
