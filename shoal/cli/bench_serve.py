@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shoal import env
 from shoal.benchmark.datasets import RandomPrompts, ServeRequest, read_requests, take
-from shoal.benchmark.load import LoadRun, Pace, Target
+from shoal.benchmark.load import LoadRun, Pace, Target, run_on_loop
 from shoal.benchmark.record import RequestRecord
 from shoal.benchmark.serve_report import ServeReport, Slo, serve_report
 from shoal.benchmark.workload import parse_range
@@ -27,6 +27,7 @@ from shoal.cli.command import Command
 from shoal.errors import ConfigError, EngineError
 
 _DEFAULT_CONCURRENCY = 16
+_BUSY_SHARE = 0.8
 
 
 def _run(connection: ConnectionOptions, data: BenchDataOptions, load: BenchLoadOptions) -> int:
@@ -36,10 +37,18 @@ def _run(connection: ConnectionOptions, data: BenchDataOptions, load: BenchLoadO
         check_writable(load.json)
     pace = _pace(load)
     target = _target(connection, data, load)
-    asyncio.run(_warm_up(target, requests, load.warmup))
-    run, interrupted = asyncio.run(_measure(target, requests, pace))
+    run_on_loop(_warm_up(target, requests, load.warmup))
+    run, interrupted = run_on_loop(_measure(target, requests, pace))
     report = serve_report(run.records, slo)
-    print_table(f"{target.model} at {target.url}", _rows(report, len(requests), pace, slo))
+    rows = _rows(report, len(requests), pace, slo)
+    if run.cpu_share > _BUSY_SHARE:
+        rows.append(
+            (
+                "caution",
+                f"this program used {run.cpu_share:.0%} of a core: the times may be its own; start several of it",
+            )
+        )
+    print_table(f"{target.model} at {target.url}", rows)
     if load.json:
         details = {
             "url": target.url,
@@ -47,6 +56,7 @@ def _run(connection: ConnectionOptions, data: BenchDataOptions, load: BenchLoadO
             "data": dataclasses.asdict(data),
             "load": dataclasses.asdict(load),
             "interrupted": interrupted,
+            "client_cpu_share": run.cpu_share,
             "result": dataclasses.asdict(report),
         }
         write_json(load.json, "serve", details)

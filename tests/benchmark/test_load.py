@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from shoal.benchmark.datasets import ServeRequest
-from shoal.benchmark.load import LoadRun, Pace, Target
+from shoal.benchmark.load import LoadRun, Pace, Target, run_on_loop
 from shoal.benchmark.serve_report import serve_report
 from tests.benchmark.fake_openai import ANSWER, DONE, FakeOpenAI, chunk, event, fake_openai, usage
 
@@ -31,6 +31,16 @@ async def test_concurrency_is_reached_and_held():
     assert fake.most_running == 3
     assert len(run.records) == 10 and all(record.succeeded for record in run.records)
     assert serve_report(run.records).peak_concurrency == 3
+
+
+def test_the_loop_for_speed_runs_work_too():
+    async def load() -> LoadRun:
+        async with fake_openai() as fake:
+            return await run_load(fake, 30)
+
+    run = run_on_loop(load())
+    assert all(record.succeeded for record in run.records)
+    assert run.cpu_share > 0
 
 
 async def test_without_limits_all_come_at_once():

@@ -61,9 +61,9 @@ def test_counts_in_chunks_are_exact():
 
 
 def test_fractions_of_tokens_do_not_bend_the_mean():
-    """5 tokens in 3 chunks: 5/3 each, 2 s for 10/3 tokens."""
-    report = serve_report([record(0.0, [1.0, 2.0, 3.0], 3.0, output=5)])
-    assert report.itl_ms.mean == pytest.approx(600)
+    """5 tokens in 3 chunks: 2 s for 10/3 tokens. Beside it 2 in 2: 4 s for one."""
+    report = serve_report([record(0.0, [1.0, 2.0, 3.0], 3.0, output=5), record(0.0, [1.0, 5.0], 5.0, output=2)])
+    assert report.itl_ms.mean == pytest.approx(6000 / (10 / 3 + 1))
 
 
 def test_without_usage_chunks_count():

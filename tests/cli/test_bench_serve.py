@@ -86,6 +86,9 @@ def test_ctrl_c_shows_what_was_measured(server):
     while len(server.requests) < 20:
         assert process.poll() is None
     os.kill(process.pid, signal.SIGINT)
-    out, _ = process.communicate()
+    try:
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "answered of 1000000" in out and "first token, ms" in out and "Traceback" not in out
