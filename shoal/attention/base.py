@@ -13,6 +13,32 @@ from typing import Any
 import torch
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeviceRows:
+    """S sequences with one new token each, in tensors that a CUDA graph reads anew at each replay.
+
+    table_rows [S]: int32, each sequence's row of `block_tables`. seq_lens [S]: int32, at least 1. Rows that pad the
+    graph's size have a table of null blocks and length 1.
+    """
+
+    table_rows: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeadTransform:
+    """What happens to query and key heads between projection and attention.
+
+    table [P, D]: fp32, cosines of D / 2 angles and then sines, a row a position: halves (a, b) of a head become
+    (a cos - b sin, b cos + a sin). query_norm, key_norm [D]: RMSNorm weights applied to each head before, or None.
+    """
+
+    table: torch.Tensor
+    query_norm: torch.Tensor | None = None
+    key_norm: torch.Tensor | None = None
+    eps: float = 0.0
+
+
 @dataclasses.dataclass(slots=True)
 class AttentionMetadata:
     """One step, as attention sees it: the same for all layers.
@@ -21,6 +47,8 @@ class AttentionMetadata:
     block_tables [S, B]: int32, block ids by position // block_size; entries past a sequence's end are valid ids, and
     what lies there is finite but not seen.
     slot_mapping [T]: int64, block * block_size + offset, where each new token's key and value go.
+    device_rows: a step of one token a sequence whose lengths the device alone knows; query_lens and seq_lens are empty
+    then, and block_tables is the table of all slots. Only backends with `follows_device` take it.
     plan: what the backend's `prepare` made of it.
     """
 
@@ -29,6 +57,7 @@ class AttentionMetadata:
     block_tables: torch.Tensor
     slot_mapping: torch.Tensor
     block_size: int
+    device_rows: DeviceRows | None = None
     plan: Any = None
 
 
@@ -42,6 +71,10 @@ class AttentionBackend(abc.ABC):
     # Whether cells behind a sequence's end are read and then masked: what is not a number there would spread, so the
     # runner clears blocks before their first use.
     reads_past_end: bool = True
+    # Whether it takes `AttentionMetadata.device_rows`, so that its steps can be captured in a CUDA graph.
+    follows_device: bool = False
+    # Whether it has `forward_projected`: norms, rotation, cache write and attention from what the projection gives.
+    transforms_heads: bool = False
 
     @abc.abstractmethod
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -72,3 +105,21 @@ class AttentionBackend(abc.ABC):
         query [T, Hq, D]; key, value [T, Hk, D]; returns [T, Hq * D]. A query at position p sees the keys at positions
         max(0, p - sliding_window + 1) … p. All keys of the step are written before any is read.
         """
+
+    def forward_projected(
+        self,
+        projected: torch.Tensor,
+        positions: torch.Tensor,
+        transform: HeadTransform,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        num_heads: int,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor:
+        """As `forward`, with the transform of query and key heads done on the way, where `transforms_heads`.
+
+        projected [T, (Hq + 2 Hk) * D]: query heads, key heads, value heads, contiguous. positions [T]: int64 or int32.
+        """
+        raise NotImplementedError(f"attention backend {self.name} has no fused transform")
