@@ -1,4 +1,4 @@
-"""Whether the Triton kernels can run here. Layers and backends ask once, when they are made, and have a plain way too."""
+"""Whether the Triton kernels can run here: asked once, when a layer or backend is made. Each has a plain way too."""
 
 from __future__ import annotations
 
