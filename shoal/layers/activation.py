@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.errors import ModelError
+from shoal.layers.context import BuildContext
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -20,6 +21,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
 }
+_SILU = ("silu", "swish")
 # Elementwise kernels of PyTorch work in vectors and take what is left over one by one, with another exponential. Pieces
 # of at most this many elements are not split over threads (gelu's limit; the others' is twice that), so what is left
 # over is known.
@@ -35,6 +37,18 @@ def activation(name: str, deterministic: bool = False) -> Activation:
     if name not in _ACTIVATIONS:
         raise ModelError(f"activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
     return partial(_by_rows, _ACTIVATIONS[name]) if deterministic else _ACTIVATIONS[name]
+
+
+class GatedActivation:
+    """function(gate) * up, for the MLPs that gate. Raises ModelError for an unknown name."""
+
+    def __init__(self, context: BuildContext, name: str) -> None:
+        self._function = activation(name, context.deterministic and context.device.type == "cpu")
+        self.is_silu = name in _SILU
+
+    def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """gate_up [T, 2 F], gate first -> [T, F]."""
+        return gated(self._function, gate_up)
 
 
 def gated(function: Activation, gate_up: torch.Tensor) -> torch.Tensor:

@@ -13,8 +13,10 @@ from torch import nn
 
 from shoal.config.parallel import virtual_shards
 from shoal.errors import ConfigError
+from shoal.layers.activation import GatedActivation
 from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
+from shoal.layers.norm import sum_over_ranks
 from shoal.quantization.base import LinearSpec, LinearTensor
 
 
@@ -120,6 +122,11 @@ class GateUpLinear(Linear):
         parts = [Part(f"{prefix}.{name}", intermediate_size, rows) for name in ("gate_proj", "up_proj")]
         super().__init__(context, in_features=hidden_size, parts=parts, bias=bias)
 
+    def gated(self, x: torch.Tensor, activation: GatedActivation) -> torch.Tensor:
+        """x [T, H] -> activation(gate) * up, [T, intermediate size of this rank]."""
+        fused = self.method.apply_gated(x) if activation.is_silu else None
+        return activation(self.method.apply(x)) if fused is None else fused
+
 
 class QKVLinear(Linear):
     """Query, key and value projections, one above the other, split by heads."""
@@ -153,9 +160,21 @@ class RowLinear(Linear):
 
     In deterministic mode the summands are branches of one tree over virtual shards of the inputs, in fp32: its bits do
     not depend on how many ranks hold them. The bias is added to the sum, and only then it is rounded.
+
+    leaves_sum: each rank gets its own summand, and the norm that takes it sums (`RMSNorm.add_and_norm`, `sums_ranks`).
     """
 
-    def __init__(self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
+    def __init__(
+        self,
+        context: BuildContext,
+        name: str,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        leaves_sum: bool = False,
+    ) -> None:
+        assert not (bias and leaves_sum), "a bias is added to the sum"
         columns = context.parallel.tensor_slice(in_features, f"inputs of {name}")
         num_ranks = context.parallel.tensor_size
         num_shards = virtual_shards(in_features) if context.deterministic else num_ranks
@@ -175,19 +194,27 @@ class RowLinear(Linear):
             num_input_shards=num_shards // num_ranks,
             is_summand=self.is_split,
         )
+        self.leaves_sum = leaves_sum
+        self.dtype = context.dtype
         own_bias = bias and self.is_split
         self.bias = torch.empty(out_features, dtype=context.dtype, device=context.device) if own_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [T, inputs of this rank] -> [T, all outputs]."""
+        """x [T, inputs of this rank] -> [T, all outputs], summed unless `leaves_sum`."""
         summand = self.method.apply(x)
+        if not self.is_split or self.leaves_sum:
+            return summand
+        if self.bias is None:
+            return self.sum_ranks(summand)
+        if not self.deterministic:
+            return self.group.all_reduce(summand).add_(self.bias)
+        return self.group.all_reduce_tree(summand.unsqueeze(0)).add_(self.bias).to(self.dtype)
+
+    def sum_ranks(self, summand: torch.Tensor) -> torch.Tensor:
+        """What is left to do with the summands [T, all outputs] of a layer that `leaves_sum`."""
         if not self.is_split:
             return summand
-        if not self.deterministic:
-            total = self.group.all_reduce(summand)
-            return total if self.bias is None else total.add_(self.bias)
-        total = self.group.all_reduce_tree(summand.unsqueeze(0))
-        return (total if self.bias is None else total.add_(self.bias)).to(x.dtype)
+        return sum_over_ranks(self.group, summand, self.dtype, deterministic=self.deterministic)
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         yield from super().checkpoint_tensors()

@@ -8,16 +8,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from shoal.distributed.group import GroupCoordinator
 from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich 2019). A row's result does not depend on other rows."""
+    """x / sqrt(mean(x²) + eps) * weight (Zhang and Sennrich 2019). A row's result does not depend on other rows.
 
-    def __init__(self, context: BuildContext, name: str, size: int, eps: float) -> None:
+    sums_ranks: what it is given beside a residual stream is each rank's summand, of a RowLinear that leaves the sum.
+    """
+
+    def __init__(self, context: BuildContext, name: str, size: int, eps: float, *, sums_ranks: bool = False) -> None:
         super().__init__()
         self.name, self.eps = name, eps
+        self.deterministic = context.deterministic
+        self.group = context.tensor_group if sums_ranks and context.tensor_group.world_size > 1 else None
         self.weight = torch.empty(size, dtype=context.dtype, device=context.device)
         self._shape = (size,)
 
@@ -26,7 +32,12 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self._shape, self.weight, self.eps)
 
     def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The residual stream after adding x to it, normalised and as it is: (norm(x + residual), x + residual)."""
+        """The residual stream after adding x to it, normalised and as it is: (norm(x + residual), x + residual).
+
+        Without a residual x [T, H] is the stream itself; else it is summed over the ranks first if `sums_ranks`.
+        """
+        if residual is not None and self.group is not None:
+            x = sum_over_ranks(self.group, x, self.weight.dtype, deterministic=self.deterministic)
         total = x if residual is None else x + residual
         return self.forward(total), total
 
@@ -38,6 +49,15 @@ class RMSNorm(nn.Module):
 
     def weight_bytes(self) -> int:
         return self.weight.nbytes
+
+
+def sum_over_ranks(
+    group: GroupCoordinator, summand: torch.Tensor, dtype: torch.dtype, *, deterministic: bool
+) -> torch.Tensor:
+    """summand [T, H] of every rank -> their sum in `dtype`; in deterministic mode as a branch of the fixed tree."""
+    if deterministic:
+        return group.all_reduce_tree(summand.unsqueeze(0)).to(dtype)
+    return group.all_reduce(summand)
 
 
 class LayerNorm(nn.Module):

@@ -5,6 +5,7 @@ T tokens, D head size, P positions of the table.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -12,24 +13,38 @@ import torch
 from shoal.config.model_config import RopeConfig
 
 
+class Angles:
+    """By what the tokens of one step turn: looked up when first asked for, once for all layers."""
+
+    def __init__(self, table: torch.Tensor, positions: torch.Tensor) -> None:
+        self._table, self.positions = table, positions
+
+    @functools.cached_property
+    def cos_and_signed_sin(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Both [T, 1, D], fp32."""
+        cos, sin = self._table.index_select(0, self.positions)[:, None, :].chunk(2, dim=-1)
+        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 class RotaryEmbedding:
-    """fp32 tables of cosines and sines. `lookup` once a step, `rotate` once a layer."""
+    """fp32 tables of cosines and sines. `lookup` once a step, `rotate` once a layer.
+
+    table [P, D]: cosines, then sines; each half as wide as a head, since both halves of a head turn by the same angles.
+    """
 
     def __init__(self, config: RopeConfig, head_dim: int, num_positions: int, device: torch.device) -> None:
         frequencies, factor = inverse_frequencies(config, head_dim)
         angles = torch.arange(num_positions, dtype=torch.float32)[:, None] * frequencies[None, :]
-        # [P, D]: cosines, then sines; each half as wide as a head, since both halves of a head turn by the same angles.
-        self._table = torch.cat([angles.cos() * factor, angles.sin() * factor], dim=1).to(device)
+        self.table = torch.cat([angles.cos() * factor, angles.sin() * factor], dim=1).to(device)
         self._half = head_dim // 2
 
-    def lookup(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """positions [T] -> cosines and signed sines, both [T, 1, D], fp32."""
-        cos, sin = self._table.index_select(0, positions)[:, None, :].chunk(2, dim=-1)
-        return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    def lookup(self, positions: torch.Tensor) -> Angles:
+        """positions [T]."""
+        return Angles(self.table, positions)
 
-    def rotate(self, x: torch.Tensor, angles: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def rotate(self, x: torch.Tensor, angles: Angles) -> torch.Tensor:
         """x [T, heads, D]: (a, b) becomes (a cos - b sin, b cos + a sin) for its halves; computed in fp32."""
-        cos, signed_sin = angles
+        cos, signed_sin = angles.cos_and_signed_sin
         wide = x.float()
         return wide.roll(self._half, -1).mul_(signed_sin).add_(wide * cos).to(x.dtype)
 

@@ -10,16 +10,14 @@ from torch import nn
 
 from shoal.attention.base import AttentionMetadata
 from shoal.config.model_config import ModelConfig
-from shoal.layers.activation import activation, gated
-from shoal.layers.attention import Attention
+from shoal.layers.activation import GatedActivation
+from shoal.layers.attention import RotaryAttention
 from shoal.layers.context import BuildContext
 from shoal.layers.embedding import LogitsHead, VocabularyEmbedding
 from shoal.layers.linear import GateUpLinear, QKVLinear, RowLinear
 from shoal.layers.norm import RMSNorm
-from shoal.layers.rotary import RotaryEmbedding
+from shoal.layers.rotary import Angles, RotaryEmbedding
 from shoal.models.base import CausalLM, LayerObserver
-
-Angles = tuple[torch.Tensor, torch.Tensor]
 
 
 class LlamaAttention(nn.Module):
@@ -29,19 +27,29 @@ class LlamaAttention(nn.Module):
         self, config: ModelConfig, context: BuildContext, prefix: str, window: int | None, rotary: RotaryEmbedding
     ) -> None:
         super().__init__()
-        self.rotary = rotary
-        self.head_dim = config.head_dim
         heads, kv_heads = config.num_heads, config.num_kv_heads
         self.qkv_proj = QKVLinear(
             context, prefix, config.hidden_size, heads, kv_heads, config.head_dim, bias=self.has_qkv_bias(config)
         )
+        bias = self.has_output_bias(config)
         self.o_proj = RowLinear(
-            context, f"{prefix}.o_proj", heads * config.head_dim, config.hidden_size, bias=self.has_output_bias(config)
+            context,
+            f"{prefix}.o_proj",
+            heads * config.head_dim,
+            config.hidden_size,
+            bias=bias,
+            leaves_sum=not bias,
         )
-        self.num_heads = heads // context.parallel.tensor_size
         kv_slice = context.parallel.kv_head_slice(kv_heads)
-        self.num_kv_heads = kv_slice.stop - kv_slice.start
-        self.attention = Attention(context, config.head_dim, window)
+        self.attention = RotaryAttention(
+            context,
+            config.head_dim,
+            window,
+            num_heads=heads // context.parallel.tensor_size,
+            num_kv_heads=kv_slice.stop - kv_slice.start,
+            rotary=rotary,
+            **self.head_norms(config, context, prefix),
+        )
 
     def has_qkv_bias(self, config: ModelConfig) -> bool:
         return config.attention_bias
@@ -49,18 +57,15 @@ class LlamaAttention(nn.Module):
     def has_output_bias(self, config: ModelConfig) -> bool:
         return config.attention_bias
 
+    def head_norms(self, config: ModelConfig, context: BuildContext, prefix: str) -> dict[str, RMSNorm]:
+        """query_norm and key_norm, of models that have them."""
+        return {}
+
     def forward(
         self, hidden: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        heads = self.qkv_proj(hidden).view(hidden.shape[0], -1, self.head_dim)
-        query_key, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        rotated = self.rotary.rotate(self.normalize(query_key), angles)
-        query, key = rotated.split([self.num_heads, self.num_kv_heads], dim=1)
-        return self.o_proj(self.attention(query, key, value, kv_cache, metadata))
-
-    def normalize(self, query_key: torch.Tensor) -> torch.Tensor:
-        """query_key [T, Hq + Hk, D], before the rotation: nothing in Llama."""
-        return query_key
+        """hidden [T, H] -> [T, H], this rank's summand where o_proj leaves the sum to the norm that follows."""
+        return self.o_proj(self.attention.forward_projected(self.qkv_proj(hidden), angles, kv_cache, metadata))
 
 
 class LlamaMLP(nn.Module):
@@ -70,12 +75,14 @@ class LlamaMLP(nn.Module):
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         bias = bool(config.raw.get("mlp_bias", False))
-        self.activation = activation(config.hidden_act, context.deterministic)
+        self.activation = GatedActivation(context, config.hidden_act)
         self.gate_up_proj = GateUpLinear(context, prefix, hidden_size, intermediate_size, bias=bias)
-        self.down_proj = RowLinear(context, f"{prefix}.down_proj", intermediate_size, hidden_size, bias=bias)
+        self.down_proj = RowLinear(
+            context, f"{prefix}.down_proj", intermediate_size, hidden_size, bias=bias, leaves_sum=not bias
+        )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(gated(self.activation, self.gate_up_proj(hidden)))
+        return self.down_proj(self.gate_up_proj.gated(hidden, self.activation))
 
 
 class LlamaLayer(nn.Module):
@@ -86,14 +93,18 @@ class LlamaLayer(nn.Module):
     def __init__(self, config: ModelConfig, context: BuildContext, index: int, rotary: RotaryEmbedding) -> None:
         super().__init__()
         prefix = f"model.layers.{index}"
-        self.input_layernorm = RMSNorm(context, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
         self.self_attn = self.attention_class(
             config, context, f"{prefix}.self_attn", config.sliding_windows[index], rotary
         )
-        self.post_attention_layernorm = RMSNorm(
-            context, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps
-        )
         self.mlp = LlamaMLP(config, context, f"{prefix}.mlp")
+        size, eps = config.hidden_size, config.norm_eps
+        # Each norm follows a row-parallel product: the MLP's of the layer before, or the attention's of this one.
+        self.input_layernorm = RMSNorm(
+            context, f"{prefix}.input_layernorm", size, eps, sums_ranks=self.mlp.down_proj.leaves_sum
+        )
+        self.post_attention_layernorm = RMSNorm(
+            context, f"{prefix}.post_attention_layernorm", size, eps, sums_ranks=self.self_attn.o_proj.leaves_sum
+        )
 
     def forward(
         self,
@@ -103,7 +114,7 @@ class LlamaLayer(nn.Module):
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns what is still to be added to the residual stream, and the stream."""
+        """hidden: what is still to be added to the residual stream, by whoever takes the two; so what is returned."""
         hidden, residual = self.input_layernorm.add_and_norm(hidden, residual)
         hidden = self.self_attn(hidden, angles, kv_cache, metadata)
         hidden, residual = self.post_attention_layernorm.add_and_norm(hidden, residual)
@@ -125,7 +136,8 @@ class LlamaForCausalLM(CausalLM):
             )
         self.layers = nn.ModuleList(self.layer_class(config, context, index, self.rotary) for index in self.layer_range)
         if self.is_last_stage:
-            self.norm = RMSNorm(context, "model.norm", config.hidden_size, config.norm_eps)
+            sums_ranks = self.layers[-1].mlp.down_proj.leaves_sum
+            self.norm = RMSNorm(context, "model.norm", config.hidden_size, config.norm_eps, sums_ranks=sums_ranks)
             self.lm_head = LogitsHead(
                 context,
                 "model.embed_tokens" if tied else "lm_head",
@@ -154,7 +166,7 @@ class LlamaForCausalLM(CausalLM):
             if hooks is not None:
                 hooks.after_layer(index, kv_cache, metadata)
         if not self.is_last_stage:
-            return hidden + residual
+            return self.layers[-1].mlp.down_proj.sum_ranks(hidden) + residual
         return self.norm.add_and_norm(hidden, residual)[0]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,11 @@ class LinearMethod(abc.ABC):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in_features] -> [T, out_features], in the layer's dtype (see `LinearSpec.is_summand`)."""
 
+    def apply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Of a layer whose outputs are gates and then as many ups: silu(gate) * up, [T, out_features / 2], where this
+        method has a product for it at this number of rows; else None."""
+        return None
+
     @abc.abstractmethod
     def weight_bytes(self) -> int:
         """Memory that the weights take."""
