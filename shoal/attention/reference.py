@@ -15,6 +15,7 @@ class ReferenceAttention(AttentionBackend):
 
     name = "reference"
     reads_past_end = False
+    follows_device = True
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return (2, num_blocks, block_size, num_kv_heads, head_dim)
@@ -23,7 +24,11 @@ class ReferenceAttention(AttentionBackend):
         kv_cache.index_fill_(1, blocks, 0)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        metadata.plan = None
+        rows = metadata.device_rows
+        if rows is not None:  # by looking at them: nothing for a graph
+            metadata.seq_lens = rows.seq_lens.tolist()
+            metadata.query_lens = [1] * len(metadata.seq_lens)
+            metadata.block_tables = metadata.block_tables[rows.table_rows.long()]
 
     def forward(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.errors import ModelError
+from shoal.kernels.support import has_kernels
 from shoal.layers.context import BuildContext
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -45,10 +47,13 @@ class GatedActivation:
     def __init__(self, context: BuildContext, name: str) -> None:
         self._function = activation(name, context.deterministic and context.device.type == "cpu")
         self.is_silu = name in _SILU
+        self._kernel: Callable[[torch.Tensor], torch.Tensor] | None = None
+        if self.is_silu and has_kernels(context.device):
+            self._kernel = importlib.import_module("shoal.kernels.activation").silu_and_mul
 
     def __call__(self, gate_up: torch.Tensor) -> torch.Tensor:
         """gate_up [T, 2 F], gate first -> [T, F]."""
-        return gated(self._function, gate_up)
+        return gated(self._function, gate_up) if self._kernel is None else self._kernel(gate_up)
 
 
 def gated(function: Activation, gate_up: torch.Tensor) -> torch.Tensor:

@@ -85,10 +85,14 @@ class LogitsHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, H] -> this rank's logits [R, W], fp32; -inf for padding."""
-        logits = self.method.apply(hidden).float()
+        logits = self.project(hidden).float()
         if self.vocabulary.num_tokens < self.vocabulary.width:
             logits[:, self.vocabulary.num_tokens :] = float("-inf")
         return logits
+
+    def project(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As the product gives them, in the model's dtype: what stands in the columns of padding is no logit."""
+        return self.method.apply(hidden)
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         for tensor in self.method.tensors():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from shoal.distributed.group import GroupCoordinator
+from shoal.kernels.support import has_kernels
 from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
 
@@ -26,9 +28,12 @@ class RMSNorm(nn.Module):
         self.group = context.tensor_group if sums_ranks and context.tensor_group.world_size > 1 else None
         self.weight = torch.empty(size, dtype=context.dtype, device=context.device)
         self._shape = (size,)
+        self._kernels = importlib.import_module("shoal.kernels.norm") if has_kernels(context.device) else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> the same shape."""
+        if self._kernels is not None:
+            return self._kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self._shape, self.weight, self.eps)
 
     def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -38,6 +43,8 @@ class RMSNorm(nn.Module):
         """
         if residual is not None and self.group is not None:
             x = sum_over_ranks(self.group, x, self.weight.dtype, deterministic=self.deterministic)
+        if self._kernels is not None:
+            return self._kernels.add_rms_norm(x, residual, self.weight, self.eps)
         total = x if residual is None else x + residual
         return self.forward(total), total
 

@@ -62,6 +62,10 @@ class CausalLM(nn.Module, abc.ABC):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, H] of the last stage -> this rank's logits [R, W], fp32: of `vocabulary`, -inf for its padding."""
 
+    @abc.abstractmethod
+    def project_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `compute_logits`, in the model's dtype and with anything in the columns of padding."""
+
     def compute_full_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, H] of the last stage -> logits of all ranks [R, vocabulary], fp32. All ranks must call it."""
         return self.vocabulary.gather(self.compute_logits(hidden))

@@ -172,6 +172,9 @@ class LlamaForCausalLM(CausalLM):
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)
 
+    def project_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head.project(hidden)
+
 
 class MistralForCausalLM(LlamaForCausalLM):
     """Llama whose layers see a sliding window; the config holds it for each layer."""

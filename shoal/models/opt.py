@@ -127,6 +127,9 @@ class OPTForCausalLM(CausalLM):
         """hidden [R, H or E] -> logits [R, W], fp32."""
         return self.lm_head(hidden)
 
+    def project_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.lm_head.project(hidden)
+
 
 def layer_norm_affine(config: ModelConfig) -> bool:
     return bool(config.raw.get("layer_norm_elementwise_affine", True))

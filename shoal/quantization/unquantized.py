@@ -5,12 +5,15 @@ T rows, K inputs, N outputs.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from shoal.kernels.support import has_kernels
 from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
 
 # Deterministic mode: every product has exactly this many rows, so that it always is the same computation.
@@ -45,11 +48,16 @@ class UnquantizedLinear(LinearMethod):
         return found
 
     def process_after_load(self) -> None:
-        self._multiply = _product(self.weight, self.bias)
+        # What chooses by the number of rows between the kernels for few of them and cuBLAS.
+        self._plan = _plan(self.weight, self.bias)
+        self._multiply = self._plan.apply if self._plan is not None else _product(self.weight, self.bias)
         del self.weight
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self._multiply(x)
+
+    def apply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+        return None if self._plan is None else self._plan.apply_gated(x)
 
     def weight_bytes(self) -> int:
         spec = self.spec
@@ -61,6 +69,8 @@ class UnquantizedLinear(LinearMethod):
 class TiledLinear(UnquantizedLinear):
     """A row's result depends on nothing but the row: products of exactly ROW_TILE rows, and for row-parallel layers a
     fixed tree over the shards of the inputs, summed in fp32, the same whichever rank holds them."""
+
+    _plan = None
 
     def process_after_load(self) -> None:
         shards = [shard.contiguous() for shard in self.weight.chunk(self.spec.num_input_shards, dim=1)]
@@ -83,6 +93,13 @@ class TiledLinear(UnquantizedLinear):
             return sums[0][:num_rows]
         total = sums[0] if self.bias is None else sums[0] + self.bias
         return total[:num_rows].to(self.spec.dtype)
+
+
+def _plan(weight: torch.Tensor, bias: torch.Tensor | None) -> Any:
+    """A `kernels.tuning.LinearPlan` for this weight [N, K]; None where there are no kernels for it."""
+    if not has_kernels(weight.device):
+        return None
+    return importlib.import_module("shoal.kernels.tuning").linear_chooser(weight.device).plan(weight, bias)
 
 
 Product = Callable[[torch.Tensor], torch.Tensor]

@@ -14,6 +14,9 @@ from shoal.messages import ScheduledBatch, SlotAssignment
 from shoal.scheduling.block_pool import NULL_BLOCK
 
 _INT = np.int64
+# What a row of a decode step brings to the device, int32: see `kernels.step.unpack_rows`.
+ROW_WIDTH = 8
+_SLOT, _POSITION, _TOKEN, _SAMPLING, _UPDATE = 0, 1, 2, slice(3, 6), slice(6, 8)
 
 
 @dataclasses.dataclass(slots=True)
@@ -57,10 +60,40 @@ class StepInputs:
         return self.counts.tolist()
 
 
-class InputBatch:
-    """Per-slot state: ids that the host gave, the block table, and on the device the token sampled last."""
+@dataclasses.dataclass(slots=True)
+class DecodeRows:
+    """A step of one token for each of its requests, all of which sample. packed [R, ROW_WIDTH]: what the device needs.
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
+    slots, ends: per row; ends are the positions of the tokens to be sampled.
+    """
+
+    step_id: int
+    generation: int
+    slots: np.ndarray
+    ends: np.ndarray
+    packed: np.ndarray
+
+    def put_sampling(self, parameters: np.ndarray) -> None:
+        """parameters int32 [R, 3]: temperature, min_p, row key."""
+        self.packed[:, _SAMPLING] = parameters
+
+
+class InputBatch:
+    """Per-slot state: ids that the host gave, the block table, and on the device the token sampled last.
+
+    device_table: the block table once more, int32 [max_num_seqs + 1, B], where steps are captured in graphs: the slot
+    behind the last is that of rows that pad a graph. Without it (None) there are no `decode_rows`.
+    """
+
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        device: torch.device,
+        *,
+        keeps_device_table: bool = False,
+    ) -> None:
         self.block_size = block_size
         self.device = device
         max_blocks = -(-max_model_len // block_size)
@@ -69,7 +102,11 @@ class InputBatch:
         self._num_given = np.zeros(max_num_seqs, _INT)
         self._block_table = np.zeros((max_num_seqs, max_blocks), np.int32)
         self._num_blocks = np.zeros(max_num_seqs, _INT)
-        self._last_token = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self.padding_slot = max_num_seqs
+        self.last_token = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        self.device_table: torch.Tensor | None = None
+        if keeps_device_table:
+            self.device_table = torch.full((max_num_seqs + 1, max_blocks), NULL_BLOCK, dtype=torch.int32, device=device)
 
     def release(self, slot: int) -> None:
         self.assignments[slot] = None
@@ -89,11 +126,7 @@ class InputBatch:
 
     def prepare(self, batch: ScheduledBatch) -> StepInputs:
         """Take new blocks in and lay the step out. Costs a few microseconds a row, independent of context lengths."""
-        for item in batch.work:
-            if item.new_block_ids:
-                first = self._num_blocks[item.slot]
-                self._block_table[item.slot, first : first + len(item.new_block_ids)] = item.new_block_ids
-                self._num_blocks[item.slot] = first + len(item.new_block_ids)
+        self._upload_blocks(self._take_blocks(batch))
         slots = np.array([item.slot for item in batch.work], _INT)
         starts = np.array([item.num_computed_tokens for item in batch.work], _INT)
         counts = np.array([item.num_new_tokens for item in batch.work], _INT)
@@ -121,6 +154,54 @@ class InputBatch:
             last_tokens=self._to_device(ends[sample_rows] - 1),
         )
 
+    def _take_blocks(self, batch: ScheduledBatch) -> list[tuple[int, int, list[int]]]:
+        """Enter the step's new blocks: (slot, where they begin in its table, blocks) of those that have some."""
+        taken = []
+        for item in batch.work:
+            if item.new_block_ids:
+                slot, first = item.slot, int(self._num_blocks[item.slot])
+                self._block_table[slot, first : first + len(item.new_block_ids)] = item.new_block_ids
+                self._num_blocks[slot] = first + len(item.new_block_ids)
+                taken.append((slot, first, item.new_block_ids))
+        return taken
+
+    def _upload_blocks(self, taken: list[tuple[int, int, list[int]]]) -> None:
+        """Enter new blocks into the device's table, if there is one."""
+        if self.device_table is None or not taken:
+            return
+        width = self._block_table.shape[1]
+        index = [np.arange(len(blocks), dtype=_INT) + (slot * width + first) for slot, first, blocks in taken]
+        flat = self._to_device(np.concatenate(index))
+        blocks = self._to_device(np.concatenate([np.array(blocks, np.int32) for _, _, blocks in taken]))
+        self.device_table.view(-1).index_copy_(0, flat, blocks)
+
+    def decode_rows(self, batch: ScheduledBatch) -> DecodeRows | None:
+        """The step as rows for a graph, its new blocks entered; None for a step that is more than one token each."""
+        if self.device_table is None or not all(item.num_new_tokens == 1 and item.sample for item in batch.work):
+            return None
+        num_rows = len(batch.work)
+        packed = np.empty((num_rows, ROW_WIDTH), np.int32)
+        slots = np.fromiter((item.slot for item in batch.work), _INT, num_rows)
+        starts = np.fromiter((item.num_computed_tokens for item in batch.work), _INT, num_rows)
+        packed[:, _SLOT], packed[:, _POSITION], packed[:, _TOKEN], packed[:, _SAMPLING] = slots, starts, -1, 0
+        for row in np.flatnonzero(starts < self._num_given[slots]):
+            packed[row, _TOKEN] = self._given_ids[slots[row]][starts[row]]
+        width = self._block_table.shape[1]
+        packed[:, _UPDATE] = self.padding_slot * width, NULL_BLOCK
+        taken = self._take_blocks(batch)
+        if taken:
+            row_of_slot = {int(slot): row for row, slot in enumerate(slots)}
+            for slot, first, blocks in taken:
+                if len(blocks) == 1:
+                    packed[row_of_slot[slot], _UPDATE] = slot * width + first, blocks[0]
+            self._upload_blocks([each for each in taken if len(each[2]) > 1])
+        return DecodeRows(batch.step_id, batch.generation, slots, starts + 1, packed)
+
+    def padding_rows(self, count: int) -> np.ndarray:
+        """Rows [count, ROW_WIDTH] that write to the null block and store their token where nobody reads it."""
+        row = [self.padding_slot, 0, -1, 0, 0, 0, self.padding_slot * self._block_table.shape[1], NULL_BLOCK]
+        return np.tile(np.array(row, np.int32), (count, 1))
+
     def reading_slots(self, inputs: StepInputs) -> np.ndarray:
         """Slots whose last token of this step is the one that they sampled last."""
         return inputs.slots[inputs.starts + inputs.counts > self._num_given[inputs.slots]]
@@ -132,7 +213,7 @@ class InputBatch:
         slot_of_token = slots[inputs.row_of_token]
         on_device = inputs.host_positions >= self._num_given[slot_of_token]
         if on_device.all():
-            return self._last_token.index_select(0, self._to_device(slots))
+            return self.last_token.index_select(0, self._to_device(slots))
         host_ids = np.zeros(inputs.num_tokens, _INT)
         ends = np.cumsum(counts)
         for row in np.flatnonzero(starts < self._num_given[slots]):
@@ -140,13 +221,13 @@ class InputBatch:
             host_ids[end - count : end] = self._given_ids[slots[row]][first : first + count]
         token_ids = self._to_device(host_ids)
         if on_device.any():
-            sampled = self._last_token.index_select(0, self._to_device(slot_of_token))
+            sampled = self.last_token.index_select(0, self._to_device(slot_of_token))
             token_ids = torch.where(self._to_device(on_device), sampled, token_ids)
         return token_ids
 
     def store_sampled(self, slots: torch.Tensor, token_ids: torch.Tensor) -> None:
         """Keep what these slots sampled for their next step, on the device: both int64 [R]."""
-        self._last_token.index_copy_(0, slots, token_ids)
+        self.last_token.index_copy_(0, slots, token_ids)
 
     def _to_device(self, array: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -18,13 +18,15 @@ from shoal.distributed.rendezvous import ParallelGroups
 from shoal.kv_transfer.hooks import LayerHooks
 from shoal.messages import BatchResult, ScheduledBatch, SlotResult
 from shoal.models.base import CausalLM
+from shoal.sampling.choice import TokenChoice
 from shoal.sampling.logprobs import prompt_logprobs, to_host
 from shoal.sampling.rows import upload
 from shoal.sampling.sampler import SampledTokens, Sampler
 from shoal.sampling.state import SamplingState
 from shoal.types.outputs import TokenLogprobs
 from shoal.worker.clock import BUSY, MESSAGES, StageClock
-from shoal.worker.input_batch import InputBatch, StepInputs
+from shoal.worker.graphs import DecodeGraphs, graph_sizes
+from shoal.worker.input_batch import DecodeRows, InputBatch, StepInputs
 from shoal.worker.layer_status import LayerStatus
 from shoal.worker.stage import PipelineStage
 
@@ -34,10 +36,19 @@ _PROMPT_LOGITS_ROWS = 256
 
 @dataclasses.dataclass(slots=True)
 class _Executed:
-    """A step whose forward pass is under way: what sampling it needs. hidden: None before the last stage."""
+    """A step whose forward pass is under way: what sampling it needs.
 
-    inputs: StepInputs
+    slots, ends: of the rows that sample, and the positions of their next tokens. hidden [T or R, H]: None before the
+    last stage. inputs: of a step that ran without a graph. by_graph: its tokens can be chosen by one too.
+    """
+
+    step_id: int
+    generation: int
+    slots: list[int]
+    ends: list[int]
     hidden: torch.Tensor | None
+    inputs: StepInputs | None = None
+    by_graph: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -69,8 +80,17 @@ class ModelRunner:
         self._status = groups.status
         # Nobody asks a rank alone what it waits for.
         self.hooks = hooks if groups.world.world_size == 1 else LayerStatus(groups.status, hooks)
-        self.batch = InputBatch(config.max_num_seqs, config.max_model_len, config.block_size, device)
-        self.clock = StageClock(device, groups.status)
+        # A connector's hooks act between layers, which a graph knows nothing of.
+        self._captures = device.type == "cuda" and not config.enforce_eager and backend.follows_device and hooks is None
+        self.graphs: DecodeGraphs | None = None
+        self.batch = InputBatch(
+            config.max_num_seqs,
+            config.max_model_len,
+            config.block_size,
+            device,
+            keeps_device_table=self._captures,
+        )
+        self.clock = StageClock(device, groups.status, measures=groups.dims.pipeline_size > 1)
         self.stage = PipelineStage(
             groups,
             hidden_size=config.model.hidden_size,
@@ -97,15 +117,54 @@ class ModelRunner:
         self.clock.begin_step()
         self.clock.enter(BUSY)
         self._change_slots(batch)
+        rows = None
+        if self.graphs is not None and len(batch.work) <= self.graphs.largest:
+            rows = self.batch.decode_rows(batch)
+        self._executed[batch.step_id] = self._run_eagerly(batch) if rows is None else self._run_by_graph(batch, rows)
+        self.clock.enter(MESSAGES)
+
+    def _run_eagerly(self, batch: ScheduledBatch) -> _Executed:
         inputs = self.batch.prepare(batch)
         if self.backend.reads_past_end:
             self._clear(batch)
         hidden = self._forward(inputs)
+        self._pass_on(batch.step_id, inputs.sample_slots, hidden)
+        return _Executed(
+            batch.step_id,
+            batch.generation,
+            inputs.sample_slots.tolist(),
+            (inputs.starts + inputs.counts)[inputs.sample_rows].tolist(),
+            hidden if self.stage.is_last else None,
+            inputs,
+        )
+
+    def _run_by_graph(self, batch: ScheduledBatch, rows: DecodeRows) -> _Executed:
+        """One token a request: everything between the upload and the tokens is a graph, or two."""
+        assert self.graphs is not None
+        if self.backend.reads_past_end:
+            self._clear(batch)
+        if self.stage.is_first and not self.stage.is_last:
+            self.stage.fetch_tokens(rows.slots, self.batch.store_sampled)
+        slots, ends = rows.slots.tolist(), rows.ends.tolist()
+        by_graph = False
+        if self.sampling is not None:
+            parameters = self.sampling.simple_rows(slots, ends)
+            by_graph = parameters is not None
+            if parameters is not None:
+                rows.put_sampling(parameters)
+        hidden = self.graphs.forward(rows, self.stage.receive(len(slots)))
+        if not self.stage.is_last:
+            hidden = hidden.clone()  # on its way while the next replay begins
+        self._pass_on(batch.step_id, rows.slots, hidden)
+        return _Executed(
+            batch.step_id, batch.generation, slots, ends, hidden if self.stage.is_last else None, by_graph=by_graph
+        )
+
+    def _pass_on(self, step_id: int, sample_slots: np.ndarray, hidden: torch.Tensor) -> None:
+        """To the next stage, if there is one; the first one expects the tokens of sample_slots back."""
         self.stage.send(hidden)
         if self.stage.is_first and not self.stage.is_last:
-            self.stage.expect_tokens(inputs.step_id, inputs.sample_slots)
-        self._executed[batch.step_id] = _Executed(inputs, hidden if self.stage.is_last else None)
-        self.clock.enter(MESSAGES)
+            self.stage.expect_tokens(step_id, sample_slots)
 
     def _change_slots(self, batch: ScheduledBatch) -> None:
         for slot in batch.released_slots:
@@ -163,33 +222,38 @@ class ModelRunner:
         nothing to choose and nothing to read."""
         executed = self._executed.pop(step_id)
         if executed.hidden is None:
-            return self._collector(executed.inputs, [], None, {})
+            return self._collector(executed, None, {})
         self.clock.enter(BUSY)
-        collect = self._sample(executed.inputs, executed.hidden, grammar_masks)
+        if executed.by_graph and not grammar_masks:
+            assert self.graphs is not None
+            token_ids = self.graphs.choose(len(executed.slots))
+            if not self.stage.is_first:
+                self.stage.send_tokens(token_ids)
+            collect = self._collector(executed, SampledTokens(token_ids, None), {})
+        else:
+            prompts = {} if executed.inputs is None else self._prompt_results(executed.inputs, executed.hidden)
+            sampled = self._sample(executed, executed.hidden, grammar_masks) if executed.slots else None
+            collect = self._collector(executed, sampled, prompts)
         self.clock.enter(MESSAGES)
         return collect
 
     def _sample(
-        self, inputs: StepInputs, hidden: torch.Tensor, grammar_masks: dict[int, bytes] | None
-    ) -> Callable[[], BatchResult]:
-        """hidden [T, H], after the final norm."""
+        self, executed: _Executed, hidden: torch.Tensor, grammar_masks: dict[int, bytes] | None
+    ) -> SampledTokens:
+        """hidden [T or R, H], after the final norm."""
         assert self.sampling is not None
-        prompts = self._prompt_results(inputs, hidden)
-        sampled: SampledTokens | None = None
-        slots = inputs.sample_slots.tolist()
-        if slots:
-            ends = (inputs.starts + inputs.counts)[inputs.sample_rows].tolist()
-            metadata = self.sampling.prepare(slots, ends)
-            if len(slots) != hidden.shape[0]:
-                hidden = hidden.index_select(0, inputs.last_tokens)
-            mask = self._grammar_mask(slots, grammar_masks) if grammar_masks else None
-            sampled = self.sampler.sample(self.model.compute_logits(hidden), metadata, mask)
-            if self.stage.is_first:
-                self.batch.store_sampled(upload(inputs.sample_slots, self.device), sampled.token_ids)
-            else:
-                self.stage.send_tokens(sampled.token_ids)
-            self.sampling.commit(metadata, sampled.token_ids)
-        return self._collector(inputs, slots, sampled, prompts)
+        slots = executed.slots
+        metadata = self.sampling.prepare(slots, executed.ends)
+        if executed.inputs is not None and len(slots) != hidden.shape[0]:
+            hidden = hidden.index_select(0, executed.inputs.last_tokens)
+        mask = self._grammar_mask(slots, grammar_masks) if grammar_masks else None
+        sampled = self.sampler.sample(self.model.compute_logits(hidden), metadata, mask)
+        if self.stage.is_first:
+            self.batch.store_sampled(upload(np.array(slots, np.int64), self.device), sampled.token_ids)
+        else:
+            self.stage.send_tokens(sampled.token_ids)
+        self.sampling.commit(metadata, sampled.token_ids)
+        return sampled
 
     def _grammar_mask(self, slots: list[int], masks: dict[int, bytes]) -> torch.Tensor:
         """Packed int32 [R, ceil(V / 32)]; every bit set for rows without a grammar."""
@@ -235,14 +299,12 @@ class ModelRunner:
         self.stage.settle(self.batch.store_sampled)
 
     def _collector(
-        self,
-        inputs: StepInputs,
-        slots: list[int],
-        sampled: SampledTokens | None,
-        prompts: dict[int, list[TokenLogprobs]],
+        self, executed: _Executed, sampled: SampledTokens | None, prompts: dict[int, list[TokenLogprobs]]
     ) -> Callable[[], BatchResult]:
         """What reads the step's tokens back. On CUDA the copy to the host is queued here and awaited there."""
         host = _HostCopy(sampled) if sampled is not None else None
+        # Before the last stage nothing is sampled.
+        slots = executed.slots if executed.hidden is not None else []
 
         def collect() -> BatchResult:
             results = []
@@ -256,9 +318,26 @@ class ModelRunner:
                     SlotResult(slot, [token_id], [entry] if entry is not None else None, prompts.pop(slot, None))
                 )
             results += [SlotResult(slot, [], None, entries) for slot, entries in prompts.items()]
-            return BatchResult(inputs.step_id, inputs.generation, results)
+            return BatchResult(executed.step_id, executed.generation, results)
 
         return collect
+
+    def capture(self, on_progress: Callable[[int, int], None] | None = None) -> float:
+        """Capture decode steps as graphs, where this device and backend can. Returns seconds."""
+        if not self._captures:
+            return 0.0
+        config = self.config
+        self.graphs = DecodeGraphs(
+            self.model,
+            self.batch,
+            self.kv_caches,
+            self.backend.prepare,
+            TokenChoice(self.model.vocabulary, self.device) if self.stage.is_last else None,
+            sizes=graph_sizes(config.max_num_seqs),
+            hidden_size=config.model.hidden_size,
+            dtype=getattr(torch, config.dtype),
+        )
+        return self.graphs.capture(on_progress)
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:

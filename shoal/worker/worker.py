@@ -142,9 +142,13 @@ class Worker:
         on_progress(StartupProgress("warm up"))
         self.groups.status.update(phase="capture")
         self.runner.warm_up(1)
+        capture_seconds = self.runner.capture(
+            lambda done, total: on_progress(StartupProgress("capture CUDA graphs", done, total))
+        )
         self.groups.status.update(phase="idle")
         return {
             "num_blocks": num_blocks,
+            "capture_seconds": round(capture_seconds, 2),
             "kv_cache_bytes": num_blocks * self._block_bytes(),
             "kv_cache_tokens": (num_blocks - 1) * config.block_size,
             "max_full_requests": (num_blocks - 1) * config.block_size // config.max_model_len,

@@ -1,0 +1,210 @@
+"""DecodeGraphs: steps of one token a request as CUDA graphs, one for each of a set of sizes. Owned by the model runner.
+
+A step is padded to the next larger size. What changes between steps comes in one upload (`InputBatch.decode_rows`); the
+forward pass and the choice of tokens are a graph each, since requests that ask for more than a draw choose without one.
+All graphs share one pool of memory: only what is kept here outlives the next replay of another graph.
+
+R rows of a step, S rows of the graph that serves it, H hidden size, W width of this rank's slice of the vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from shoal.attention.base import AttentionMetadata, DeviceRows
+from shoal.log import get_logger
+from shoal.models.base import CausalLM
+from shoal.worker.input_batch import ROW_WIDTH, DecodeRows, InputBatch
+
+logger = get_logger(__name__)
+
+_Compute = Callable[[int], torch.Tensor]
+# Token ids int64 [S] of logits [S, W]; temperatures, min_ps fp32 [S], row_keys int32 [S].
+Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """1, 2, 4, 8, then every 8 to 256 and every 16 beyond; the last is max_num_seqs."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 1, 16)]
+    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
+
+
+@dataclasses.dataclass(slots=True)
+class _Graph:
+    """A captured computation and what it returns. graph: None runs it anew each time (for tests without a GPU)."""
+
+    graph: torch.cuda.CUDAGraph | None
+    output: torch.Tensor
+
+
+class DecodeGraphs:
+    """`capture` once, then `forward` and `choose` for each step, in this order."""
+
+    def __init__(
+        self,
+        model: CausalLM,
+        batch: InputBatch,
+        kv_caches: list[torch.Tensor],
+        prepare: Callable[[AttentionMetadata], None],
+        choose: Choose | None,
+        *,
+        sizes: list[int],
+        hidden_size: int,
+        dtype: torch.dtype,
+    ) -> None:
+        """prepare: the attention backend's. choose: None before the last pipeline stage."""
+        self.sizes = sizes
+        self._model, self._batch, self._kv_caches = model, batch, kv_caches
+        self._prepare, self._choose = prepare, choose
+        device, most = batch.device, sizes[-1]
+        self._packed = torch.zeros((most, ROW_WIDTH), dtype=torch.int32, device=device)
+        self._rows = {
+            name: torch.zeros(most, dtype=kind, device=device)
+            for kind, names in (
+                (torch.int64, ("token_ids", "positions", "slots", "slot_mapping")),
+                (torch.int32, ("table_rows", "seq_lens", "row_keys")),
+                (torch.float32, ("temperatures", "min_ps")),
+            )
+            for name in names
+        }
+        self._hidden_in: torch.Tensor | None = None
+        if not model.is_first_stage:
+            self._hidden_in = torch.zeros((most, hidden_size), dtype=dtype, device=device)
+        self._forward: dict[int, _Graph] = {}
+        self._choice: dict[int, _Graph] = {}
+        self._padding = batch.padding_rows(most)
+        self._unpack = _find_unpack(device)
+
+    @property
+    def largest(self) -> int:
+        """Rows of the largest step that they serve."""
+        return self.sizes[-1]
+
+    # --- the start ---------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def capture(self, on_progress: Callable[[int, int], None] | None = None) -> float:
+        """Run and capture every size, the largest first so that the others fit into its memory. Returns seconds."""
+        started = time.monotonic()
+        self._packed.copy_(torch.from_numpy(self._padding))
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self._batch.device)
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for index, size in enumerate(reversed(self.sizes)):
+                self._forward[size] = self._capture_one(self._compute_forward, size, pool)
+                if self._choose is not None:
+                    self._choice[size] = self._capture_one(self._compute_choice, size, pool)
+                if on_progress is not None:
+                    on_progress(index + 1, len(self.sizes))
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        return time.monotonic() - started
+
+    def _capture_one(self, compute: _Compute, size: int, pool: tuple[int, int]) -> _Graph:
+        compute(size)  # compiles, and lets libraries set themselves up
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may talk to CUDA meanwhile: NCCL's own, and the one that reads results.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            output = compute(size)
+        finally:
+            graph.capture_end()
+        return _Graph(graph, output)
+
+    # --- steps -------------------------------------------------------------------------------------------------
+
+    def forward(self, rows: DecodeRows, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """Start the forward pass; hidden [R, H] of the stage before. Returns [R, H], valid until the next replay."""
+        num_rows = len(rows.slots)
+        size = self._size_for(num_rows)
+        packed = np.concatenate([rows.packed, self._padding[: size - num_rows]])
+        host = torch.from_numpy(packed)
+        if self._packed.is_cuda:
+            host = host.pin_memory()
+        self._packed[:size].copy_(host, non_blocking=True)
+        if hidden is not None:
+            assert self._hidden_in is not None
+            self._hidden_in[:num_rows].copy_(hidden)
+        return self._replay(self._forward, self._compute_forward, size)[:num_rows]
+
+    def choose(self, num_rows: int) -> torch.Tensor:
+        """Choose and store the tokens of the rows that `forward` computed last: greedy, or drawn as the rows say.
+
+        Returns int64 [R], valid until the next replay.
+        """
+        return self._replay(self._choice, self._compute_choice, self._size_for(num_rows))[:num_rows]
+
+    def _size_for(self, num_rows: int) -> int:
+        return next(size for size in self.sizes if size >= num_rows)
+
+    def _replay(self, graphs: dict[int, _Graph], compute: _Compute, size: int) -> torch.Tensor:
+        found = graphs.get(size)
+        if found is None or found.graph is None:  # not captured
+            graphs[size] = _Graph(None, compute(size))
+            return graphs[size].output
+        found.graph.replay()
+        return found.output
+
+    def _compute_forward(self, size: int) -> torch.Tensor:
+        batch = self._batch
+        assert batch.device_table is not None
+        rows = {name: tensor[:size] for name, tensor in self._rows.items()}
+        self._unpack(self._packed[:size], batch.last_token, batch.device_table, rows, batch.block_size)
+        metadata = AttentionMetadata(
+            query_lens=[],
+            seq_lens=[],
+            block_tables=batch.device_table,
+            slot_mapping=rows["slot_mapping"],
+            block_size=batch.block_size,
+            device_rows=DeviceRows(rows["table_rows"], rows["seq_lens"]),
+        )
+        self._prepare(metadata)
+        hidden = None if self._hidden_in is None else self._hidden_in[:size]
+        return self._model.forward(rows["token_ids"], rows["positions"], self._kv_caches, metadata, None, hidden)
+
+    def _compute_choice(self, size: int) -> torch.Tensor:
+        assert self._choose is not None
+        rows = {name: tensor[:size] for name, tensor in self._rows.items()}
+        logits = self._model.project_logits(self._forward[size].output)
+        token_ids = self._choose(logits, rows["temperatures"], rows["min_ps"], rows["row_keys"])
+        if self._model.is_first_stage:
+            self._batch.store_sampled(rows["slots"], token_ids)
+        return token_ids
+
+
+def _find_unpack(device: torch.device) -> Callable[..., None]:
+    """The kernel, on a GPU; Triton is imported where it is needed only."""
+    if device.type != "cuda":
+        return unpack_rows
+    unpack: Callable[..., None] = importlib.import_module("shoal.kernels.step").unpack_rows
+    return unpack
+
+
+def unpack_rows(
+    packed: torch.Tensor,
+    last_token: torch.Tensor,
+    block_table: torch.Tensor,
+    outputs: dict[str, torch.Tensor],
+    block_size: int,
+) -> None:
+    """What `kernels.step.unpack_rows` does, by PyTorch's own operations."""
+    wide = packed.to(torch.int64)
+    slots, positions, given = wide[:, 0], wide[:, 1], wide[:, 2]
+    block_table.view(-1).index_copy_(0, wide[:, 6], packed[:, 7])
+    outputs["token_ids"].copy_(torch.where(given >= 0, given, last_token[slots]))
+    outputs["positions"].copy_(positions)
+    outputs["slots"].copy_(slots)
+    outputs["table_rows"].copy_(packed[:, 0])
+    outputs["seq_lens"].copy_(packed[:, 1] + 1)
+    blocks = block_table[slots, positions // block_size].to(torch.int64)
+    outputs["slot_mapping"].copy_(blocks * block_size + positions % block_size)
+    outputs["temperatures"].copy_(packed[:, 3].contiguous().view(torch.float32))
+    outputs["min_ps"].copy_(packed[:, 4].contiguous().view(torch.float32))
+    outputs["row_keys"].copy_(packed[:, 5])

@@ -1,0 +1,118 @@
+"""Decode steps laid out for graphs: on a CPU run without capturing them, on a GPU captured, against steps without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from shoal.attention.registry import create_attention_backend
+from shoal.layers.attention import Attention
+from shoal.messages import ScheduledBatch, SlotAssignment, SlotWork
+from shoal.sampling.choice import TokenChoice
+from shoal.types import SamplingParams
+from shoal.worker.graphs import DecodeGraphs, graph_sizes, unpack_rows
+from shoal.worker.input_batch import InputBatch
+from tests.checkpoints import make_checkpoint
+from tests.worker.test_pipeline import NUM_SLOTS, Alone, make_config, make_requests, serve
+
+CPU = torch.device("cpu")
+
+
+def test_sizes() -> None:
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(3) == [1, 2, 3]
+    assert graph_sizes(24) == [1, 2, 4, 8, 16, 24]
+    sizes = graph_sizes(300)
+    assert sizes[-4:] == [256, 272, 288, 300] and sizes == sorted(set(sizes))
+
+
+class Laid(Alone):
+    """A worker on a CPU whose decode steps are laid out as for graphs of few sizes, and run anew each time."""
+
+    def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(config)
+        runner = self.worker.runner
+        backend = create_attention_backend("reference")
+        runner.backend = backend
+        for module in runner.model.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
+        shape = backend.kv_cache_shape(
+            self.facts_blocks, config.block_size, config.model.num_kv_heads, config.model.head_dim
+        )
+        runner.set_kv_caches([torch.zeros(shape) for _ in runner.model.layer_range])
+        runner.batch = InputBatch(
+            config.max_num_seqs, config.max_model_len, config.block_size, CPU, keeps_device_table=True
+        )
+        self.num_laid = 0
+        runner.graphs = DecodeGraphs(
+            runner.model,
+            runner.batch,
+            runner.kv_caches,
+            backend.prepare,
+            TokenChoice(runner.model.vocabulary, CPU),
+            sizes=[1, 3, NUM_SLOTS],
+            hidden_size=config.model.hidden_size,
+            dtype=torch.float32,
+        )
+        forward = runner.graphs.forward
+
+        def count(*arguments):  # type: ignore[no-untyped-def]
+            self.num_laid += 1
+            return forward(*arguments)
+
+        runner.graphs.forward = count  # type: ignore[method-assign]
+
+    @property
+    def facts_blocks(self) -> int:
+        return int(self.worker.config.num_blocks_override or 0)
+
+
+def test_tokens_are_those_of_steps_without(tmp_path: Path) -> None:
+    """Greedy and drawn, with penalties, log-probabilities and masks beside; chunks, preemptions, early ends."""
+    path = make_checkpoint(tmp_path, "qwen3", num_hidden_layers=3)
+    for seed in range(3):
+        config = make_config(path, 1, 1, deterministic=False)
+        expected = serve(Alone(config), make_requests(seed), in_flight=1, seed=seed)
+        laid = Laid(config)
+        requests = serve(laid, make_requests(seed), in_flight=2, seed=seed + 50)
+        assert laid.num_laid > 3
+        assert [each.token_ids for each in requests] == [each.token_ids for each in expected]
+
+
+def make_outputs(num_rows: int, device: torch.device = CPU) -> dict[str, torch.Tensor]:
+    kinds = {"token_ids": torch.int64, "positions": torch.int64, "slots": torch.int64, "slot_mapping": torch.int64}
+    kinds |= {"table_rows": torch.int32, "seq_lens": torch.int32, "row_keys": torch.int32}
+    kinds |= {"temperatures": torch.float32, "min_ps": torch.float32}
+    return {name: torch.full((num_rows,), -7, dtype=dtype, device=device) for name, dtype in kinds.items()}
+
+
+def test_first_token_after_a_whole_prefix_hit_is_given_by_the_host() -> None:
+    batch = InputBatch(4, 64, 4, CPU, keeps_device_table=True)
+    batch.assign(SlotAssignment(2, "a", [7, 8, 9, 10, 11], 5, SamplingParams()))
+    rows = batch.decode_rows(ScheduledBatch(0, 0, [], [], [SlotWork(2, 4, 1, [5, 6], True)]))
+    assert rows is not None and rows.ends.tolist() == [5]
+    outputs = make_outputs(1)
+    assert batch.device_table is not None
+    unpack_rows(torch.from_numpy(rows.packed), batch.last_token, batch.device_table, outputs, 4)
+    assert outputs["token_ids"].tolist() == [11] and outputs["slot_mapping"].tolist() == [6 * 4]
+    assert batch.device_table[2].tolist()[:3] == [5, 6, 0]
+    assert batch.decode_rows(ScheduledBatch(1, 0, [], [], [SlotWork(2, 5, 2, [], True)])) is None
+    assert batch.decode_rows(ScheduledBatch(1, 0, [], [], [SlotWork(2, 5, 1, [], False)])) is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["qwen3", "llama", "opt"])
+def test_captured_steps_give_the_tokens_of_eager_ones(tmp_path: Path, family: str) -> None:
+    path = make_checkpoint(tmp_path, family, num_hidden_layers=3)
+    for seed in range(3):
+        options: dict = {"device": "cuda", "deterministic": False}
+        eager = Alone(make_config(path, 1, 1, enforce_eager=True, **options))
+        assert eager.worker.runner.graphs is None
+        expected = serve(eager, make_requests(seed), in_flight=1, seed=seed)
+        captured = Alone(make_config(path, 1, 1, **options))
+        assert captured.worker.runner.graphs is not None
+        requests = serve(captured, make_requests(seed), in_flight=2, seed=seed + 50)
+        assert [each.token_ids for each in requests] == [each.token_ids for each in expected]
