@@ -16,7 +16,7 @@ from shoal.errors import ConfigError
 from shoal.layers.activation import GatedActivation
 from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
-from shoal.layers.norm import sum_over_ranks
+from shoal.layers.norm import RMSNorm, sum_over_ranks
 from shoal.quantization.base import LinearSpec, LinearTensor
 
 
@@ -64,6 +64,12 @@ class Linear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, inputs of this rank] -> [T, outputs of this rank]."""
         return self.method.apply(x)
+
+    def fused(
+        self, x: torch.Tensor, *, norm: RMSNorm | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, inputs], normalised on the way -> product plus residual [T, outputs]; T up to `method.fused_rows`."""
+        return self.method.apply_fused(x, norm=None if norm is None else norm.weights, residual=residual)
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         for tensor in self.method.tensors():
@@ -122,9 +128,11 @@ class GateUpLinear(Linear):
         parts = [Part(f"{prefix}.{name}", intermediate_size, rows) for name in ("gate_proj", "up_proj")]
         super().__init__(context, in_features=hidden_size, parts=parts, bias=bias)
 
-    def gated(self, x: torch.Tensor, activation: GatedActivation) -> torch.Tensor:
-        """x [T, H] -> activation(gate) * up, [T, intermediate size of this rank]."""
-        fused = self.method.apply_gated(x) if activation.is_silu else None
+    def gated(self, x: torch.Tensor, activation: GatedActivation, *, norm: RMSNorm | None = None) -> torch.Tensor:
+        """x [T, H], normalised on the way where `fused` is there -> activation(gate) * up, [T, width of this rank]."""
+        weights = None if norm is None else norm.weights
+        fused = self.method.apply_gated(x, norm=weights) if activation.is_silu else None
+        assert norm is None or fused is not None, "a product that takes no norm"
         return activation(self.method.apply(x)) if fused is None else fused
 
 

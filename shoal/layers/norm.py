@@ -30,6 +30,11 @@ class RMSNorm(nn.Module):
         self._shape = (size,)
         self._kernels = importlib.import_module("shoal.kernels.norm") if has_kernels(context.device) else None
 
+    @property
+    def weights(self) -> tuple[torch.Tensor, float]:
+        """What a product that normalises what it takes needs to know."""
+        return self.weight, self.eps
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., H] -> the same shape."""
         if self._kernels is not None:

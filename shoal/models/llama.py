@@ -5,6 +5,8 @@ T tokens, H hidden size, Hq query heads, Hk KV heads, D head size.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import nn
 
@@ -120,6 +122,27 @@ class LlamaLayer(nn.Module):
         hidden, residual = self.post_attention_layernorm.add_and_norm(hidden, residual)
         return self.mlp(hidden), residual
 
+    def forward_few(
+        self, stream: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """The same for up to `few_rows` rows: each product normalises what it takes, or adds the stream to what it
+        gives. stream [T, H] -> the stream after this layer."""
+        attention, mlp = self.self_attn, self.mlp
+        projected = attention.qkv_proj.fused(stream, norm=self.input_layernorm)
+        heads = attention.attention.forward_projected(projected, angles, kv_cache, metadata)
+        stream = attention.o_proj.fused(heads, residual=stream)
+        gated = mlp.gate_up_proj.gated(stream, mlp.activation, norm=self.post_attention_layernorm)
+        return mlp.down_proj.fused(gated, residual=stream)
+
+    @functools.cached_property
+    def few_rows(self) -> int:
+        """0 where the layer has no such form: its ranks share the sums, or its weights are held otherwise."""
+        attention, mlp = self.self_attn, self.mlp
+        if attention.o_proj.is_split or not mlp.activation.is_silu:
+            return 0
+        products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        return min(product.method.fused_rows for product in products)
+
 
 class LlamaForCausalLM(CausalLM):
     layer_class = LlamaLayer
@@ -159,14 +182,18 @@ class LlamaForCausalLM(CausalLM):
             hidden = self.embed_tokens(token_ids)
         residual = None
         angles = self.rotary.lookup(positions)
+        few = hidden.shape[0] <= self.layers[0].few_rows
         for index, layer, kv_cache in zip(self.layer_range, self.layers, kv_caches, strict=True):
             if hooks is not None:
                 hooks.before_layer(index, kv_cache, metadata)
-            hidden, residual = layer(hidden, residual, angles, kv_cache, metadata)
+            if few:
+                hidden = layer.forward_few(hidden, angles, kv_cache, metadata)
+            else:
+                hidden, residual = layer(hidden, residual, angles, kv_cache, metadata)
             if hooks is not None:
                 hooks.after_layer(index, kv_cache, metadata)
         if not self.is_last_stage:
-            return self.layers[-1].mlp.down_proj.sum_ranks(hidden) + residual
+            return hidden if few else self.layers[-1].mlp.down_proj.sum_ranks(hidden) + residual
         return self.norm.add_and_norm(hidden, residual)[0]
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

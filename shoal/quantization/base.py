@@ -44,6 +44,10 @@ class LinearTensor:
     in_dim: int | None
 
 
+# Weight and epsilon of an RMSNorm.
+NormWeights = tuple[torch.Tensor, float]
+
+
 class LinearMethod(abc.ABC):
     """The weights of one linear layer. Life: made, its `tensors` filled by the loader, processed once, then applied."""
 
@@ -59,10 +63,19 @@ class LinearMethod(abc.ABC):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in_features] -> [T, out_features], in the layer's dtype (see `LinearSpec.is_summand`)."""
 
-    def apply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
+    # Up to so many rows `apply_fused` exists, and `apply_gated` takes a norm.
+    fused_rows: int = 0
+
+    def apply_gated(self, x: torch.Tensor, *, norm: NormWeights | None = None) -> torch.Tensor | None:
         """Of a layer whose outputs are gates and then as many ups: silu(gate) * up, [T, out_features / 2], where this
         method has a product for it at this number of rows; else None."""
         return None
+
+    def apply_fused(
+        self, x: torch.Tensor, *, norm: NormWeights | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """x [T, in_features], T up to `fused_rows`: the product of its RMSNorm, plus residual [T, out_features]."""
+        raise NotImplementedError(f"{type(self).__name__} multiplies without norm and residual")
 
     @abc.abstractmethod
     def weight_bytes(self) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.kernels.support import has_kernels
-from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
+from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, NormWeights, QuantizationScheme
 
 # Deterministic mode: every product has exactly this many rows, so that it always is the same computation.
 ROW_TILE = 16
@@ -51,13 +51,19 @@ class UnquantizedLinear(LinearMethod):
         # What chooses by the number of rows between the kernels for few of them and cuBLAS.
         self._plan = _plan(self.weight, self.bias)
         self._multiply = self._plan.apply if self._plan is not None else _product(self.weight, self.bias)
+        self.fused_rows = 0 if self._plan is None or self.spec.is_summand else self._plan.fused_rows
         del self.weight
 
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self._multiply(x)
 
-    def apply_gated(self, x: torch.Tensor) -> torch.Tensor | None:
-        return None if self._plan is None else self._plan.apply_gated(x)
+    def apply_gated(self, x: torch.Tensor, *, norm: NormWeights | None = None) -> torch.Tensor | None:
+        return None if self._plan is None else self._plan.apply_gated(x, norm=norm)
+
+    def apply_fused(
+        self, x: torch.Tensor, *, norm: NormWeights | None = None, residual: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        return self._plan.apply(x, norm=norm, residual=residual)
 
     def weight_bytes(self) -> int:
         spec = self.spec
