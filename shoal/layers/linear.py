@@ -166,8 +166,10 @@ class QKVLinear(Linear):
 class RowLinear(Linear):
     """Inputs split over the ranks: each rank's product is a summand, and all ranks get the sum.
 
-    In deterministic mode the summands are branches of one tree over virtual shards of the inputs, in fp32: its bits do
-    not depend on how many ranks hold them. The bias is added to the sum, and only then it is rounded.
+    In deterministic mode on a CPU the summands are branches of one tree over virtual shards of the inputs, in fp32: its
+    bits do not depend on how many ranks hold them. The bias is added to the sum, and only then it is rounded. On a GPU,
+    where such a tree makes products of many rows three times as slow, the ranks gather the inputs, each computes a part
+    of the outputs from all of them, and they gather those: `gathers`.
 
     leaves_sum: each rank gets its own summand, and the norm that takes it sums (`RMSNorm.add_and_norm`, `sums_ranks`).
     """
@@ -183,16 +185,24 @@ class RowLinear(Linear):
         leaves_sum: bool = False,
     ) -> None:
         assert not (bias and leaves_sum), "a bias is added to the sum"
-        columns = context.parallel.tensor_slice(in_features, f"inputs of {name}")
         num_ranks = context.parallel.tensor_size
+        self.group = context.tensor_group
+        self.is_split = num_ranks > 1
+        self.gathers = self.is_split and context.deterministic and context.device.type == "cuda"
+        self.leaves_sum = leaves_sum and not self.gathers
+        self.dtype = context.dtype
+        self.bias: torch.Tensor | None = None
+        if context.deterministic and context.device.type == "cuda":
+            rows = context.parallel.tensor_slice(out_features, f"outputs of {name}")
+            super().__init__(context, in_features=in_features, parts=[Part(name, out_features, rows)], bias=bias)
+            return
+        columns = context.parallel.tensor_slice(in_features, f"inputs of {name}")
         num_shards = virtual_shards(in_features) if context.deterministic else num_ranks
         if num_shards % num_ranks:
             raise ConfigError(
                 f"deterministic mode sums the {in_features} inputs of {name} in {num_shards} shards, which {num_ranks} "
                 "ranks cannot share evenly; use fewer ranks, or --no-deterministic"
             )
-        self.group = context.tensor_group
-        self.is_split = num_ranks > 1
         super().__init__(
             context,
             in_features=in_features,
@@ -202,25 +212,25 @@ class RowLinear(Linear):
             num_input_shards=num_shards // num_ranks,
             is_summand=self.is_split,
         )
-        self.leaves_sum = leaves_sum
-        self.dtype = context.dtype
-        own_bias = bias and self.is_split
-        self.bias = torch.empty(out_features, dtype=context.dtype, device=context.device) if own_bias else None
+        if bias and self.is_split:
+            self.bias = torch.empty(out_features, dtype=context.dtype, device=context.device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, inputs of this rank] -> [T, all outputs], summed unless `leaves_sum`."""
+        if self.gathers:
+            return self.group.all_gather(self.method.apply(self.group.all_gather(x)))
         summand = self.method.apply(x)
         if not self.is_split or self.leaves_sum:
             return summand
         if self.bias is None:
-            return self.sum_ranks(summand)
+            return sum_over_ranks(self.group, summand, self.dtype, deterministic=self.deterministic)
         if not self.deterministic:
             return self.group.all_reduce(summand).add_(self.bias)
         return self.group.all_reduce_tree(summand.unsqueeze(0)).add_(self.bias).to(self.dtype)
 
     def sum_ranks(self, summand: torch.Tensor) -> torch.Tensor:
-        """What is left to do with the summands [T, all outputs] of a layer that `leaves_sum`."""
-        if not self.is_split:
+        """What is left to do with what `forward` gave [T, all outputs]: the sum, of a layer that `leaves_sum`."""
+        if not self.is_split or not self.leaves_sum:
             return summand
         return sum_over_ranks(self.group, summand, self.dtype, deterministic=self.deterministic)
 

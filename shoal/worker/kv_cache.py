@@ -22,17 +22,25 @@ def block_bytes(cache_shape: tuple[int, ...], dtype: torch.dtype, num_layers: in
 
 
 def num_blocks_for(
-    config: EngineConfig, bytes_per_block: int, weight_bytes: int, device: torch.device, host_bytes: int
+    config: EngineConfig,
+    bytes_per_block: int,
+    weight_bytes: int,
+    device: torch.device,
+    host_bytes: int,
+    graph_bytes: int = 0,
 ) -> int:
     """Blocks that the budget holds, the null block counted. Raises ConfigError when that is too few.
 
     host_bytes: this rank's part of the host's memory, weights included: what was free before any rank loaded.
-    On CUDA the peak of a full-size step has been measured just before: torch knows it.
+    On CUDA the peak of a full-size step has been measured just before: torch knows it. graph_bytes: what the capture of
+    graphs will take beside.
     """
     if config.num_blocks_override is not None:
         return config.num_blocks_override
     most_useful = config.max_num_seqs * -(-config.max_model_len // config.block_size) + 1
     budget, source = memory_budget(config, weight_bytes, device, host_bytes)
+    if config.kv_cache_memory is None:
+        budget = max(0, budget - graph_bytes)
     num_blocks = min(budget // bytes_per_block, most_useful)
     needed = -(-config.max_model_len // config.block_size) + 1
     if num_blocks < needed:

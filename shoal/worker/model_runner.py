@@ -32,6 +32,8 @@ from shoal.worker.stage import PipelineStage
 
 # Rows of logits made at once for prompt log-probabilities: 256 x 152,000 fp32 are 150 MB.
 _PROMPT_LOGITS_ROWS = 256
+# Workspaces of kernels and of cuBLAS on the stream of the capture, and the graphs themselves.
+_GRAPH_OVERHEAD_BYTES = 256 << 20
 
 
 @dataclasses.dataclass(slots=True)
@@ -78,6 +80,7 @@ class ModelRunner:
         self.backend = backend
         self.device = device
         self._status = groups.status
+        self.stage_dims = groups.dims
         # Nobody asks a rank alone what it waits for.
         self.hooks = hooks if groups.world.world_size == 1 else LayerStatus(groups.status, hooks)
         # A connector's hooks act between layers, which a graph knows nothing of.
@@ -321,6 +324,14 @@ class ModelRunner:
             return BatchResult(executed.step_id, executed.generation, results)
 
         return collect
+
+    def graph_bytes(self) -> int:
+        """About what `capture` will take: activations and logits of its largest step, and what kernels share."""
+        if not self._captures:
+            return 0
+        model, dims = self.config.model, self.stage_dims
+        widest = (2 * model.intermediate_size + model.vocab_size) // dims.tensor_size + 8 * model.hidden_size
+        return self.config.max_num_seqs * widest * 4 + _GRAPH_OVERHEAD_BYTES
 
     def capture(self, on_progress: Callable[[int, int], None] | None = None) -> float:
         """Capture decode steps as graphs, where this device and backend can. Returns seconds."""

@@ -133,7 +133,14 @@ class Worker:
             runner.warm_up(self.config.max_num_batched_tokens)
             torch.cuda.synchronize(runner.device)
             runner.set_kv_caches([])
-        return num_blocks_for(self.config, self._block_bytes(), weight_bytes, runner.device, self._host_bytes)
+        return num_blocks_for(
+            self.config,
+            self._block_bytes(),
+            weight_bytes,
+            runner.device,
+            self._host_bytes,
+            runner.graph_bytes(),
+        )
 
     def allocate(self, num_blocks: int, on_progress: OnProgress) -> dict[str, Any]:
         """Make a KV cache of so many blocks, as many as every rank has room for, and warm up. Returns facts."""
