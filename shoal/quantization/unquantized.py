@@ -28,11 +28,17 @@ class Unquantized(QuantizationScheme):
     name = "none"
 
     def linear(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> LinearMethod:
-        return TiledLinear(spec, weight) if spec.deterministic else UnquantizedLinear(spec, weight)
+        if not spec.deterministic:
+            return UnquantizedLinear(spec, weight)
+        if spec.device.type == "cuda":  # with the kernels: the attention backend has refused a GPU without
+            return importlib.import_module("shoal.quantization.fixed_linear").FixedLinear(spec, weight)
+        return TiledLinear(spec, weight)
 
 
 class UnquantizedLinear(LinearMethod):
     """x W^T + b. After loading the weights are packed where that is faster; the plain copy goes, unless it is tied."""
+
+    _plan: Any = None
 
     def __init__(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> None:
         self.spec = spec
@@ -75,8 +81,6 @@ class UnquantizedLinear(LinearMethod):
 class TiledLinear(UnquantizedLinear):
     """A row's result depends on nothing but the row: products of exactly ROW_TILE rows, and for row-parallel layers a
     fixed tree over the shards of the inputs, summed in fp32, the same whichever rank holds them."""
-
-    _plan = None
 
     def process_after_load(self) -> None:
         shards = [shard.contiguous() for shard in self.weight.chunk(self.spec.num_input_shards, dim=1)]

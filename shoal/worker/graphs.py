@@ -18,11 +18,15 @@ import numpy as np
 import torch
 
 from shoal.attention.base import AttentionMetadata, DeviceRows
+from shoal.kernels.compile_ahead import compile_ahead
 from shoal.log import get_logger
 from shoal.models.base import CausalLM
 from shoal.worker.input_batch import ROW_WIDTH, DecodeRows, InputBatch
 
 logger = get_logger(__name__)
+
+# Above, kernels are chosen by nothing but whether sixteen divides the number of rows.
+_MOST_COMPILED = 48
 
 _Compute = Callable[[int], torch.Tensor]
 # Token ids int64 [S] of logits [S, W]; temperatures, min_ps fp32 [S], row_keys int32 [S].
@@ -89,14 +93,18 @@ class DecodeGraphs:
     # --- the start ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self, on_progress: Callable[[int, int], None] | None = None) -> float:
-        """Run and capture every size, the largest first so that the others fit into its memory. Returns seconds."""
+    def capture(self, on_progress: Callable[[int, int], None] | None = None, local_size: int = 1) -> float:
+        """Run and capture every size, the largest first so that the others fit into its memory. Returns seconds.
+
+        local_size: processes of this host that do so at the same time.
+        """
         started = time.monotonic()
         self._packed.copy_(torch.from_numpy(self._padding))
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._batch.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            self._compile(local_size)
             for index, size in enumerate(reversed(self.sizes)):
                 self._forward[size] = self._capture_one(self._compute_forward, size, pool)
                 if self._choose is not None:
@@ -106,6 +114,16 @@ class DecodeGraphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         return time.monotonic() - started
+
+    def _compile(self, local_size: int) -> None:
+        """The kernels of all sizes, side by side; sizes between those here need no others."""
+        with compile_ahead(local_size):
+            for size in self.sizes:
+                if size <= _MOST_COMPILED or size == self.largest:
+                    self._forward[size] = _Graph(None, self._compute_forward(size))
+                    if self._choose is not None:
+                        self._compute_choice(size)
+        self._batch.last_token.zero_()  # what was chosen there is no token
 
     def _capture_one(self, compute: _Compute, size: int, pool: tuple[int, int]) -> _Graph:
         compute(size)  # compiles, and lets libraries set themselves up

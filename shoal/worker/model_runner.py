@@ -333,7 +333,7 @@ class ModelRunner:
         widest = (2 * model.intermediate_size + model.vocab_size) // dims.tensor_size + 8 * model.hidden_size
         return self.config.max_num_seqs * widest * 4 + _GRAPH_OVERHEAD_BYTES
 
-    def capture(self, on_progress: Callable[[int, int], None] | None = None) -> float:
+    def capture(self, on_progress: Callable[[int, int], None] | None = None, local_size: int = 1) -> float:
         """Capture decode steps as graphs, where this device and backend can. Returns seconds."""
         if not self._captures:
             return 0.0
@@ -348,7 +348,7 @@ class ModelRunner:
             hidden_size=config.model.hidden_size,
             dtype=getattr(torch, config.dtype),
         )
-        return self.graphs.capture(on_progress)
+        return self.graphs.capture(on_progress, local_size)
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:

@@ -14,6 +14,7 @@ from shoal.attention.registry import make_backend
 from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import balance_layers
 from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
+from shoal.kernels.compile_ahead import compile_ahead
 from shoal.layers.context import BuildContext
 from shoal.log import get_logger
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
@@ -130,6 +131,8 @@ class Worker:
         runner = self.runner
         if runner.device.type == "cuda":
             runner.set_kv_caches(self._make_kv_caches(2))
+            with compile_ahead(self._local_size):
+                runner.warm_up(self.config.max_num_batched_tokens)
             runner.warm_up(self.config.max_num_batched_tokens)
             torch.cuda.synchronize(runner.device)
             runner.set_kv_caches([])
@@ -148,9 +151,11 @@ class Worker:
         self.runner.set_kv_caches(self._make_kv_caches(num_blocks))
         on_progress(StartupProgress("warm up"))
         self.groups.status.update(phase="capture")
+        with compile_ahead(self._local_size):
+            self.runner.warm_up(1)
         self.runner.warm_up(1)
         capture_seconds = self.runner.capture(
-            lambda done, total: on_progress(StartupProgress("capture CUDA graphs", done, total))
+            lambda done, total: on_progress(StartupProgress("capture CUDA graphs", done, total)), self._local_size
         )
         self.groups.status.update(phase="idle")
         return {
