@@ -14,7 +14,7 @@ from pathlib import Path
 from shoal.errors import ConfigError
 
 PREFIX = "SHOAL_"
-_OWN_NAMES = ("SHOAL_HOST_IP", "SHOAL_LOG_LEVEL", "SHOAL_API_KEY", "SHOAL_CLUSTER_TOKEN")
+_OWN_NAMES = ("SHOAL_HOST_IP", "SHOAL_LOG_LEVEL", "SHOAL_API_KEY", "SHOAL_CLUSTER_TOKEN", "SHOAL_CACHE_DIR")
 _TRUE = ("1", "true", "yes", "on")
 _FALSE = ("0", "false", "no", "off", "")
 _RELEVANT_PREFIXES = (PREFIX, "VLLM_", "CUDA_", "NCCL_", "GLOO_", "OMP_", "KMP_", "MKL_", "RAY_", "HF_", "TORCH")
@@ -51,6 +51,14 @@ def log_level() -> str | None:
 def host_ip() -> str | None:
     """SHOAL_HOST_IP (or VLLM_HOST_IP): the address under which the other machines reach this one."""
     return _text("SHOAL_HOST_IP") or _text("VLLM_HOST_IP")
+
+
+def cache_directory() -> Path:
+    """What is kept between runs: in SHOAL_CACHE_DIR, else XDG_CACHE_HOME/shoal, else ~/.cache/shoal."""
+    explicit = _text("SHOAL_CACHE_DIR")
+    if explicit:
+        return Path(explicit).expanduser()
+    return Path(_text("XDG_CACHE_HOME") or "~/.cache").expanduser() / "shoal"
 
 
 def hub_cache() -> Path:

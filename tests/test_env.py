@@ -38,6 +38,17 @@ def test_visible_devices(monkeypatch, value, devices):
     assert env.cuda_visible_devices() == devices
 
 
+def test_cache_directory(monkeypatch):
+    for name in ("SHOAL_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert env.cache_directory() == Path.home() / ".cache/shoal"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert env.cache_directory() == Path("/x/shoal")
+    monkeypatch.setenv("SHOAL_CACHE_DIR", "~/kept")
+    assert env.cache_directory() == Path.home() / "kept"
+    assert env.unknown_names([]) == []
+
+
 def test_hub_cache_follows_hugging_faces_order(monkeypatch):
     for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -8,11 +8,14 @@ import torch
 
 from shoal.attention.base import AttentionBackend
 from shoal.errors import ConfigError
+from shoal.kernels.support import has_kernels
 
 _BACKENDS = {
     "reference": ("shoal.attention.reference", "ReferenceAttention"),
     "torch_paged": ("shoal.attention.torch_paged", "TorchPagedAttention"),
+    "triton_paged": ("shoal.attention.triton_paged", "TritonPagedAttention"),
     "deterministic": ("shoal.attention.deterministic", "DeterministicAttention"),
+    "deterministic_cuda": ("shoal.attention.deterministic_cuda", "DeterministicCudaAttention"),
 }
 
 
@@ -28,7 +31,12 @@ def create_attention_backend(name: str) -> AttentionBackend:
 def make_backend(deterministic: bool, device: torch.device) -> AttentionBackend:
     """The backend for a device and mode. Raises ConfigError where there is none."""
     if not deterministic:
-        return create_attention_backend("torch_paged")
-    if device.type != "cpu":
-        raise ConfigError(f"deterministic mode runs on CPU, not on {device.type}; pass --device cpu or leave it off")
-    return create_attention_backend("deterministic")
+        return create_attention_backend("triton_paged" if has_kernels(device) else "torch_paged")
+    if device.type == "cpu":
+        return create_attention_backend("deterministic")
+    if torch.cuda.is_available() and has_kernels(device):
+        return create_attention_backend("deterministic_cuda")
+    raise ConfigError(
+        f"deterministic mode runs on CPU, not on {device.type} here: that takes Triton and an NVIDIA GPU of compute "
+        "capability 8.0 or later; pass --device cpu or leave it off"
+    )

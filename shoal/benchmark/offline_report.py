@@ -14,7 +14,8 @@ from shoal.stats import Summary, median
 class LatencyReport:
     """Medians over the runs; milliseconds.
 
-    ms_per_token: of the whole batch, prefill included, by the longest output. first_token: mean over the requests.
+    ms_per_token: of the whole batch, from its first request to its last token, prefill included, by the longest output:
+    what other engines' offline latency benchmarks show. first_token: mean over the requests.
     between_tokens: what lies between two tokens of a request, over all requests of all runs; tokens that came together
     share the time since the one before them. None where requests have one token.
     """
@@ -28,11 +29,13 @@ class LatencyReport:
 
 @dataclasses.dataclass(frozen=True)
 class ThroughputReport:
-    """Medians over the runs. Total tokens are those of the prompts and of the output."""
+    """Medians over the runs, which begin with the first request and end with the last token. Total tokens are those
+    of the prompts and of the output; prompt tokens per second say something where hardly anything is generated."""
 
     seconds: float
     num_prompt_tokens: int
     num_output_tokens: int
+    prompt_tokens_per_second: float
     output_tokens_per_second: float
     total_tokens_per_second: float
     requests_per_second: float
@@ -83,6 +86,7 @@ def throughput_report(requests: Sequence[TokenRequest], runs: Sequence[BenchRun]
         seconds=seconds,
         num_prompt_tokens=num_prompt,
         num_output_tokens=num_output,
+        prompt_tokens_per_second=num_prompt / seconds,
         output_tokens_per_second=num_output / seconds,
         total_tokens_per_second=(num_prompt + num_output) / seconds,
         requests_per_second=len(requests) / seconds,

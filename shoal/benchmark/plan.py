@@ -21,7 +21,7 @@ from shoal.errors import ConfigError
 
 NO_MODEL = "auto"
 # What compilers of kernels keep between two starts.
-_CACHES = ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
+_CACHES = ("SHOAL_CACHE_DIR", "XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CUDA_CACHE_PATH")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,8 @@ def plan(wish: Wish) -> Iterator[Plan]:
     workload = _settle(wish, preset.workload)
     with tempfile.TemporaryDirectory(prefix="shoal-bench-") as directory:
         preset.shape.write(Path(directory))
+        if options["deterministic"] is None and preset.deterministic:
+            options["deterministic"] = True
         options |= {
             "model": directory,
             "load_format": "dummy",
@@ -94,11 +96,16 @@ def _settle(wish: Wish, default: Workload) -> Workload:
     return dataclasses.replace(default, **{name: value for name, value in said.items() if value is not None})
 
 
+def cache_variables(caches: Path) -> dict[str, str]:
+    """The environment in which all that an engine keeps for its next start lies in `caches`, but for models."""
+    return {name: str(caches / name.lower()) for name in _CACHES} | {"HF_HUB_CACHE": str(env.hub_cache())}
+
+
 def measure_start(
     options: Mapping[str, Any], caches: Path, vocab_size: int, on_news: NewsCallback | None = None
 ) -> Start:
     """Start an engine whose caches of compiled kernels lie in `caches`, ask one token of it, and end it."""
-    environment = {name: str(caches / name.lower()) for name in _CACHES} | {"HF_HUB_CACHE": str(env.hub_cache())}
+    environment = cache_variables(caches)
     request = TokenRequest([2 % vocab_size] * 8, 1)
     measured = run_program(options, [request], environment=environment, on_news=on_news)
     assert measured is not None, "a start on several machines"

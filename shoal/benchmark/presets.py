@@ -129,11 +129,12 @@ LLAMA_70B = dataclasses.replace(
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One row: a shape, what is asked of it, and the ranks it is meant for."""
+    """One row: a shape, what is asked of it, the ranks it is meant for, and whether it is measured deterministic."""
 
     shape: Shape
     workload: Workload
     tensor_parallel_size: int = 1
+    deterministic: bool = False
 
     def scaled(self, scale: float) -> Preset:
         """A smaller model and fewer requests; the lengths stay."""
@@ -142,15 +143,24 @@ class Preset:
         return dataclasses.replace(self, shape=self.shape.scaled(scale), workload=workload)
 
 
+_LAT8B = Preset(LLAMA_8B, Workload(1, (128, 128), (256, 256)))
+_BATCH8B = Preset(LLAMA_8B, Workload(256, (100, 1024), (100, 512)))
+_PREFILL8B = Preset(LLAMA_8B, Workload(32, (4096, 4096), (1, 1)))
+
 LATENCY_PRESETS = {
     "small1": Preset(QWEN3_600M, Workload(1, (128, 128), (512, 512))),
-    "lat8b": Preset(LLAMA_8B, Workload(1, (128, 128), (256, 256))),
+    "lat8b": _LAT8B,
+    "lat8b-tp2": dataclasses.replace(_LAT8B, tensor_parallel_size=2),
+    "det-lat8b": dataclasses.replace(_LAT8B, deterministic=True),
     "lat70b": Preset(LLAMA_70B, Workload(1, (128, 128), (128, 128)), tensor_parallel_size=4),
 }
 THROUGHPUT_PRESETS = {
     "nano": Preset(QWEN3_600M, Workload(256, (100, 1024), (100, 1024), temperature=1.0)),
-    "batch8b": Preset(LLAMA_8B, Workload(256, (100, 1024), (100, 512))),
-    "prefill8b": Preset(LLAMA_8B, Workload(32, (4096, 4096), (1, 1))),
+    "batch8b": _BATCH8B,
+    "batch8b-tp2": dataclasses.replace(_BATCH8B, tensor_parallel_size=2),
+    "det-batch8b": dataclasses.replace(_BATCH8B, deterministic=True),
+    "prefill8b": _PREFILL8B,
+    "det-prefill8b": dataclasses.replace(_PREFILL8B, deterministic=True),
     "batch70b": Preset(LLAMA_70B, Workload(128, (100, 1024), (100, 256)), tensor_parallel_size=4),
 }
 PRESETS = {**LATENCY_PRESETS, **THROUGHPUT_PRESETS}

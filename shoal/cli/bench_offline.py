@@ -64,6 +64,7 @@ def _throughput(*sections: Any) -> int:
             return 0
         report = throughput_report(requests, measured[1])
         rows = [
+            ("prompt tok/s", f"{report.prompt_tokens_per_second:,.1f}"),
             ("output tok/s", f"{report.output_tokens_per_second:,.1f}"),
             ("total tok/s", f"{report.total_tokens_per_second:,.1f}"),
             ("requests/s", f"{report.requests_per_second:,.2f}"),

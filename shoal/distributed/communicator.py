@@ -84,6 +84,44 @@ class DeviceCommunicator(abc.ABC):
         return tree_sum(list(self.all_gather(x)))
 
 
+class SmallReducer(abc.ABC):
+    """Sums and gathers small tensors over the ranks of one host faster than the communicator; see
+    `GroupCoordinator.attach`.
+
+    What it takes depends on shapes and types alone, so all ranks decide alike. Sums have the same bits on all ranks.
+    """
+
+    @abc.abstractmethod
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `all_reduce` serves for x."""
+
+    @abc.abstractmethod
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the ranks, in x, added in fp32 and rounded once."""
+
+    @abc.abstractmethod
+    def takes_rows(self, x: torch.Tensor) -> bool:
+        """Whether `all_reduce_add_norm` serves for x [T, H]."""
+
+    @abc.abstractmethod
+    def all_reduce_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `GroupCoordinator.all_reduce_add_norm`; the total is rounded once."""
+
+    @abc.abstractmethod
+    def takes_gather(self, x: torch.Tensor) -> bool:
+        """Whether `all_gather` serves for x."""
+
+    @abc.abstractmethod
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """x [...] of every rank -> [ranks, ...], bit for bit."""
+
+    @abc.abstractmethod
+    def describe(self) -> str:
+        """What is summed how, and why, in one line."""
+
+
 def tree_sum(parts: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
     """The sum of tensors of one shape as a fixed tree of neighbours: ((0+1)+(2+3))+…; an odd last one goes up a level.
 

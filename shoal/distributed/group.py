@@ -5,13 +5,15 @@ At world size 1 everything returns its input and nothing of torch.distributed is
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
-from shoal.distributed.communicator import DeviceCommunicator, Transfer, tree_sum
+from shoal.distributed.communicator import DeviceCommunicator, SmallReducer, Transfer, tree_sum
 from shoal.distributed.status import GROUPS, OPERATIONS, StatusBoard, StatusRecord, describe_stall
+from shoal.distributed.symmetric_memory import PeerMemory
 from shoal.distributed.tensor_dict import FIRST_BYTES, DictSpec, describe, pack, rest_bytes, unpack
 from shoal.errors import CollectiveError
 
@@ -46,12 +48,14 @@ class GroupCoordinator:
         name: str = "world",
         status: StatusRecord | None = None,
         board: StatusBoard | None = None,
+        memory: PeerMemory | None = None,
     ) -> None:
         """
         ranks: global ranks, in the order of the group. rank: this one's global rank.
         communicator: None for a group of one. host: between the same ranks for tensors in host memory, where
         `communicator` is a device's own; without it such a group has no tensor dicts.
         name: one of status.GROUPS. status, board: this rank's record, and where the others' are read after a failure.
+        memory: of the ranks' GPUs, mapped in all of them, for a SmallReducer that somebody makes and attaches.
         """
         if rank not in ranks:
             raise ValueError(f"rank {rank} is not in the group of ranks {list(ranks)}")
@@ -61,6 +65,8 @@ class GroupCoordinator:
         self.rank = rank
         self.name = name
         self.communicator = communicator
+        self.memory = memory
+        self.reducer: SmallReducer | None = None
         self._host = host or (communicator if communicator is None or communicator.device.type == "cpu" else None)
         self._index = GROUPS.index(name)
         self._status = status
@@ -88,21 +94,51 @@ class GroupCoordinator:
         """What this group talks through: to be closed by whoever made them, once; groups may share them."""
         return [each for each in dict.fromkeys((self.communicator, self._host)) if each is not None]
 
+    def attach(self, reducer: SmallReducer | None) -> None:
+        """Sum and gather what `reducer` takes through it from now on. All ranks do so at the same point, or none."""
+        self.reducer = reducer
+
     # --- collectives of tensors --------------------------------------------------------------------------------
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """x [...] -> the sum over all ranks [...], in x where x is contiguous: use what is returned.
 
-        On the CPU of one host the order of summation is fixed (a tree by rank), and halves are summed in fp32.
+        On the CPU of one host the order of summation is fixed (a tree by rank), and halves are summed in fp32; so are
+        tensors that a SmallReducer takes, in the order of the ranks.
         """
         if self.communicator is None:
             return x
         self._enter(_ALL_REDUCE)
+        if self.reducer is not None and self.reducer.takes(x):
+            return self._leave(self.reducer.all_reduce(x))
         try:
             x = self.communicator.all_reduce(x)
         except CollectiveError as error:
             raise self._explained(error) from error
         return self._leave(x)
+
+    def all_reduce_add_norm(
+        self,
+        summand: torch.Tensor,
+        residual: torch.Tensor | None,
+        weight: torch.Tensor,
+        eps: float,
+        add_norm: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(RMSNorm(total), total) [T, H] of total = the ranks' summands [T, H] + residual [T, H], weight [H].
+
+        All ranks have the same residual. In one kernel where a SmallReducer takes the summand, the total rounded once;
+        else the sum is rounded first, and given with the residual to add_norm, by default plain torch. The summand may
+        be overwritten.
+        """
+        if self.communicator is not None and self.reducer is not None and self.reducer.takes_rows(summand):
+            self._enter(_ALL_REDUCE)
+            return self._leave(self.reducer.all_reduce_add_norm(summand, residual, weight, eps))
+        total = self.all_reduce(summand)
+        if add_norm is not None:
+            return add_norm(total, residual)
+        total = total if residual is None else total + residual
+        return F.rms_norm(total, (total.shape[-1],), weight, eps), total
 
     def all_reduce_tree(self, partials: torch.Tensor) -> torch.Tensor:
         """partials [shards, ...] -> the sum over the shards of all ranks [...], as one tree of neighbours.
@@ -129,6 +165,8 @@ class GroupCoordinator:
         if self.communicator is None:
             return x
         self._enter(_ALL_GATHER)
+        if self.reducer is not None and self.reducer.takes_gather(x):
+            return self._leave(_side_by_side(self.reducer.all_gather(x), dim))
         try:
             parts = self.communicator.all_gather(x)
         except CollectiveError as error:

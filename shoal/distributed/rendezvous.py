@@ -1,7 +1,8 @@
 """Forms the groups of the rank grid on this rank, each phase with a deadline. Workers call `form_groups` once.
 
 A group of one costs nothing. On CUDA a group takes NCCL, and for host memory what CPU ranks take; CPU ranks take
-shared memory when all of them are on one host (x86-64), else Gloo.
+shared memory when all of them are on one host (x86-64), else Gloo. GPUs of one host that share layers also map each
+other's memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from shoal.distributed.segment import Segment
 from shoal.distributed.shared_memory import Layout, SharedMemoryCommunicator
 from shoal.distributed.signals import MAX_RANKS, supported
 from shoal.distributed.status import GROUPS, RankStatus, StatusBoard, StatusRecord
+from shoal.distributed.symmetric_memory import MAX_RANKS as MAX_GPUS
+from shoal.distributed.symmetric_memory import PeerMemory, share_memory
 from shoal.errors import CollectiveError, ConfigError
 
 _logger = log.get_logger(__name__)
@@ -125,7 +128,14 @@ def form_groups(
         ranks = dims.group(name)
         communicator, host = builder.build(name, ranks) if len(ranks) > 1 else (None, None)
         groups[name] = GroupCoordinator(
-            ranks, dims.rank, communicator, host=host, name=name, status=status, board=board
+            ranks,
+            dims.rank,
+            communicator,
+            host=host,
+            name=name,
+            status=status,
+            board=board,
+            memory=builder.share(ranks) if name == "tensor" and len(ranks) > 1 else None,
         )
     parallel = ParallelGroups(dims, groups, status, board, store, meeting)
     _first_collectives(meeting, parallel, device)
@@ -181,6 +191,13 @@ class _Builder:
             self._built[key] = communicator, host
             _logger.debug("%s group of ranks %s: %s", name, list(ranks), communicator.kind)
         return self._built[key]
+
+    def share(self, ranks: Sequence[int]) -> PeerMemory | None:
+        """The GPUs' memory for small sums, where all ranks are on one host and it works."""
+        identities = {self._meeting.peers[rank].host_identity for rank in ranks}
+        if self._device.type != "cuda" or len(identities) > 1 or len(ranks) > MAX_GPUS:
+            return None
+        return share_memory(self._meeting, f"tensor-{ranks[0]}", ranks, self._rank, self._device)
 
     def _host_communicator(self, label: str, ranks: Sequence[int]) -> DeviceCommunicator:
         identities = {self._meeting.peers[rank].host_identity for rank in ranks}

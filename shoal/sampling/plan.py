@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shoal.distributed.vocabulary import VocabularySlice
+from shoal.kernels.support import has_kernels
 from shoal.sampling.draws import DrawGroup, DrawKind
 from shoal.sampling.logprobs import LogprobRows
 from shoal.sampling.masks import AllowedRows, Biases, flat_index
@@ -21,19 +22,49 @@ from shoal.sampling.rows import upload, upload_rows
 from shoal.sampling.slots import GREEDY, NO_LOGPROBS, NO_PENALTIES, TOP_P_OFF, SlotTable
 
 _Integers = npt.NDArray[np.int64]
+_NO_ROWS: _Integers = np.empty(0, dtype=np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoiceRows:
+    """Rows that are greedy or drawn from the whole vocabulary, where one kernel serves both: `rows` as in
+    shoal.sampling.rows; temperature (0: greedy) and min_p fp32 [G]. has_keys: some draw; then the first G keys of the
+    step are those of these rows."""
+
+    rows: Tensor | None
+    temperature: Tensor
+    min_p: Tensor
+    has_keys: bool
+    uses_min_p: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TruncatedRows:
+    """Rows with top_k or top_p, where kernels serve both: temperature and min_p fp32, top_p fp64, top_k int64 (0: off),
+    all [G]; `keys` as in DrawGroup."""
+
+    rows: Tensor | None
+    keys: slice
+    temperature: Tensor
+    min_p: Tensor
+    top_p: Tensor
+    top_k: Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingPlan:
     """The rows of a step by feature; None or empty where no row uses a feature.
 
-    draw_rows: rows that draw, in the order of the groups and of the step's keys; mixed_seeds: their seeds.
+    choice, truncated: on a GPU with kernels, in place of greedy rows and draw groups.
+    draw_rows: rows with a key, in the order of the groups and of the step's keys; mixed_seeds: their seeds.
     minimum_rows: rows that suppress their end_token_ids while their position is below first_free_positions.
     """
 
     num_rows: int
     vocabulary: VocabularySlice
     device: torch.device
+    choice: ChoiceRows | None
+    truncated: TruncatedRows | None
     has_greedy: bool
     greedy_rows: Tensor | None
     draw_groups: list[DrawGroup]
@@ -48,6 +79,13 @@ class SamplingPlan:
     first_free_positions: _Integers
     end_token_ids: list[list[int]]
 
+    @property
+    def only_chooses(self) -> bool:
+        """Whether the choice kernel sees to all rows, and nothing else reads or changes their logits (but for what
+        depends on positions, and grammars)."""
+        others = (self.allowed, self.banned, self.biases, self.penalties, self.logprobs)
+        return self.choice is not None and self.choice.rows is None and all(other is None for other in others)
+
     def suppressed(self, below_minimum: npt.NDArray[np.bool_]) -> Tensor | None:
         """Flat index of the end tokens of those minimum_rows that are still below their minimum."""
         pairs = [(int(self.minimum_rows[i]), self.end_token_ids[i]) for i in np.flatnonzero(below_minimum)]
@@ -60,11 +98,22 @@ def build_plan(table: SlotTable, slots: _Integers) -> SamplingPlan:
     assert bool((kinds >= GREEDY).all()), f"no request in slots {slots[kinds < GREEDY].tolist()}"
     greedy = np.flatnonzero(kinds == GREEDY)
     minimum = np.flatnonzero(table.has_minimum[slots])
-    draw_groups, draw_rows = _draw_groups(table, slots, kinds)
+    choice: ChoiceRows | None = None
+    truncated: TruncatedRows | None = None
+    draw_groups: list[DrawGroup] = []
+    if has_kernels(table.device):
+        greedy = _NO_ROWS
+        choice, choice_rows = _choice_rows(table, slots, kinds)
+        truncated, truncated_rows = _truncated_rows(table, slots, kinds, choice_rows.size)
+        draw_rows = np.concatenate([choice_rows, truncated_rows])
+    else:
+        draw_groups, draw_rows = _draw_groups(table, slots, kinds)
     return SamplingPlan(
         num_rows=len(slots),
         vocabulary=table.vocabulary,
         device=table.device,
+        choice=choice,
+        truncated=truncated,
         has_greedy=bool(greedy.size),
         greedy_rows=upload_rows(greedy, len(slots), table.device),
         draw_groups=draw_groups,
@@ -81,9 +130,44 @@ def build_plan(table: SlotTable, slots: _Integers) -> SamplingPlan:
     )
 
 
+def _choice_rows(table: SlotTable, slots: _Integers, kinds: _Integers) -> tuple[ChoiceRows | None, _Integers]:
+    """These rows, and those of them that have keys: all or none."""
+    rows = np.flatnonzero((kinds == GREEDY) | (kinds == DrawKind.WHOLE_VOCABULARY.value))
+    if not rows.size:
+        return None, _NO_ROWS
+    draws = kinds[rows] != GREEDY
+    min_p = np.where(draws, table.min_p[slots[rows]], np.float32(0))
+    choice = ChoiceRows(
+        rows=upload_rows(rows, len(slots), table.device),
+        temperature=upload(np.where(draws, table.temperature[slots[rows]], np.float32(0)), table.device),
+        min_p=upload(min_p, table.device),
+        has_keys=bool(draws.any()),
+        uses_min_p=bool(min_p.any()),
+    )
+    return choice, rows if choice.has_keys else _NO_ROWS
+
+
+def _truncated_rows(
+    table: SlotTable, slots: _Integers, kinds: _Integers, num_keys_before: int
+) -> tuple[TruncatedRows | None, _Integers]:
+    rows = np.flatnonzero((kinds == DrawKind.TOP_K.value) | (kinds == DrawKind.TOP_P.value))
+    if not rows.size:
+        return None, _NO_ROWS
+    members, device = slots[rows], table.device
+    truncated = TruncatedRows(
+        rows=upload_rows(rows, len(slots), device),
+        keys=slice(num_keys_before, num_keys_before + rows.size),
+        temperature=upload(table.temperature[members], device),
+        min_p=upload(table.min_p[members], device),
+        top_p=upload(table.top_p[members], device),
+        top_k=upload(table.top_k[members], device),
+    )
+    return truncated, rows
+
+
 def _draw_groups(table: SlotTable, slots: _Integers, kinds: _Integers) -> tuple[list[DrawGroup], _Integers]:
     groups: list[DrawGroup] = []
-    draw_rows: list[_Integers] = [np.empty(0, dtype=np.int64)]
+    draw_rows = [_NO_ROWS]
     num_keys = 0
     for kind in DrawKind:
         rows = np.flatnonzero(kinds == kind.value)

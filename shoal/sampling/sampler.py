@@ -10,7 +10,9 @@ vLLM:
    that of what min_p and top_k left), then a draw in proportion to what remains
 5. log-probability and rank of the chosen token, and the top k, from 1
 
-A feature that no row uses costs nothing: a greedy batch is one argmax. Nothing waits for the device.
+A feature that no row uses costs nothing: a greedy batch is one argmax. Nothing waits for the device. On a GPU with
+kernels, greedy rows and those drawn from the whole vocabulary are one pass over the logits (`kernels/sampling.py`), and
+top_k and top_p need no sort (`kernels/truncated.py`).
 
 Ranks that share the vocabulary sample together, each on its own slice of the logits: masks and penalties act on single
 tokens, and so do greedy rows and draws with temperature and min_p, whose best token of each rank is all that is
@@ -19,6 +21,9 @@ exchanged. Only rows with top_k, top_p or log-probabilities gather their logits.
 
 from __future__ import annotations
 
+import functools
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +34,7 @@ from shoal.sampling.draws import DrawKind, draw, draw_together
 from shoal.sampling.logprobs import LogprobsTensors, sampled_logprobs
 from shoal.sampling.masks import apply_allowed, apply_banned, apply_biases, apply_grammar_mask
 from shoal.sampling.penalties import apply_penalties
+from shoal.sampling.plan import ChoiceRows, TruncatedRows
 from shoal.sampling.random import token_hashes
 from shoal.sampling.rows import take_rows
 from shoal.sampling.state import SamplingMetadata
@@ -49,13 +55,21 @@ class Sampler:
         self._hashed_ids: Tensor | None = None  # int32, of whichever is more: V, or the ids up to this rank's last
 
     def sample(self, logits: Tensor, metadata: SamplingMetadata, grammar_mask: Tensor | None = None) -> SampledTokens:
-        """logits fp32 [R, W], used as scratch space: their values are lost. grammar_mask: see `apply_grammar_mask`."""
+        """logits [R, W], as the head projects them, used as scratch space: their values are lost, and what stands in
+        the columns of padding does not count. grammar_mask: see `apply_grammar_mask`.
+
+        Logits are float32 from here on, whatever the product was rounded to; those that are only chosen from are
+        widened as they are read.
+        """
         plan = metadata.plan
         vocabulary = plan.vocabulary
-        assert logits.dtype == torch.float32, f"logits must be float32; got {logits.dtype}"
         expected = (plan.num_rows, vocabulary.width)
         assert logits.shape == expected, f"logits {tuple(logits.shape)} for a plan of {expected}"
+        if not (plan.only_chooses and metadata.suppressed is None and grammar_mask is None):
+            logits = logits.float()
         logits = logits.contiguous()
+        if vocabulary.num_tokens < vocabulary.width:
+            logits[:, vocabulary.num_tokens :] = float("-inf")
         raw_logits = None
         if plan.logprobs is not None:
             raw_logits = vocabulary.gather(take_rows(logits, plan.logprobs.rows))
@@ -74,6 +88,10 @@ class Sampler:
         plan = metadata.plan
         vocabulary = plan.vocabulary
         best = _BestTokens(plan.num_rows, vocabulary, logits.device)
+        if plan.choice is not None:
+            best.put_choice(logits, plan.choice, metadata.row_keys)
+        if plan.truncated is not None:
+            best.put_truncated(logits, plan.truncated, metadata.row_keys)
         if plan.has_greedy:
             best.put_columns(plan.greedy_rows, *_greatest(take_rows(logits, plan.greedy_rows), vocabulary))
         for group in plan.draw_groups:
@@ -103,7 +121,48 @@ class _BestTokens:
         self._vocabulary = vocabulary
         self._token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
         # Of equal values the first rank's counts: so it does for tokens that are known already.
-        self._values = torch.zeros(0 if vocabulary.is_whole else num_rows, dtype=torch.float32, device=device)
+        self._values = torch.zeros(num_rows, dtype=torch.float32, device=device)
+
+    def put_choice(self, logits: Tensor, choice: ChoiceRows, row_keys: Tensor | None) -> None:
+        """logits [R, W] of all rows. row_keys: those of the step."""
+        vocabulary, num_chosen = self._vocabulary, choice.temperature.shape[0]
+        best_logits = None
+        if choice.uses_min_p and not vocabulary.is_whole:
+            best_logits = vocabulary.greatest(take_rows(logits, choice.rows).amax(dim=-1).float())
+        if not choice.has_keys:  # nobody reads them
+            row_keys = choice.temperature.view(torch.int32)
+        assert row_keys is not None
+        _kernel("shoal.kernels.sampling", "choose_tokens")(
+            logits,
+            choice.temperature,
+            choice.min_p,
+            row_keys[:num_chosen],
+            vocabulary.start,
+            vocabulary.num_tokens,
+            best_logits=best_logits,
+            row_numbers=choice.rows,
+            outputs=(self._values, self._token_ids),
+        )
+
+    def put_truncated(self, logits: Tensor, group: TruncatedRows, row_keys: Tensor | None) -> None:
+        """As `put_choice`. All ranks' logits are needed, and all find the same."""
+        assert row_keys is not None
+        rows, token_ids = group.rows, self._token_ids
+        if not self._vocabulary.is_whole:
+            logits, rows = self._vocabulary.gather(take_rows(logits, rows)), None
+            token_ids = torch.empty(logits.shape[0], dtype=torch.int64, device=logits.device)
+        _kernel("shoal.kernels.truncated", "draw_truncated")(
+            logits,
+            group.temperature,
+            group.min_p,
+            group.top_p,
+            group.top_k,
+            row_keys[group.keys],
+            token_ids,
+            rows,
+        )
+        if token_ids is not self._token_ids:
+            self.put_known(group.rows, token_ids)
 
     def put_known(self, rows: Tensor | None, token_ids: Tensor) -> None:
         """token_ids int64 [G], the same on all ranks. The first rank's count should they differ: two kinds of processor
@@ -127,6 +186,13 @@ class _BestTokens:
     def agree(self) -> Tensor:
         """Token ids int64 [R], the same on all ranks."""
         return self._vocabulary.best(self._values, self._token_ids)
+
+
+@functools.cache
+def _kernel(module: str, name: str) -> Callable[..., object]:
+    """Triton is imported where it is needed only."""
+    kernel: Callable[..., object] = getattr(importlib.import_module(module), name)
+    return kernel
 
 
 def _greatest(logits: Tensor, vocabulary: VocabularySlice) -> tuple[Tensor | None, Tensor]:

@@ -46,6 +46,8 @@ class SlotTable:
         self.has_minimum, self.has_allowed, self.has_bad, self.has_bias = (
             np.zeros(max_num_seqs, dtype=np.bool_) for _ in range(4)
         )
+        # See `device_rows`: simple, but for has_minimum.
+        self.is_simple: npt.NDArray[np.bool_] = np.zeros(max_num_seqs, dtype=np.bool_)
         self.end_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.bad_token_ids: list[list[int]] = [[] for _ in range(max_num_seqs)]
         self.logit_bias: list[dict[int, float]] = [{} for _ in range(max_num_seqs)]
@@ -78,9 +80,18 @@ class SlotTable:
         allowed = params.allowed_token_ids
         self.banned[slot] = None if allowed is None else banned_row(allowed, self.vocabulary, self.device)
         self.has_allowed[slot] = allowed is not None
+        self.is_simple[slot] = (
+            self.kind[slot] in (GREEDY, DrawKind.WHOLE_VOCABULARY.value)
+            # What min_p cuts off depends on the best logit of all ranks.
+            and (self.vocabulary.is_whole or params.min_p == 0 or greedy)
+            and penalty_row == NO_PENALTIES
+            and params.logprobs is None
+            and not (self.has_bad[slot] or self.has_bias[slot] or self.has_allowed[slot])
+        )
 
     def clear(self, slot: int) -> None:
         self.kind[slot] = FREE
+        self.is_simple[slot] = False
         self.banned[slot] = None
 
 

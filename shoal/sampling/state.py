@@ -8,11 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.vocabulary import VocabularySlice
+from shoal.sampling.device_rows import SimpleRows
 from shoal.sampling.ordering import MAX_VOCAB_SIZE
 from shoal.sampling.penalties import PenaltyCounts
 from shoal.sampling.plan import SamplingPlan, build_plan
@@ -72,6 +74,7 @@ class SamplingState:
         self._table = SlotTable(max_num_seqs, vocabulary, self._device)
         self._counts = PenaltyCounts(vocabulary, self._device)
         self._plans: dict[tuple[int, ...], _PlanEntry] = {}
+        self._simple: dict[tuple[int, ...], SimpleRows | None] = {}
 
     def assign(self, slot: int, params: SamplingParams, token_ids: list[int], num_prompt_tokens: int) -> None:
         """A new or resumed request enters a free slot. token_ids: prompt, then the output known so far."""
@@ -88,6 +91,7 @@ class SamplingState:
             self._counts.release(int(self._table.penalty_row[slot]))
         self._table.clear(slot)
         self._plans = {slots: plan for slots, plan in self._plans.items() if slot not in slots}
+        self._simple = {slots: rows for slots, rows in self._simple.items() if slot not in slots}
 
     def prepare(self, slots: list[int], positions: list[int]) -> SamplingMetadata:
         """Row i of the step samples the token at index positions[i] of the sequence in slots[i]."""
@@ -103,6 +107,17 @@ class SamplingState:
             draw_positions = np.array(positions, dtype=np.uint64)[plan.draw_rows]
             keys = upload(row_keys(plan.mixed_seeds, draw_positions), self._device)
         return SamplingMetadata(plan, keys, entry.suppressed(positions), self._counts)
+
+    def simple_rows(self, slots: list[int], positions: list[int]) -> npt.NDArray[np.int32] | None:
+        """For a captured step, in place of `prepare`: int32 [R, 3], as `SimpleRows.at` has them; None where a row asks
+        for more than that."""
+        key = tuple(slots)
+        if key not in self._simple:
+            if len(self._simple) >= _MAX_PLANS:
+                self._simple.pop(next(iter(self._simple)))
+            self._simple[key] = SimpleRows.of(self._table, np.array(slots, dtype=np.int64))
+        rows = self._simple[key]
+        return None if rows is None else rows.at(positions)
 
     def commit(self, metadata: SamplingMetadata, token_ids: Tensor) -> None:
         """Count the sampled token_ids, int64 [R], for penalties: after sampling, in stream order, nothing read back."""

@@ -37,6 +37,7 @@ def test_tokens_that_come_together_share_their_time():
 def test_throughput_counts_prompts_in_the_total_only():
     report = throughput_report(REQUESTS, [BenchRun(seconds, [], False) for seconds in (1.0, 2.0, 9.0)])
     assert (report.seconds, report.num_prompt_tokens, report.num_output_tokens) == (2.0, 5, 6)
+    assert report.prompt_tokens_per_second == 2.5
     assert (report.output_tokens_per_second, report.total_tokens_per_second, report.requests_per_second) == (3, 5.5, 1)
 
 
@@ -101,7 +102,7 @@ def test_startup_is_measured_cold_and_again(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["latency", "--preset", "nano"], "--preset must be one of small1, lat8b, lat70b"),
+        (["latency", "--preset", "nano"], "--preset must be one of small1, lat8b, lat8b-tp2"),
         (["latency", "--output-tokens", "none-3"], "--output-tokens must be a number of tokens or a range"),
         (["throughput", "--scale", "2"], "--scale must be a number from 0.001 to 1"),
         (["throughput", "--json", "/no/such/directory/x"], "there is no such directory"),

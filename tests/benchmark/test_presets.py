@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from shoal.benchmark.plan import Wish, plan
+from shoal.benchmark.plan import Wish, cache_variables, plan
 from shoal.benchmark.presets import PRESETS
 from shoal.benchmark.workload import Workload, draw_requests, parse_range
 from shoal.cli.bench_options import BENCH_ENGINE_SECTIONS
@@ -25,6 +27,8 @@ ROWS = {
     "lat70b": (LLAMA_70B, 1, (128, 128), (128, 128), 0, 4),
     "batch70b": (LLAMA_70B, 128, (100, 1024), (100, 256), 0, 4),
 }
+ROWS |= {name: (*ROWS[name.removesuffix("-tp2")][:5], 2) for name in ("lat8b-tp2", "batch8b-tp2")}
+ROWS |= {name: ROWS[name.removeprefix("det-")] for name in ("det-lat8b", "det-batch8b", "det-prefill8b")}
 DEFAULT = Workload(2, (4, 4), (4, 4))
 
 
@@ -50,6 +54,7 @@ def test_a_preset_is_a_model_that_can_be_read(name):
     assert (options["tensor_parallel_size"], options["load_format"]) == (tensor_size, "dummy")
     assert options["enable_prefix_caching"] is False and options["skip_tokenizer_init"] is True
     assert options["max_model_len"] == prompt[1] + output[1]
+    assert options["deterministic"] is (True if name.startswith("det-") else None)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -77,6 +82,22 @@ def test_what_is_said_counts_more_than_the_preset():
     with plan(wish) as planned:
         assert planned.workload == Workload(3, (7, 8), (9, 9), 0.5)
         assert (planned.options["tensor_parallel_size"], planned.options["max_model_len"]) == (2, 999)
+
+
+@pytest.mark.parametrize(("name", "said"), [("det-lat8b", False), ("lat8b", True), ("det-lat8b", True)])
+def test_a_row_is_measured_deterministic_or_not_as_is_said(name, said):
+    with plan(Wish(engine_options(deterministic=said), DEFAULT, name)) as planned:
+        assert planned.options["deterministic"] is said
+
+
+def test_a_cold_start_finds_no_kernels_of_an_earlier_one(tmp_path, monkeypatch):
+    """Whatever compiles kernels, or tries which are fast, keeps them where the benchmark says; models stay."""
+    monkeypatch.setenv("HF_HOME", "/models")
+    variables = cache_variables(tmp_path)
+    assert variables.pop("HF_HUB_CACHE") == "/models/hub"
+    assert {"SHOAL_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "TORCHINDUCTOR_CACHE_DIR"} <= set(variables)
+    assert all(Path(folder).parent == tmp_path for folder in variables.values())
+    assert len(set(variables.values())) == len(variables)
 
 
 def test_without_a_preset():

@@ -1,0 +1,139 @@
+"""Paged attention with Triton kernels, for NVIDIA GPUs: a step of one token a sequence is one kernel from the projection
+on, in CUDA graphs too; prompts go together in one launch. Registered as "triton_paged".
+
+S sequences, T tokens, Hq query heads, Hk KV heads, D head size, N blocks of the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import torch
+
+from shoal.attention.base import AttentionBackend, AttentionMetadata, HeadTransform
+from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention
+from shoal.kernels.heads import transform_and_write
+from shoal.kernels.prefill_attention import plan_tiles, prefill_attention, tile_shape
+
+
+@dataclasses.dataclass(slots=True)
+class _Plan:
+    """decodes: sequences with one new token, or None. prefills: the others, numpy [4, sequences] as `plan_tiles` takes
+    them; tiles: what it made of them for a number of tokens a tile, on the device."""
+
+    decodes: DecodeRows | None
+    prefills: np.ndarray | None
+    tiles: dict[int, torch.Tensor]
+    # Whether a layer of this step has attended: from then on lengths, tables and caches are known to be in place while
+    # the kernel in front of an attention kernel still runs.
+    has_begun: bool = False
+
+
+class TritonPagedAttention(AttentionBackend):
+    """Cache: [2, Hk, N, block_size, D], keys then values."""
+
+    name = "triton_paged"
+    reads_past_end = False
+    follows_device = True
+    transforms_heads = True
+
+    def __init__(self) -> None:
+        self._workspace: DecodeWorkspace | None = None
+
+    def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
+        return (2, num_kv_heads, num_blocks, block_size, head_dim)
+
+    def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
+        kv_cache.index_fill_(2, blocks, 0)
+
+    def prepare(self, metadata: AttentionMetadata) -> None:
+        device = metadata.block_tables.device
+        if self._workspace is None:
+            self._workspace = DecodeWorkspace(device)
+        if (rows := metadata.device_rows) is not None:
+            metadata.plan = _Plan(DecodeRows(metadata.block_tables, rows.table_rows, rows.seq_lens), None, {})
+            return
+        num_new, seq_lens = np.array(metadata.query_lens), np.array(metadata.seq_lens)
+        sequences = np.stack([np.arange(len(num_new)), np.cumsum(num_new) - num_new, num_new, seq_lens])
+        single = num_new == 1
+        decodes = None
+        if single.any():
+            numbers = _upload(sequences[:, single].astype(np.int32), device)
+            decodes = DecodeRows(metadata.block_tables, numbers[0], numbers[3], numbers[1])
+        prefills = None if single.all() else sequences[:, ~single]
+        metadata.plan = _Plan(decodes, prefills, {})
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor:
+        return self._forward(query, key, value, kv_cache, metadata, scale, sliding_window, {})
+
+    def forward_projected(
+        self,
+        projected: torch.Tensor,
+        positions: torch.Tensor,
+        transform: HeadTransform,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        num_heads: int,
+        scale: float,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor:
+        num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[4]
+        heads = projected.view(projected.shape[0], num_heads + 2 * num_kv_heads, head_dim)
+        query, key, value = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+        how = {
+            "positions": positions,
+            "table": transform.table,
+            "query_norm": transform.query_norm,
+            "key_norm": transform.key_norm,
+            "eps": transform.eps,
+        }
+        return self._forward(query, key, value, kv_cache, metadata, scale, sliding_window, how)
+
+    def _forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+        transform: dict[str, Any],
+    ) -> torch.Tensor:
+        plan: _Plan = metadata.plan
+        num_tokens, num_heads, head_dim = query.shape
+        output = query.new_empty((num_tokens, num_heads * head_dim))
+        if plan.prefills is not None:
+            ready, _ = transform_and_write(query, key, value, kv_cache, metadata.slot_mapping, **transform)
+            tile_tokens = tile_shape(head_dim, query.dtype).rows // (num_heads // key.shape[1])
+            if tile_tokens not in plan.tiles:
+                plan.tiles[tile_tokens] = _upload(plan_tiles(*plan.prefills, tile_tokens), query.device)
+            tables, tiles = metadata.block_tables, plan.tiles[tile_tokens]
+            prefill_attention(ready, kv_cache, output, tables, tiles, scale=scale, sliding_window=sliding_window)
+        if plan.decodes is not None:
+            assert self._workspace is not None
+            decode_attention(
+                query, key, value, kv_cache, output, plan.decodes, self._workspace,
+                scale=scale, sliding_window=sliding_window, early=plan.has_begun and plan.prefills is None, **transform,
+            )  # fmt: skip
+            plan.has_begun = True
+        return output
+
+
+def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Without waiting for the device: from pageable memory a copy would wait for all steps that are queued."""
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -1,0 +1,345 @@
+"""Attention of one new token a sequence over a paged KV cache, in one kernel from the projection on: norm and rotation of
+the heads, write of the new key and value, attention split over the context, sum of the splits. Used by the paged backend.
+
+S sequences, T tokens, Hq query heads, Hk KV heads, G = Hq / Hk, D head size, N blocks, B blocks a row of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+
+from shoal.kernels.heads import transform_halves
+from shoal.kernels.launch import has_dependent_launch, launch_options
+
+_MAX_SPLITS = 128
+_PROGRAMS = 16
+_MIN_SPLIT = [1024, 128]  # tokens of context a split takes at least: with a counter, handed over
+
+
+def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Keys a tile, num_warps, num_stages."""
+    return (32 if dtype is torch.float32 or head_dim > 128 else 64), 4, 3
+
+
+@triton.jit
+def _load_tile(
+    keys, values, block, position, end, half, whole,
+    D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    """Both halves of the keys [D / 2, n], values [n, D]; zeros from `end` on: what lies there may be no number."""
+    inside = position < end
+    cells = block.to(tl.int64) * (BLOCK_SIZE * D) + (position % BLOCK_SIZE) * D
+    in_a = inside[None, :] & (half < HALF)[:, None]
+    in_b = inside[None, :] & (half < D - HALF)[:, None]
+    key_a = tl.load(keys + cells[None, :] + half[:, None], mask=in_a, other=0.0)
+    key_b = tl.load(keys + cells[None, :] + (half + HALF)[:, None], mask=in_b, other=0.0)
+    in_value = inside[:, None] & (whole < D)[None, :]
+    value = tl.load(values + cells[:, None] + whole[None, :], mask=in_value, other=0.0)
+    return key_a, key_b, value
+
+
+@triton.jit
+def _attend_tile(
+    query_a, query_b, key_a, key_b, value, position, lowest, end, scale_log2, top, total, sums,
+    WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One turn of the online softmax (Milakov and Gimelshein 2018), in powers of two."""
+    scores = tl.dot(query_a, key_a, input_precision=PRECISION)
+    scores = tl.dot(query_b, key_b, scores, input_precision=PRECISION) * scale_log2
+    visible = position < end
+    if WINDOWED:
+        visible &= position >= lowest
+    scores = tl.where(visible[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    weights = tl.exp2(scores - new_top[:, None])
+    shrink = tl.exp2(top - new_top)
+    total = total * shrink + tl.sum(weights, axis=1)
+    sums = tl.dot(weights.to(value.dtype), value, sums * shrink[:, None], input_precision=PRECISION)
+    return new_top, total, sums
+
+
+@triton.jit
+def _store_partial(pointers, values, mask, HANDS_OVER: tl.constexpr):
+    if HANDS_OVER:  # a number that looks like an empty cell becomes another "not a number"
+        values = tl.where(values.to(tl.int32, bitcast=True) == -1, float("nan"), values)
+    tl.store(pointers, values, mask=mask)
+
+
+@triton.jit
+def _num_empty(values):
+    return tl.sum((values.to(tl.int32, bitcast=True) == -1).to(tl.int32))
+
+
+@triton.jit
+def _add_splits(
+    partial_sums, partial_stats, output, first, num_active,
+    G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, G_TILE: tl.constexpr, PARTS: tl.constexpr,
+    HANDS_OVER: tl.constexpr,
+):  # fmt: skip
+    """The splits of a sequence's KV head, whose first partial row is `first`, PARTS at a time; output: its row."""
+    part, row, column, pair = tl.arange(0, PARTS), tl.arange(0, G_TILE), tl.arange(0, D_PAD), tl.arange(0, 2)
+    top = tl.full([G_TILE], float("-inf"), tl.float32)
+    total = tl.zeros([G_TILE], tl.float32)
+    sums = tl.zeros([G_TILE, D_PAD], tl.float32)
+    for start in range(0, num_active, PARTS):
+        index = (first + (start + part)[:, None] * G + row[None, :])[:, :, None]
+        inside = ((start + part < num_active)[:, None] & (row < G)[None, :])[:, :, None]
+        tile_at = partial_sums + index * D_PAD + column[None, None, :]
+        stats_at = partial_stats + index * 2 + pair[None, None, :]
+        in_tile = inside & (column < D)[None, None, :]
+        if HANDS_OVER:
+            missing = 1
+            while missing > 0:
+                missing = _num_empty(tl.load(tile_at, mask=in_tile, other=0.0, volatile=True))
+                missing += _num_empty(tl.load(stats_at, mask=inside, other=0.0, volatile=True))
+            # Read again: several threads may hold the same cell, and only one of them was asked. What one thread saw
+            # before the barrier in the sum, all see behind it.
+            tile = tl.load(tile_at, mask=in_tile, other=0.0, volatile=True)
+            stats = tl.load(stats_at, mask=inside, other=0.0, volatile=True)
+            tl.debug_barrier()
+            tl.store(tile_at.to(tl.pointer_type(tl.int32)), tl.full(tile.shape, -1, tl.int32), mask=in_tile)
+            tl.store(stats_at.to(tl.pointer_type(tl.int32)), tl.full(stats.shape, -1, tl.int32), mask=inside)
+        else:
+            tile = tl.load(tile_at, mask=in_tile, other=0.0, cache_modifier=".cg")
+            stats = tl.load(stats_at, mask=inside, other=0.0, cache_modifier=".cg")
+        tops = tl.max(tl.where(inside & (pair == 0)[None, None, :], stats, float("-inf")), axis=2)
+        totals = tl.sum(tl.where((pair == 1)[None, None, :], stats, 0.0), axis=2)
+        new_top = tl.where(row < G, tl.maximum(top, tl.max(tops, axis=0)), 0.0)
+        weights = tl.exp2(tops - new_top[None, :])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(totals * weights, axis=0)
+        sums = sums * shrink[:, None] + tl.sum(tile * weights[:, :, None], axis=0)
+        top = new_top
+    total = tl.where(row < G, total, 1.0)
+    result = (sums / total[:, None]).to(output.dtype.element_ty)
+    held = (row < G)[:, None] & (column < D)[None, :]
+    tl.store(output + row[:, None] * D + column[None, :], result, mask=held)
+
+
+@triton.jit(do_not_specialize=["splits", "window"])
+def _decode_kernel(
+    query, key, value, output, keys, values, block_tables, table_rows, seq_lens, tokens,
+    positions, table, query_norm, key_norm, eps, partial_sums, partial_stats, counters,
+    query_stride, key_stride, value_stride, query_head, key_head, value_head, cache_head, table_stride,
+    scale_log2, window, splits,
+    MIN_SPLIT: tl.constexpr, NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, G_TILE: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, ROTATE: tl.constexpr,
+    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    HANDS_OVER: tl.constexpr,
+):  # fmt: skip
+    """Program (split, KV head, sequence). Each split takes a like share of the sequence's old keys; the last one that
+    has any takes the newest key from its own registers. Splits without a share leave at once.
+
+    EARLY: lengths, tables and old keys were there before the kernel in front of this one, so they, and the first tile,
+    are read while that one still runs.
+
+    Several splits are added up by one program. HANDS_OVER: by the last one of the splits, which waits for each cell of
+    the others' results to be other than empty (all bits set): 2 us less than a counter and its fences, for launches whose
+    programs all have a place on the device at once. Else by the one that finds, in a counter, that it came last.
+    """
+    split, kv_head, sequence = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    newest = tl.load(seq_lens + sequence) - 1
+    table_row = tl.load(table_rows + sequence)
+    token = sequence
+    if tokens is not None:
+        token = tl.load(tokens + sequence)
+    lowest = 0
+    if WINDOWED:
+        lowest = tl.maximum(newest + 1 - window, 0)
+    first = (lowest // BLOCK_N) * BLOCK_N
+    span = newest - first
+    split_len = tl.maximum(tl.cdiv(tl.cdiv(span, splits), BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    num_active = tl.maximum(tl.cdiv(span, split_len), 1)
+    if split >= num_active:
+        return
+    begin = first + split * split_len
+    end = tl.minimum(begin + split_len, newest)
+    has_newest = split == num_active - 1
+    blocks = block_tables + table_row.to(tl.int64) * table_stride
+    keys += kv_head.to(tl.int64) * cache_head
+    values += kv_head.to(tl.int64) * cache_head
+    rows, half, whole = tl.arange(0, G_PAD), tl.arange(0, HALF_PAD), tl.arange(0, D_PAD)
+    token = token.to(tl.int64)
+
+    # Block ids are read one turn ahead: were they read where they are used, keys and values would wait for them.
+    position = begin + tl.arange(0, BLOCK_N)
+    block = tl.load(blocks + position // BLOCK_SIZE, mask=position < end, other=0)
+    cell = tl.load(blocks + newest // BLOCK_SIZE).to(tl.int64) * (BLOCK_SIZE * D) + (newest % BLOCK_SIZE) * D
+    cos, sin = 1.0, 0.0
+    if ROTATE:
+        angles = table + tl.load(positions + token).to(tl.int64) * D + half
+        cos = tl.load(angles, mask=half < HALF, other=0.0)[None, :]
+        sin = tl.load(angles + HALF, mask=half < HALF, other=0.0)[None, :]
+    if EARLY:
+        key_a, key_b, tile = _load_tile(keys, values, block, position, end, half, whole, D, HALF, BLOCK_SIZE)
+        if PDL:
+            tl.extra.cuda.gdc_wait()
+            # Not before the wait: that the next attention kernel starts only now is what it may rely on for EARLY.
+            tl.extra.cuda.gdc_launch_dependents()
+
+    # The heads of this group, padded to G_PAD rows.
+    source = query + token * query_stride + (kv_head * G + rows[:, None]) * query_head + half[None, :]
+    query_a = tl.load(source, mask=(rows < G)[:, None] & (half < HALF)[None, :], other=0.0)
+    query_b = tl.load(source + HALF, mask=(rows < G)[:, None] & (half < D - HALF)[None, :], other=0.0)
+    # The newest key and value: written by the split that sees them, and its first summand.
+    new_in_a = has_newest & (half < HALF)[None, :]
+    new_in_b = has_newest & (half < D - HALF)[None, :]
+    new_inside = has_newest & (whole < D)
+    source = key + token * key_stride + kv_head * key_head + half[None, :]
+    new_a = tl.load(source, mask=new_in_a, other=0.0)
+    new_b = tl.load(source + HALF, mask=new_in_b, other=0.0)
+    new_value = tl.load(value + token * value_stride + kv_head * value_head + whole, mask=new_inside, other=0.0)
+    query_a, query_b = transform_halves(query_a, query_b, query_norm, half, cos, sin, eps, D, HALF, NORM_Q, ROTATE)
+    new_a, new_b = transform_halves(new_a, new_b, key_norm, half, cos, sin, eps, D, HALF, NORM_K, ROTATE)
+    tl.store(keys + cell + half[None, :], new_a, mask=new_in_a)
+    tl.store(keys + cell + HALF + half[None, :], new_b, mask=new_in_b)
+    tl.store(values + cell + whole, new_value, mask=new_inside)
+    score = tl.sum(query_a.to(tl.float32) * new_a.to(tl.float32), axis=1)
+    score += tl.sum(query_b.to(tl.float32) * new_b.to(tl.float32), axis=1)
+    top = tl.where(has_newest, score * scale_log2, float("-inf"))
+    total = tl.where(has_newest, tl.full([G_PAD], 1.0, tl.float32), 0.0)
+    sums = tl.zeros([G_PAD, D_PAD], tl.float32) + new_value.to(tl.float32)[None, :]
+
+    if EARLY:
+        if begin < end:
+            top, total, sums = _attend_tile(
+                query_a, query_b, key_a, key_b, tile, position, lowest, end, scale_log2, top, total, sums,
+                WINDOWED, PRECISION,
+            )  # fmt: skip
+        begin += BLOCK_N
+        position += BLOCK_N
+        block = tl.load(blocks + position // BLOCK_SIZE, mask=position < end, other=0)
+    for start in range(begin, end, BLOCK_N):
+        position = start + tl.arange(0, BLOCK_N)
+        key_a, key_b, tile = _load_tile(keys, values, block, position, end, half, whole, D, HALF, BLOCK_SIZE)
+        ahead = position + BLOCK_N
+        block = tl.load(blocks + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
+        top, total, sums = _attend_tile(
+            query_a, query_b, key_a, key_b, tile, position, lowest, end, scale_log2, top, total, sums,
+            WINDOWED, PRECISION,
+        )  # fmt: skip
+
+    target = output + token * (NUM_KV_HEADS * G * D) + kv_head * (G * D)
+    held = (rows < G)[:, None] & (whole < D)[None, :]
+    if num_active == 1:
+        result = (sums / total[:, None]).to(output.dtype.element_ty)
+        tl.store(target + rows[:, None] * D + whole[None, :], result, mask=held)
+    else:
+        group = sequence * NUM_KV_HEADS + kv_head
+        own = (group * splits + split) * G + rows
+        _store_partial(partial_sums + own[:, None] * D_PAD + whole[None, :], sums, held, HANDS_OVER)
+        _store_partial(partial_stats + own * 2, top, rows < G, HANDS_OVER)
+        _store_partial(partial_stats + own * 2 + 1, total, rows < G, HANDS_OVER)
+        if HANDS_OVER:
+            adds_up = has_newest
+        else:
+            tl.debug_barrier()
+            adds_up = tl.atomic_add(counters + group, 1, sem="acq_rel") == num_active - 1
+            if adds_up:  # the counter is as it was
+                tl.store(counters + group, 0)
+        if adds_up:
+            _add_splits(
+                partial_sums, partial_stats, target, group * splits * G, num_active,
+                G, D, D_PAD, G_TILE, PARTS, HANDS_OVER,
+            )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The sequences of a launch. block_tables [rows, B]: int32. table_rows, seq_lens [S]: int32, the row of the table and
+    the length with the new token counted in. tokens [S]: int32, index among the T tokens; None: sequence s has token s."""
+
+    block_tables: torch.Tensor
+    table_rows: torch.Tensor
+    seq_lens: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+
+class DecodeWorkspace:
+    """What splits leave for each other: owned by a backend, shared by its layers, in place for captured graphs. Launches
+    that use it must follow one another in a stream."""
+
+    def __init__(self, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 4
+        # GPUs with little shared memory hold one program a processor, others two at least.
+        self.num_resident = processors * (1 if on_gpu and torch.cuda.get_device_capability(device) == (8, 9) else 2)
+        self.num_programs = processors * _PROGRAMS
+        self.counters = torch.zeros(self.num_programs, dtype=torch.int32, device=device)
+        self._buffers: dict[tuple[int, bool], torch.Tensor] = {}
+
+    def buffers(self, row_size: int, group: int, hands_over: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums [programs * G, row_size] and statistics [programs * G, 2] of splits, fp32, flat: never freed, graphs may
+        point to them. Those that are handed over start empty, which is all bits set."""
+        num_rows = group * (self.num_resident if hands_over else self.num_programs)
+        size = num_rows * (row_size + 2)
+        if (size, hands_over) not in self._buffers:
+            bits = torch.full((size,), -1, dtype=torch.int32, device=self.counters.device)
+            self._buffers[size, hands_over] = bits.view(torch.float32)
+        buffer = self._buffers[size, hands_over]
+        return buffer[: num_rows * row_size], buffer[num_rows * row_size :]
+
+
+def decode_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    rows: DecodeRows,
+    workspace: DecodeWorkspace,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    positions: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    query_norm: torch.Tensor | None = None,
+    key_norm: torch.Tensor | None = None,
+    eps: float = 0.0,
+    early: bool = False,
+) -> None:
+    """Write the new keys and values of these sequences to the cache and attend: fills their rows of `output`.
+
+    query [T, Hq, D]; key, value [T, Hk, D]: any strides but the last; output [T, Hq * D], contiguous.
+    kv_cache [2, Hk, N, block_size, D]. positions [T], table [P, D]: rotation, as in `transform_and_write`; None: heads are
+    taken as they are. early: rows, positions and earlier tokens' keys were written before the last kernel in the stream,
+    see `_decode_kernel`. The number of programs depends on shapes alone, so that a CUDA graph can hold the launch.
+    """
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads, block_size = key.shape[1], kv_cache.shape[3]
+    group = num_heads // num_kv_heads
+    num_sequences = rows.seq_lens.shape[0]
+    block_n, num_warps, num_stages = launch_shape(head_dim, query.dtype)
+    context = rows.block_tables.shape[1] * block_size
+    if sliding_window is not None:
+        context = min(context, sliding_window + block_n)
+    half = (head_dim + 1) // 2
+    padded = max(16, triton.next_power_of_2(head_dim))
+    num_groups = num_sequences * num_kv_heads
+    hands_over = num_groups <= workspace.num_resident
+    most = (workspace.num_resident if hands_over else workspace.num_programs) // num_groups
+    splits = max(1, min(most, _MAX_SPLITS, -(-context // block_n)))
+    sums, stats = workspace.buffers(padded, group, hands_over)
+    group_tile = triton.next_power_of_2(group)
+    _decode_kernel[(splits, num_kv_heads, num_sequences)](
+        query, key, value, output, kv_cache[0], kv_cache[1], rows.block_tables, rows.table_rows, rows.seq_lens,
+        rows.tokens, positions, table, query_norm, key_norm, eps, sums, stats, workspace.counters,
+        query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
+        kv_cache.stride(1), rows.block_tables.stride(0), scale * 1.4426950408889634, sliding_window or 0, splits,
+        MIN_SPLIT=_MIN_SPLIT[hands_over], NUM_KV_HEADS=num_kv_heads, G=group, G_PAD=16, G_TILE=group_tile,
+        PARTS=max(1, min(16, 8192 // (group_tile * padded))),
+        D=head_dim, D_PAD=padded, HALF=half, HALF_PAD=max(16, triton.next_power_of_2(half)),
+        BLOCK_SIZE=block_size, BLOCK_N=block_n, WINDOWED=sliding_window is not None, ROTATE=table is not None,
+        NORM_Q=query_norm is not None, NORM_K=key_norm is not None,
+        PRECISION="ieee" if query.dtype is torch.float32 else "tf32", PDL=has_dependent_launch(query.device),
+        EARLY=early and hands_over, HANDS_OVER=hands_over,
+        num_warps=num_warps, num_stages=num_stages, **launch_options(query.device),
+    )  # fmt: skip

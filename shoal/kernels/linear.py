@@ -1,0 +1,345 @@
+"""Linear layers for 1 to 16 rows at the speed of reading their weight, with what stands before and after them fused in.
+
+M rows, K inputs, N outputs (gated: N of the gate and as many of up, the weight has 2 N rows). Called through
+kernels/tuning.py, which chooses among these and cuBLAS. A program owns BLOCK_N outputs: `_sum_kernel` multiplies and
+sums one row of x in registers, `_dot_kernel` gives up to 16 rows to the matrix units, the weight as the left operand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from shoal.kernels.activation import silu_product
+from shoal.kernels.launch import has_dependent_launch, launch_options
+
+MAX_ROWS = 16
+MOST_SPLITS = 8
+# Elements of 16 bits that a thread loads at once.
+VECTOR = tl.constexpr(8)
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearConfig:
+    """How a product is cut. `kind`: "sum" (one row) or "dot"."""
+
+    kind: str
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 1
+    num_splits: int = 1
+    # What a program asks into L2 before it waits for the kernel before it, sm_90 only.
+    prefetch_bytes: int = 32768
+
+    @property
+    def label(self) -> str:
+        """What stands for it in files."""
+        cut = f"{self.kind} {self.block_n}x{self.block_k} warps={self.num_warps} stages={self.num_stages}"
+        return f"{cut} splits={self.num_splits} prefetch={self.prefetch_bytes}"
+
+
+@triton.jit
+def _prefetch(weight, n, k, row_stride, num_bytes, N, K, THREADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask the first num_bytes of each of BLOCK_N rows of the weight into L2, each thread for a piece of one row."""
+    if num_bytes > 0:
+        PIECES: tl.constexpr = THREADS // BLOCK_N
+        thread = tl.arange(0, THREADS)
+        row = n + thread // PIECES
+        piece = num_bytes // PIECES
+        column = k + thread % PIECES * (piece // 2)
+        inside = (row < N) & (column + piece // 2 <= K)
+        address = weight + tl.where(inside, row, 0).to(tl.int64) * row_stride + tl.where(inside, column, 0)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [address, tl.where(inside, piece, 16)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _finish(
+    y, bias, residual, m, n, acc, up, M, N, y_stride, residual_stride,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation, residual; one rounding. acc and up [BLOCK_N, rows], n [BLOCK_N, 1], m [1, rows]."""
+    inside = (n < N) & (m < M)
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if GATED:
+        if HAS_BIAS:
+            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+        acc = silu_product(acc, up)
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + m * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["M", "prefetch_bytes"])
+def _sum_kernel(
+    x, weight, bias, residual, norm, y, M, N, K, x_stride, w_stride, y_stride, residual_stride, eps, prefetch_bytes,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WHOLE_K: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, DEPENDENT: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0) * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)[:, None]
+    k = tl.arange(0, BLOCK_K)[None, :]
+    pointer = weight + tl.minimum(n, N - 1).to(tl.int64) * w_stride + k
+    other_half = N.to(tl.int64) * w_stride
+    if DEPENDENT:
+        _prefetch(weight, first, 0, w_stride, prefetch_bytes, N, K, THREADS, BLOCK_N)
+        if GATED:
+            _prefetch(weight + other_half, first, 0, w_stride, prefetch_bytes, N, K, THREADS, BLOCK_N)
+    tile = _load(pointer, k, K, WHOLE_K)
+    tile_up = tile
+    if GATED:
+        tile_up = _load(pointer + other_half, k, K, WHOLE_K)
+    if DEPENDENT:
+        gdc_wait()
+        gdc_launch_dependents()  # not before: a pile of waiting kernels takes room from the one that runs
+    nothing = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
+    totals = (nothing,) * ROWS
+    totals_up = (nothing,) * ROWS if GATED else ()
+    squares = (tl.zeros([1, BLOCK_K // VECTOR], tl.float32),) * ROWS if HAS_NORM else ()
+    for start in range(0, K, BLOCK_K):
+        # The next block is on its way while this one is multiplied.
+        later = k + start + BLOCK_K
+        inside = later < K
+        next_tile = tl.load(pointer + start + BLOCK_K, mask=inside, other=0.0)
+        next_up = next_tile
+        if GATED:
+            next_up = tl.load(pointer + other_half + start + BLOCK_K, mask=inside, other=0.0)
+        scale = k
+        if HAS_NORM:
+            scale = _load(norm + start + k, start + k, K, WHOLE_K).to(tl.float32)
+        new_totals = ()
+        new_up = ()
+        new_squares = ()
+        for m in tl.static_range(ROWS):
+            if ROWS == 1:
+                value = _load(x + start + k, start + k, K, WHOLE_K).to(tl.float32)
+            else:
+                inside = (start + k < K) & (m < M)
+                value = tl.load(x + m * x_stride + start + k, mask=inside, other=0.0).to(tl.float32)
+            if HAS_NORM:
+                new_squares = new_squares + (squares[m] + _sum_vectors(value * value),)  # type: ignore[assignment]
+                value *= scale
+            new_totals = new_totals + (totals[m] + _sum_vectors(tile.to(tl.float32) * value),)  # type: ignore[assignment]
+            if GATED:
+                new_up = new_up + (totals_up[m] + _sum_vectors(tile_up.to(tl.float32) * value),)  # type: ignore[assignment]
+        totals = new_totals
+        totals_up = new_up
+        squares = new_squares
+        tile = next_tile
+        tile_up = next_up
+    total = _sum_threads(totals, ROWS)
+    up = total
+    if GATED:
+        up = _sum_threads(totals_up, ROWS)
+    if HAS_NORM:
+        inverse = tl.rsqrt(_sum_threads(squares, ROWS) / K + eps)
+        total *= inverse
+        up *= inverse
+    m = tl.arange(0, ROWS)[None, :]
+    _finish(y, bias, residual, m, n, total, up, M, N, y_stride, residual_stride, GATED, HAS_BIAS, HAS_RESIDUAL)
+
+
+@triton.jit
+def _sum_vectors(products):
+    """[A, B] -> [A, B / VECTOR]: each thread adds what it holds of a vector."""
+    A: tl.constexpr = products.shape[0]
+    B: tl.constexpr = products.shape[1]
+    return tl.sum(tl.reshape(products, [A, B // VECTOR, VECTOR]), axis=2)
+
+
+@triton.jit
+def _sum_threads(values, ROWS: tl.constexpr):
+    """What the threads have, a [A, B] for each row -> [A, ROWS], in one exchange for all rows."""
+    A: tl.constexpr = values[0].shape[0]
+    B: tl.constexpr = values[0].shape[1]
+    if ROWS == 1:
+        stacked = tl.reshape(values[0], [A, B, 1])
+    elif ROWS == 2:
+        stacked = tl.join(values[0], values[1])
+    elif ROWS == 4:
+        stacked = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
+    else:
+        even = tl.join(tl.join(values[0], values[4]), tl.join(values[2], values[6]))
+        stacked = tl.join(even, tl.join(tl.join(values[1], values[5]), tl.join(values[3], values[7])))
+    return tl.sum(tl.reshape(stacked, [A, B, ROWS]), axis=1)
+
+
+@triton.jit
+def _load(pointer, k, K, WHOLE_K: tl.constexpr):
+    """A block whose columns are k; beyond K zeros."""
+    if WHOLE_K:
+        return tl.load(pointer)
+    return tl.load(pointer, mask=k < K, other=0.0)
+
+
+@triton.jit(do_not_specialize=["M", "prefetch_bytes", "num_splits"])
+def _dot_kernel(
+    x, weight, bias, residual, y, partial, counters,
+    M, N, K, num_splits, split_size, x_stride, w_stride, y_stride, residual_stride, eps, prefetch_bytes,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MOST_SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE_K: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    DEPENDENT: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    first = tile * BLOCK_N
+    begin = split * split_size
+    end = tl.minimum(begin + split_size, K)
+    n = first + tl.arange(0, BLOCK_N)[:, None]
+    m = tl.arange(0, ROWS)[None, :]
+    k = tl.arange(0, BLOCK_K)
+    pointer = weight + tl.minimum(n, N - 1).to(tl.int64) * w_stride + k[None, :]
+    other_half = N.to(tl.int64) * w_stride
+    if DEPENDENT:
+        _prefetch(weight, first, begin, w_stride, prefetch_bytes, N, K, THREADS, BLOCK_N)
+        if GATED:
+            _prefetch(weight + other_half, first, begin, w_stride, prefetch_bytes, N, K, THREADS, BLOCK_N)
+        gdc_wait()
+        gdc_launch_dependents()  # not before: a pile of waiting kernels takes room from the one that runs
+    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    up = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
+        column = start + k
+        mask = m < M
+        if not WHOLE_K:
+            mask = mask & (column[:, None] < end)
+        value = tl.load(x + m * x_stride + column[:, None], mask=mask, other=0.0)
+        block = _load(pointer + start, column[None, :], end, WHOLE_K)
+        acc = tl.dot(block, value, acc, input_precision="ieee")
+        if GATED:
+            block_up = _load(pointer + other_half + start, column[None, :], end, WHOLE_K)
+            up = tl.dot(block_up, value, up, input_precision="ieee")
+    if MOST_SPLITS == 1:
+        _finish(y, bias, residual, m, n, acc, up, M, N, y_stride, residual_stride, GATED, HAS_BIAS, HAS_RESIDUAL)
+    else:
+        # Everyone leaves its summand; who comes last adds all of them, in the order of the splits.
+        HALVES: tl.constexpr = 2 if GATED else 1
+        inside = (n < N) & (m < M)
+        place = m * N + n
+        own = partial + split * (HALVES * ROWS) * N + place
+        tl.store(own, acc, mask=inside)
+        if GATED:
+            tl.store(own + ROWS * N, up, mask=inside)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == num_splits - 1:
+            acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            up = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            for index in tl.static_range(MOST_SPLITS):
+                from_split = partial + index * (HALVES * ROWS) * N + place
+                there = inside & (index < num_splits)
+                acc += tl.load(from_split, mask=there, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    up += tl.load(from_split + ROWS * N, mask=there, other=0.0, cache_modifier=".cg")
+            tl.store(counters + tile, 0)
+            _finish(y, bias, residual, m, n, acc, up, M, N, y_stride, residual_stride, GATED, HAS_BIAS, HAS_RESIDUAL)
+
+
+class Workspace:
+    """Where split products leave their summands (16 MB). One serves all products that run in turn on a stream."""
+
+    MOST_VALUES = 4 << 20
+    MOST_TILES = 8192
+
+    def __init__(self, device: torch.device) -> None:
+        self.partial = torch.empty(self.MOST_VALUES, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(self.MOST_TILES, dtype=torch.int32, device=device)
+
+    @classmethod
+    def holds(cls, num_splits: int, num_rows: int, num_outputs: int, num_tiles: int) -> bool:
+        """Whether a product so cut fits (num_outputs: rows of the weight)."""
+        return num_splits * num_rows * num_outputs <= cls.MOST_VALUES and num_tiles <= cls.MOST_TILES
+
+
+def skinny_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: LinearConfig,
+    workspace: Workspace,
+    *,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    output_dtype: torch.dtype | None = None,
+    only_compiles: bool = False,
+) -> torch.Tensor:
+    """x [M, K], M 1..16, rows may lie apart; weight [N, K], gated [2 N, K] -> x W^T + bias (+ residual), [M, N].
+
+    gated: silu(gate) * up, the gate's rows of the weight first. norm, with "sum" alone: (weight [K], eps), x is
+    normalised on the way (RMSNorm). Everything is fp32 until the one rounding at the end. only_compiles: nothing runs,
+    and what is returned is not filled.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    num_rows, num_inputs = x.shape
+    num_outputs = weight.shape[0] // 2 if gated else weight.shape[0]
+    y = torch.empty(num_rows, num_outputs, dtype=output_dtype or x.dtype, device=x.device)
+    if residual is not None and residual.stride(-1) != 1:
+        residual = residual.contiguous()
+    norm_weight, eps = norm or (x, 0.0)
+    tensors = (x, weight, x if bias is None else bias, x if residual is None else residual)
+    strides = (x.stride(0), weight.stride(0), y.stride(0), 0 if residual is None else residual.stride(0))
+    # What a program has of a row.
+    part = triton.cdiv(triton.cdiv(num_inputs, config.num_splits), config.block_k) * config.block_k
+    dependent = has_dependent_launch(x.device)
+    prefetch = _prefetch_bytes(config, weight, part) if dependent else 0
+    options = {
+        "GATED": gated, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None,
+        "DEPENDENT": dependent, "WHOLE_K": num_inputs % config.block_k == 0,
+        "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "THREADS": 32 * config.num_warps, "num_warps": config.num_warps, **launch_options(x.device),
+    }  # fmt: skip
+    num_tiles = triton.cdiv(num_outputs, config.block_n)
+    grid: tuple[int, ...]
+    arguments: tuple
+    if config.kind == "sum":
+        kernel, grid = _sum_kernel, (num_tiles,)
+        arguments = (*tensors, norm_weight, y, num_rows, num_outputs, num_inputs, *strides, eps, prefetch)
+        options |= {"ROWS": triton.next_power_of_2(num_rows), "HAS_NORM": norm is not None}
+    else:
+        num_splits = triton.cdiv(num_inputs, part)
+        rows = 8 if num_rows <= 8 else 16
+        assert norm is None and (num_splits == 1 or Workspace.holds(num_splits, rows, weight.shape[0], num_tiles))
+        kernel, grid = _dot_kernel, (num_tiles, num_splits)
+        sizes = (num_rows, num_outputs, num_inputs, num_splits, part)
+        arguments = (*tensors, y, workspace.partial, workspace.counters, *sizes, *strides, eps, prefetch)
+        options |= {"ROWS": rows, "MOST_SPLITS": 1 if num_splits == 1 else MOST_SPLITS, "STAGES": config.num_stages}
+    if only_compiles:
+        kernel.warmup(*arguments, grid=grid, **options)
+    else:
+        kernel[grid](*arguments, **options)
+    return y
+
+
+def skinny_gate_up(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: LinearConfig,
+    workspace: Workspace,
+    *,
+    norm: tuple[torch.Tensor, float] | None = None,
+) -> torch.Tensor:
+    """x [M, K], weight [2 F, K], gate first -> silu(gate) * up, [M, F]; nothing of [M, 2 F] is written."""
+    return skinny_linear(x, weight, bias, config, workspace, gated=True, norm=norm)
+
+
+def _prefetch_bytes(config: LinearConfig, weight: torch.Tensor, part: int) -> int:
+    """Bytes of each row of a program's weight to ask for early: equal pieces of 16 bytes for the threads of a row."""
+    pieces = 32 * config.num_warps // config.block_n
+    if pieces == 0 or weight.data_ptr() % 16 or weight.stride(0) * weight.itemsize % 16 or weight.itemsize != 2:
+        return 0
+    row_bytes = min(part * weight.itemsize, config.prefetch_bytes // config.block_n)
+    return row_bytes // (16 * pieces) * (16 * pieces)

@@ -1,0 +1,172 @@
+"""Causal attention of prompts over a paged KV cache: all pieces of prompts of a step in one launch, with earlier context
+and windows. Used by the paged backend.
+
+T tokens, Hq query heads, Hk KV heads, G = Hq / Hk, D head size, N blocks, B blocks a row of the table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _attend(
+    sums, top, total, rows_query, begin, end, keys, values, blocks, position, columns, whole, context, lowest, scale_log2,
+    D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys begin … end of one tile of rows. MASKED: some rows do not see some of them."""
+    in_head = whole < D
+    # Block ids are read one turn ahead: were they read where they are used, keys and values would wait for them.
+    block = tl.load(blocks + (begin + columns) // BLOCK_SIZE, mask=begin + columns < end, other=0)
+    for start in range(begin, end, BLOCK_N):
+        seen = start + columns
+        cells = block.to(tl.int64) * (BLOCK_SIZE * D) + (seen % BLOCK_SIZE) * D
+        ahead = seen + BLOCK_N
+        block = tl.load(blocks + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
+        inside = in_head[None, :]
+        if MASKED:
+            inside = inside & (seen < context)[:, None]
+        key = tl.load(keys + cells[:, None] + whole[None, :], mask=inside, other=0.0)
+        scores = tl.dot(rows_query, tl.trans(key), input_precision=PRECISION) * scale_log2
+        if MASKED:
+            visible = seen[None, :] <= position[:, None]
+            if WINDOWED:
+                visible &= seen[None, :] >= lowest[:, None]
+            scores = tl.where(visible, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1))
+        # A row that has seen nothing yet has no maximum.
+        base = new_top
+        if WINDOWED:
+            base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(top - base)
+        total = total * shrink + tl.sum(weights, axis=1)
+        value = tl.load(values + cells[:, None] + whole[None, :], mask=inside, other=0.0)
+        sums = sums * shrink[:, None]
+        sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=PRECISION)
+        top = new_top
+    return sums, top, total
+
+
+@triton.jit(do_not_specialize=["window"])
+def _prefill_kernel(
+    query, output, keys, values, block_tables, tiles, query_stride, query_head, cache_head, table_stride, scale_log2, window,
+    NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Program (KV head, tile): BLOCK_M // G new tokens of a sequence, with all heads of the group."""
+    kv_head, tile = tl.program_id(0), tl.program_id(1)
+    table_row = tl.load(tiles + tile * 4)
+    first_token = tl.load(tiles + tile * 4 + 1)
+    num_tokens = tl.load(tiles + tile * 4 + 2)
+    first_position = tl.load(tiles + tile * 4 + 3)
+    context = first_position + num_tokens  # as far as this tile sees
+    rows = tl.arange(0, BLOCK_M)
+    offset, head = rows // G, kv_head * G + rows % G
+    position = first_position + offset
+    live = offset < num_tokens
+    whole, columns = tl.arange(0, D_PAD), tl.arange(0, BLOCK_N)
+    token = (first_token + offset).to(tl.int64)
+    held = live[:, None] & (whole < D)[None, :]
+    rows_query = tl.load(query + (token * query_stride + head * query_head)[:, None] + whole[None, :], mask=held, other=0.0)
+    keys += kv_head.to(tl.int64) * cache_head
+    values += kv_head.to(tl.int64) * cache_head
+    blocks = block_tables + table_row.to(tl.int64) * table_stride
+    sums = tl.zeros([BLOCK_M, D_PAD], tl.float32)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    lowest = position
+    begin = 0
+    plain_begin = 0
+    if WINDOWED:
+        lowest = tl.maximum(position - window + 1, 0)
+        begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        plain_begin = tl.cdiv(tl.maximum(context - window, 0), BLOCK_N) * BLOCK_N
+    plain_end = (first_position + 1) // BLOCK_N * BLOCK_N
+    if WINDOWED:
+        plain_begin = tl.minimum(plain_begin, tl.cdiv(context, BLOCK_N) * BLOCK_N)
+        plain_end = tl.maximum(plain_end, plain_begin)
+        sums, top, total = _attend(
+            sums, top, total, rows_query, begin, plain_begin, keys, values, blocks, position, columns, whole, context,
+            lowest, scale_log2, D, BLOCK_SIZE, BLOCK_N, True, True, PRECISION,
+        )  # fmt: skip
+    sums, top, total = _attend(
+        sums, top, total, rows_query, plain_begin, plain_end, keys, values, blocks, position, columns, whole, context,
+        lowest, scale_log2, D, BLOCK_SIZE, BLOCK_N, False, WINDOWED, PRECISION,
+    )  # fmt: skip
+    sums, top, total = _attend(
+        sums, top, total, rows_query, plain_end, context, keys, values, blocks, position, columns, whole, context,
+        lowest, scale_log2, D, BLOCK_SIZE, BLOCK_N, True, WINDOWED, PRECISION,
+    )  # fmt: skip
+    sums = sums / total[:, None]
+    target = output + ((token * (NUM_KV_HEADS * G) + head) * D)[:, None] + whole[None, :]
+    tl.store(target, sums.to(output.dtype.element_ty), mask=held)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+    """Tile sizes of the kernel for a head size and type: rows are tokens times G."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_shape(head_dim: int, dtype: torch.dtype) -> Shape:
+    if dtype is torch.float32:
+        return Shape(32, 32, 4, 1)
+    if head_dim > 128:
+        return Shape(128, 32, 8, 2)
+    return Shape(128, 64, 8, 3)
+
+
+def plan_tiles(
+    table_rows: np.ndarray, first_tokens: np.ndarray, num_new: np.ndarray, seq_lens: np.ndarray, tile_tokens: int
+) -> np.ndarray:
+    """Work of one launch, the largest first: [tiles, 4] int32, (row of the block table, first token, number of tokens,
+    position of the first). Arguments [sequences]: int; num_new are the last positions of seq_lens."""
+    counts = -(-num_new // tile_tokens)
+    owner = np.repeat(np.arange(len(num_new)), counts)
+    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * tile_tokens
+    tiles = np.empty((len(owner), 4), np.int32)
+    tiles[:, 0] = table_rows[owner]
+    tiles[:, 1] = first_tokens[owner] + offset
+    tiles[:, 2] = np.minimum(num_new[owner] - offset, tile_tokens)
+    tiles[:, 3] = (seq_lens - num_new)[owner] + offset
+    return tiles[np.argsort(-tiles[:, 3], kind="stable")]
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    output: torch.Tensor,
+    block_tables: torch.Tensor,
+    tiles: torch.Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> None:
+    """Attend with the tokens that `tiles` name, whose keys and values are in the cache: fills their rows of `output`.
+
+    query [T, Hq, D]: any strides but the last; kv_cache [2, Hk, N, block_size, D]; output [T, Hq * D], contiguous;
+    block_tables [rows, B]: int32; tiles: from `plan_tiles`, for `tile_shape(D, dtype).rows // G` tokens.
+    """
+    num_heads, head_dim = query.shape[1:]
+    num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
+    shape = tile_shape(head_dim, query.dtype)
+    _prefill_kernel[(num_kv_heads, tiles.shape[0])](
+        query, output, kv_cache[0], kv_cache[1], block_tables, tiles, query.stride(0), query.stride(1),
+        kv_cache.stride(1), block_tables.stride(0), scale * 1.4426950408889634, sliding_window or 0,
+        NUM_KV_HEADS=num_kv_heads, G=num_heads // num_kv_heads, D=head_dim,
+        D_PAD=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, BLOCK_M=shape.rows,
+        BLOCK_N=shape.columns, WINDOWED=sliding_window is not None,
+        PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
+        num_warps=shape.num_warps, num_stages=shape.num_stages,
+    )  # fmt: skip

@@ -1,0 +1,169 @@
+"""One rank of a test of small sums, run as `python -m tests.kernels.reduce_rank SCENARIO RANK SIZE STORE_FILE`."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+
+import torch
+import torch.nn.functional as F
+
+from shoal.distributed.group import GroupCoordinator
+from shoal.distributed.meeting import Meeting, file_store
+from shoal.distributed.parallel_dims import ParallelDims
+from shoal.distributed.rendezvous import form_groups
+from shoal.distributed.symmetric_memory import share_memory
+from shoal.kernels.all_reduce import PeerKernels
+from shoal.kernels.small_reducer import attach_small_reducer
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+ULP = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-23}
+
+
+def parts_of(size: int, shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> list[torch.Tensor]:
+    """What every rank brings: all know it."""
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    return [torch.randn(shape, generator=generator, device="cuda").to(dtype) for _ in range(size)]
+
+
+def check_sum(result: torch.Tensor, parts: list[torch.Tensor], what: str) -> None:
+    expected = sum(part.double() for part in parts)
+    scale = sum(part.double().abs() for part in parts)
+    error = (result.double() - expected).abs()
+    assert bool((error <= expected.abs() * ULP[result.dtype] / 2 * 1.001 + scale * 2**-22).all()), what
+
+
+def check_same_bits(group: GroupCoordinator, result: torch.Tensor, what: str) -> None:
+    for other in group.all_gather(result.reshape(1, -1), 0):
+        assert torch.equal(other.view(torch.uint8), result.reshape(-1).view(torch.uint8)), f"{what}: bits differ"
+
+
+def one_gpu(rank: int, size: int, store: str) -> None:
+    """Processes that share GPU 0 take turns on it: slow, but the memory of each is mapped in the others."""
+    device = torch.device("cuda", 0)
+    meeting = Meeting(file_store(store, size), rank, size, timeout=60.0, generation=0, names={})
+    memory = share_memory(meeting, "test", range(size), rank, device)
+    assert memory is not None
+    kernels = PeerKernels(memory, 30.0)
+    kernels.all_reduce(torch.empty(0, dtype=torch.bfloat16, device=device), False)
+    kernels.all_reduce(torch.empty(0, dtype=torch.bfloat16, device=device), True)
+    torch.cuda.synchronize()
+    meeting.exchange("compiled", "")
+    for seed in range(6):
+        parts = parts_of(size, (64, 96), torch.bfloat16, seed)
+        x = kernels.all_reduce(parts[rank].clone(), seed % 2 == 0)
+        check_sum(x, parts, f"sum {seed}")
+        digest = str(x.view(torch.int16).long().mul(torch.arange(x.numel(), device=device).view_as(x)).sum().item())
+        assert len(set(meeting.exchange(f"sum {seed}", digest).values())) == 1
+    meeting.exchange("end", "")
+
+
+def many_gpus(rank: int, size: int, store: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dims = ParallelDims(tensor_size=size, rank=rank)
+    groups = form_groups(dims, device=device, address="127.0.0.1", store_file=store, startup_timeout=60.0)
+    group = groups.tensor
+    assert group.memory is not None, "the GPUs of this host cannot share memory"
+    print(attach_small_reducer(group))
+    assert group.reducer is not None
+    check_sizes(group)
+    check_rows(group)
+    check_replays(group)
+    groups.close()
+
+
+def check_sizes(group: GroupCoordinator) -> None:
+    """Sizes on both sides of every threshold; those that nobody takes go by NCCL, which rounds as it likes."""
+    assert group.reducer is not None
+    num_taken = 0
+    for dtype in DTYPES:
+        for index, num_elements in enumerate((8, 64, 4096, 8 * 1009, 100_000, 500_000, 1 << 20, 3 << 20, 6_000_001)):
+            parts = parts_of(group.world_size, (num_elements,), dtype, index)
+            x = parts[group.rank_in_group].clone()
+            takes = group.reducer.takes(x)
+            num_taken += takes
+            what = f"{dtype} {num_elements}"
+            result = group.all_reduce(x)
+            assert result.data_ptr() == x.data_ptr(), "the sum is in x"
+            check_same_bits(group, result, what)
+            if takes:
+                check_sum(result, parts, what)
+    assert num_taken > 10
+    integers = group.all_reduce(torch.tensor([2**40 + group.rank], device="cuda"))
+    assert integers.item() == sum(2**40 + rank for rank in group.ranks)
+
+
+def check_rows(group: GroupCoordinator) -> None:
+    assert group.reducer is not None
+    for dtype in DTYPES:
+        for index, shape in enumerate(
+            ((1, 4096), (7, 896), (8, 8192), (33, 5120), (64, 4096), (200, 2048), (4000, 4096))
+        ):
+            parts = parts_of(group.world_size, shape, dtype, index)
+            residual = parts_of(1, shape, dtype, 1000 + index)[0]
+            weight = parts_of(1, (shape[1],), dtype, 2000 + index)[0]
+            for each in (residual, None):
+                summand = parts[group.rank_in_group].clone()
+                takes = group.reducer.takes_rows(summand)
+                normed, total = group.all_reduce_add_norm(summand, each, weight, 1e-5)
+                what = f"rows {dtype} {shape} {takes}"
+                check_same_bits(group, total, what)
+                check_same_bits(group, normed, what)
+                if takes:
+                    check_sum(total, parts if each is None else [*parts, each], what)
+                expected = F.rms_norm(total.float(), (shape[1],), weight.float(), 1e-5)
+                assert bool(((normed.float() - expected).abs() <= expected.abs() * ULP[dtype] * 1.01 + 1e-5).all()), (
+                    what
+                )
+
+
+def check_replays(group: GroupCoordinator) -> None:
+    """A graph of a small model's sums, replayed with other inputs, with eager calls of other sizes in between."""
+    size, rank = group.world_size, group.rank_in_group
+    weight = torch.ones(2048, dtype=torch.bfloat16, device="cuda")
+    buffer = torch.zeros(16, 2048, dtype=torch.bfloat16, device="cuda")
+
+    def compute() -> list[torch.Tensor]:
+        first = group.all_reduce(buffer.clone())
+        wide = group.all_reduce(buffer.repeat(20, 1))
+        total = group.all_reduce_add_norm(buffer * 2, first, weight, 1e-5)[1]
+        return [first, wide[-16:], total]
+
+    compute()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = compute()
+    for turn in range(50):
+        parts = parts_of(size, (16, 2048), torch.bfloat16, turn)
+        buffer.copy_(parts[rank])
+        graph.replay()
+        if turn % 3 == 0:
+            more = parts_of(size, (480 * (turn + 1),), torch.float32, turn)
+            check_sum(group.all_reduce(more[rank].clone()), more, f"between {turn}")
+        expected = [parts, parts, [*(part * 2 for part in parts), results[0]]]
+        for index, summands in enumerate(expected):
+            check_sum(results[index], summands, f"replay {turn}, result {index}")
+    # Many in a row, each rank late at another time.
+    for turn in range(300):
+        if turn % 29 == 7 * rank:
+            torch.cuda._sleep(500_000)
+        graph.replay()
+    for result, summands in zip(results, expected, strict=True):
+        check_sum(result, summands, "after many replays")
+    # NCCL's group may not end before the graphs that hold its operations.
+    graph.reset()
+
+
+def main() -> None:
+    scenario, rank, size, store = sys.argv[1:]
+    faulthandler.dump_traceback_later(80, exit=True)
+    {"one_gpu": one_gpu, "many_gpus": many_gpus}[scenario](int(rank), int(size), store)
+    torch.cuda.synchronize()
+    print("ok", flush=True)
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
