@@ -237,7 +237,9 @@ class Runs:
                 EngineRequest(
                     f"{self._run}-{index}",
                     request.prompt,
-                    SamplingParams(temperature=self._temperature, max_tokens=request.num_output, ignore_eos=True),
+                    SamplingParams(
+                        temperature=self._temperature, max_tokens=request.num_output, ignore_eos=True, seed=index
+                    ),
                 )
             )
             for index, request in enumerate(self._requests)

@@ -1,5 +1,5 @@
-"""Paged attention with Triton kernels, for NVIDIA GPUs: a step of one token a sequence is one kernel from the projection
-on, in CUDA graphs too; prompts go together in one launch. Registered as "triton_paged".
+"""Paged attention with Triton kernels, for NVIDIA GPUs: a step of one token a sequence is one kernel from the
+projection on, in CUDA graphs too; prompts go together in one launch. Registered as "triton_paged".
 
 S sequences, T tokens, Hq query heads, Hk KV heads, D head size, N blocks of the cache.
 """
@@ -118,7 +118,7 @@ class TritonPagedAttention(AttentionBackend):
         output = query.new_empty((num_tokens, num_heads * head_dim))
         if plan.prefills is not None:
             ready, _ = transform_and_write(query, key, value, kv_cache, metadata.slot_mapping, **transform)
-            tile_tokens = tile_shape(head_dim, query.dtype).rows // (num_heads // key.shape[1])
+            tile_tokens = tile_shape(head_dim, query.dtype, query.device).rows // (num_heads // key.shape[1])
             if tile_tokens not in plan.tiles:
                 plan.tiles[tile_tokens] = _upload(plan_tiles(*plan.prefills, tile_tokens), query.device)
             tables, tiles = metadata.block_tables, plan.tiles[tile_tokens]

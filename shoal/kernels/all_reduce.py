@@ -454,7 +454,7 @@ class PeerKernels:
             x, x if residual is None else residual, weight, normed, sums, self._turns, self._mine, self._others,
             self._slot_bytes, num_rows, eps, self.rank, self._limit,
             N=self.size, H=size, BLOCK=block, HAS_RESIDUAL=residual is not None, TWO_SHOT=two_shot, PHASES=phases,
-            DEPENDENT=self._dependent, num_warps=min(16, block // 32), **self._options,
+            DEPENDENT=self._dependent, num_warps=min(32, block // 32), **self._options,
         )  # fmt: skip
         return normed, sums
 

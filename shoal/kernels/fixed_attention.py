@@ -125,11 +125,21 @@ def _attend_kernel(
         key = tl.load(keys + cells, mask=read, other=0.0)
         scores = tl.dot(heads, key.T, input_precision=PRECISION)
         value = tl.load(values + cells, mask=read, other=0.0)
-        if (start % SPLIT_KEYS == 0) & (start > begin):
-            # The split before is done: joined here, not at its end, so that its last product may still run.
+        seen = inside[None, :] & (position[None, :] <= last_seen[:, None])
+        if WINDOWED:
+            seen &= position[None, :] > last_seen[:, None] - window
+        scores = tl.where(seen, scores, float("-inf"))
+        new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
+        base = _exponent(new_top)
+        weights = tl.exp2(scores * scale_log2 - base[:, None]).to(value.dtype)
+        shrink = tl.exp2(top - base)
+        totals = tl.dot(weights, ones, totals * shrink[:, None], input_precision=PRECISION)
+        sums = tl.dot(weights, value, sums * shrink[:, None], input_precision=PRECISION)
+        top = new_top
+        if ((start + TILE) % SPLIT_KEYS == 0) | (start + TILE >= stop):
             total = tl.max(totals, axis=1)
             if PARTIAL:
-                own = (item * NUM_KV_HEADS + kv_head) * max_splits + start // SPLIT_KEYS - 1 - first_split
+                own = (item * NUM_KV_HEADS + kv_head) * max_splits + start // SPLIT_KEYS - first_split
                 _store_partial(partial_sums, partial_stats, own, rows, whole, top, total, sums, G, D, D_PAD)
             else:
                 merged_top, merged_total, merged_sums = _merge(
@@ -138,27 +148,7 @@ def _attend_kernel(
             top = tl.full([R], float("-inf"), tl.float32)
             totals = tl.zeros([R, 16], tl.float32)
             sums = tl.zeros([R, D_PAD], tl.float32)
-        if WINDOWED:
-            seen = (position[None, :] <= last_seen[:, None]) & (position[None, :] > last_seen[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-        elif DECODE:
-            scores = tl.where(inside[None, :], scores, float("-inf"))
-        elif start + TILE > first_position:
-            scores = tl.where(position[None, :] <= last_seen[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1) * scale_log2)
-        base = _exponent(new_top)
-        weights = tl.exp2(tl.fma(scores, tl.full(scores.shape, scale_log2, tl.float32), -base[:, None] + tl.zeros_like(scores)))
-        weights = weights.to(value.dtype)
-        shrink = tl.exp2(top - base)
-        totals = tl.dot(weights, ones, totals * shrink[:, None], input_precision=PRECISION)
-        sums = tl.dot(weights, value, sums * shrink[:, None], input_precision=PRECISION)
-        top = new_top
-    total = tl.max(totals, axis=1)
-    if PARTIAL:
-        own = (item * NUM_KV_HEADS + kv_head) * max_splits + (stop - 1) // SPLIT_KEYS - first_split
-        _store_partial(partial_sums, partial_stats, own, rows, whole, top, total, sums, G, D, D_PAD)
-    else:
-        _, merged_total, merged_sums = _merge(merged_top, merged_total, merged_sums, top, total, sums)
+    if not PARTIAL:
         target = output + (token[:, None] * (NUM_KV_HEADS * G) + own_head[:, None]) * D + whole[None, :]
         merged_total = tl.where(live, merged_total, 1.0)
         result = (merged_sums / merged_total[:, None]).to(output.dtype.element_ty)

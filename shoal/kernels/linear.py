@@ -2,7 +2,12 @@
 
 M rows, K inputs, N outputs (gated: N of the gate and as many of up, the weight has 2 N rows). Called through
 kernels/tuning.py, which chooses among these and cuBLAS. A program owns BLOCK_N outputs: `_sum_kernel` multiplies and
-sums one row of x in registers, `_dot_kernel` gives up to 16 rows to the matrix units, the weight as the left operand.
+sums up to 8 rows of x in registers, `_dot_kernel` gives up to 16 to the matrix units, the weight as the left operand.
+
+On sm_90 a program's first blocks of the weight are on their way before the kernel before it has ended. A layer of an 8B
+model (norm, qkv, o, norm, gate-up, down) in CUDA graphs on an H100 (copies: 2.99 TB/s), 2026-11: 151 µs for 1 row, 97 %
+of what a copy takes for the weights, and 162-165 µs for 4 to 16; with cuBLAS 170-174 µs. Of a 0.6B model: 16.3 µs (norm
+and residual fused in) and 23-24 µs; with cuBLAS 31-32 µs.
 """
 
 from __future__ import annotations
@@ -95,6 +100,7 @@ def _sum_kernel(
     pointer = weight + tl.minimum(n, N - 1).to(tl.int64) * w_stride + k
     other_half = N.to(tl.int64) * w_stride
     if DEPENDENT:
+        gdc_launch_dependents()
         _prefetch(weight, first, 0, w_stride, prefetch_bytes, N, K, THREADS, BLOCK_N)
         if GATED:
             _prefetch(weight + other_half, first, 0, w_stride, prefetch_bytes, N, K, THREADS, BLOCK_N)
@@ -104,7 +110,6 @@ def _sum_kernel(
         tile_up = _load(pointer + other_half, k, K, WHOLE_K)
     if DEPENDENT:
         gdc_wait()
-        gdc_launch_dependents()  # not before: a pile of waiting kernels takes room from the one that runs
     nothing = tl.zeros([BLOCK_N, BLOCK_K // VECTOR], tl.float32)
     totals = (nothing,) * ROWS
     totals_up = (nothing,) * ROWS if GATED else ()
@@ -204,11 +209,11 @@ def _dot_kernel(
     pointer = weight + tl.minimum(n, N - 1).to(tl.int64) * w_stride + k[None, :]
     other_half = N.to(tl.int64) * w_stride
     if DEPENDENT:
+        gdc_launch_dependents()
         _prefetch(weight, first, begin, w_stride, prefetch_bytes, N, K, THREADS, BLOCK_N)
         if GATED:
             _prefetch(weight + other_half, first, begin, w_stride, prefetch_bytes, N, K, THREADS, BLOCK_N)
         gdc_wait()
-        gdc_launch_dependents()  # not before: a pile of waiting kernels takes room from the one that runs
     acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
     up = tl.zeros([BLOCK_N, ROWS], tl.float32)
     for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):

@@ -20,6 +20,7 @@ from shoal.kernels.sampling import _hashed, _log2_noise, _noise_bits
 
 _CHUNK = 4096
 _TILE = 2048
+_DRAW_WARPS = 8
 # Candidates of a row that are listed.
 _MOST_LISTED = 16384
 # A limit is _LIMIT_UNIT (i + 1)²: 0.2, 0.8, 1.8 … 20 below the best scaled logit.
@@ -61,7 +62,7 @@ def _distances(row, columns, num_tokens, temperature, best):
     return best - tl.div_rn(values, temperature)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_numbers"])
 def _best_kernel(
     logits, row_numbers, maxima, lengths, logits_stride, num_tokens, num_chunks,
     CHUNK: tl.constexpr, HAS_ROW_NUMBERS: tl.constexpr,
@@ -81,10 +82,10 @@ def _best_kernel(
 def _scaled_best(maxima, index, num_chunks, temperature, CHUNKS: tl.constexpr):
     chunks = tl.arange(0, CHUNKS)
     all_maxima = tl.load(maxima + index * num_chunks + chunks, mask=chunks < num_chunks, other=float("-inf"))
-    return tl.div_rn(tl.max(all_maxima), temperature)
+    return tl.div_rn(tl.max(all_maxima), temperature) + 0.0  # never -0: distances from that would be -0 as well
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_numbers", "temperatures", "min_ps", "top_ks"])
 def _survey_kernel(
     logits, row_numbers, temperatures, min_ps, top_ks, maxima, amounts, masses, logits_stride, num_tokens, num_chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, HAS_ROW_NUMBERS: tl.constexpr, FAST: tl.constexpr,
@@ -107,7 +108,7 @@ def _survey_kernel(
         tl.store(amounts + (index * _NUM_LIMITS + i) * num_chunks + chunk, tl.sum(within))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["row_numbers", "temperatures", "top_ps", "top_ks"])
 def _list_kernel(
     logits, row_numbers, temperatures, top_ps, top_ks, maxima, amounts, masses, lengths, limits, listed,
     logits_stride, num_tokens, num_chunks, most_listed,
@@ -214,7 +215,17 @@ def _key_that_holds(
     return low
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize_on_alignment=[
+        "row_numbers",
+        "temperatures",
+        "min_ps",
+        "top_ps",
+        "top_ks",
+        "row_keys",
+        "token_ids",
+    ]
+)
 def _draw_kernel(
     logits, row_numbers, temperatures, min_ps, top_ps, top_ks, row_keys, maxima, masses, lengths, limits, listed,
     token_ids, logits_stride, num_tokens, num_chunks, most_listed,
@@ -306,5 +317,5 @@ def draw_truncated(
     _draw_kernel[(num_rows,)](
         logits, numbers, temperatures, min_ps, top_ps, top_ks, row_keys, maxima, masses, lengths, limits, listed,
         token_ids, stride, num_tokens, num_chunks, most_listed,
-        TILE=_TILE, CHUNKS=chunks, HAS_ROW_NUMBERS=row_numbers is not None, FAST=fast, num_warps=8,
+        TILE=_TILE, CHUNKS=chunks, HAS_ROW_NUMBERS=row_numbers is not None, FAST=fast, num_warps=_DRAW_WARPS,
     )  # fmt: skip

@@ -47,7 +47,12 @@ class RMSNorm(nn.Module):
         Without a residual x [T, H] is the stream itself; else it is summed over the ranks first if `sums_ranks`.
         """
         if residual is not None and self.group is not None:
-            x = sum_over_ranks(self.group, x, self.weight.dtype, deterministic=self.deterministic)
+            if not self.deterministic:
+                return self.group.all_reduce_add_norm(x, residual, self.weight, self.eps, self._add_and_norm)
+            x = sum_over_ranks(self.group, x, self.weight.dtype, deterministic=True)
+        return self._add_and_norm(x, residual)
+
+    def _add_and_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if self._kernels is not None:
             return self._kernels.add_rms_norm(x, residual, self.weight, self.eps)
         total = x if residual is None else x + residual

@@ -15,6 +15,7 @@ from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import balance_layers
 from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
 from shoal.kernels.compile_ahead import compile_ahead
+from shoal.kernels.small_reducer import attach_small_reducer
 from shoal.layers.context import BuildContext
 from shoal.log import get_logger
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
@@ -76,10 +77,12 @@ class Worker:
         config, started = self.config, time.monotonic()
         self.groups.status.update(generation=config.generation, phase="load")
         device = find_device(config.device, self._device_index)
+        facts: dict[str, Any] = {}
         if device.type == "cpu":
             share_cores(self._local_size)
         else:
             torch.cuda.set_device(device)
+            facts["all_reduce"] = attach_small_reducer(self.groups.tensor)
         on_progress(StartupProgress("load weights"))
         model, context = self._build(device)
         load_weights(
@@ -100,7 +103,7 @@ class Worker:
         self.groups.meet("loaded")
         on_progress(StartupProgress("size the KV cache"))
         self.groups.status.update(phase="size")
-        return self._count_blocks(weight_bytes), {
+        return self._count_blocks(weight_bytes), facts | {
             "device": describe_device(device),
             "dtype": config.dtype,
             "deterministic": config.deterministic,

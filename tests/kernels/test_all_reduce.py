@@ -31,6 +31,8 @@ class Ranks:
             for _ in range(size)
         ]
         addresses = tuple(each.data_ptr() for each in self.memory)
+        # All of them must find room on the one GPU.
+        max_programs //= size
         self.kernels = [
             PeerKernels(PeerMemory(addresses, rank, DEVICE, slot_bytes), 20.0, max_programs) for rank in range(size)
         ]
@@ -87,7 +89,7 @@ def check_sum(results: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
         assert bool((error <= expected.abs() * ULP[result.dtype] * ROUNDING * 1.001 + scale * 2**-22 + 1e-38).all())
 
 
-@pytest.fixture(scope="module", params=[2, 3, 4, 8])
+@pytest.fixture(scope="module", params=[2, 4, 8])
 def ranks(request) -> Ranks:
     return Ranks(request.param)
 
@@ -95,7 +97,7 @@ def ranks(request) -> Ranks:
 @pytest.fixture(scope="module")
 def few() -> Ranks:
     """With so few programs that each takes several steps."""
-    return Ranks(3, 1 << 20, max_programs=2)
+    return Ranks(3, 1 << 20, max_programs=6)
 
 
 in_interpreter = pytest.mark.skipif(DEVICE.type == "cuda", reason="is for the interpreter")
@@ -130,7 +132,9 @@ def check_sizes(ranks: Ranks, dtype: torch.dtype, two_shot: bool, sizes: list[in
 @pytest.mark.parametrize("two_shot", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows(ranks: Ranks, dtype: torch.dtype, two_shot: bool) -> None:
-    check_rows(ranks, dtype, two_shot, [(1, 4096), (3, 896), (8, 2048), (16, 5120), (64, 1024), (200, 264)])
+    if dtype is not torch.bfloat16 and len(ranks.kernels) != 4:
+        pytest.skip("compiles for long, and is like the others")
+    check_rows(ranks, dtype, two_shot, [(1, 8192), (16, 5120), (200, 264)])
 
 
 @in_interpreter
@@ -146,9 +150,8 @@ def check_rows(ranks: Ranks, dtype: torch.dtype, two_shot: bool, shapes: list[tu
         parts = parts_of(len(ranks.kernels), shape, dtype, index)
         weight = torch.rand(shape[1], generator=torch.Generator().manual_seed(1)).to(dtype).to(DEVICE)
         residual = parts_of(1, shape, dtype, 100 + index)[0] * 3
-        for each in (residual, None):
-            if not all(kernels.fits_rows(parts[0], two_shot) for kernels in ranks.kernels):
-                pytest.fail(f"{shape} does not fit")
+        assert ranks.kernels[0].fits_rows(parts[0], two_shot)
+        for each in (residual, None) if shape == shapes[-1] else (residual,):
             results = ranks.add_norm(parts, each, weight, two_shot)
             check_sum([total for _, total in results], parts if each is None else [*parts, each])
             ranks.check_empty()
@@ -179,8 +182,10 @@ def check_gather(ranks: Ranks, num_bytes: int) -> None:
     parts = torch.randint(-(2**31), 2**31, (size, num_bytes // 4), generator=generator).to(torch.int32).to(DEVICE)
     parts[:, ::3] = EMPTY_WORD - (1 << 32)
     outputs = [torch.empty_like(parts) for _ in range(size)]
-    assert ranks.kernels[0].fits_gather(parts[0])
-    ranks.run(lambda kernels, rank, phases: kernels.all_gather(parts[rank], phases, outputs[rank]))
+    # Tensors of their own: a kernel is compiled for how its arguments are aligned, and none can be loaded while one waits.
+    inputs = [part.clone() for part in parts]
+    assert ranks.kernels[0].fits_gather(inputs[0])
+    ranks.run(lambda kernels, rank, phases: kernels.all_gather(inputs[rank], phases, outputs[rank]))
     for output in outputs:
         assert torch.equal(output, parts)
     ranks.check_empty()

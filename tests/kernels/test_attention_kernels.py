@@ -17,7 +17,7 @@ NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 32, 16
 SEQ_LENS = [1, 2, 300, 65, 129, 700]
 
 
-def attend(early: bool, num_resident: int, num_programs: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(early: bool, num_processors: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor, DecodeWorkspace]:
     """Output and cache of a step whose tokens' rows lie in another order than the sequences."""
     generator = torch.Generator().manual_seed(5)
 
@@ -32,49 +32,44 @@ def attend(early: bool, num_resident: int, num_programs: int, window: int | None
     order = torch.randperm(count, generator=generator).to(DEVICE, torch.int32)
     rows = DecodeRows(tables, order, torch.tensor(SEQ_LENS, dtype=torch.int32, device=DEVICE), order.flip(0))
     workspace = DecodeWorkspace(DEVICE)
-    workspace.num_resident, workspace.num_programs = num_resident, num_programs
-    workspace.counters = torch.zeros(num_programs, dtype=torch.int32, device=DEVICE)
+    workspace.num_processors = num_processors
+    workspace.counters = torch.zeros(16 * num_processors, dtype=torch.int32, device=DEVICE)
     output = torch.full((count, NUM_HEADS * HEAD_DIM), float("nan"), device=DEVICE)
-    for _ in range(2):  # the second launch finds counters and cells as the first did
+    for _ in range(2):  # the second launch finds the counters as the first did
         decode_attention(
             query, key, value, cache, output, rows, workspace, scale=0.2, sliding_window=window, early=early
         )
-    return output.cpu(), cache.cpu()
+    return output.cpu(), cache.cpu(), workspace
 
 
 @pytest.mark.parametrize("window", [None, 1, 200])
 @pytest.mark.parametrize(
-    ("early", "num_resident", "num_programs"),
-    [(False, 80, 80), (True, 80, 80), (True, 12, 12), (False, 0, 80), (True, 0, 12)],
-    ids=["handed over", "early", "early, one split", "counted", "one split"],
+    ("early", "num_processors", "most_waves"),
+    [(False, 60, 16), (True, 60, 16), (True, 12, 16), (True, 12, 1)],
+    ids=["splits", "early", "few splits", "one split"],
 )
 def test_all_ways_to_split_agree(
-    monkeypatch: pytest.MonkeyPatch, early: bool, num_resident: int, num_programs: int, window: int | None
+    monkeypatch: pytest.MonkeyPatch, early: bool, num_processors: int, most_waves: int, window: int | None
 ) -> None:
-    monkeypatch.setattr("shoal.kernels.decode_attention._MIN_SPLIT", [64, 64])
-    expected, expected_cache = attend(False, 0, len(SEQ_LENS) * NUM_KV_HEADS, window)
+    expected, expected_cache, _ = attend(False, 1, window)
     assert expected.isfinite().all()
-    output, cache = attend(early, num_resident, num_programs, window)
+    monkeypatch.setattr("shoal.kernels.decode_attention._MIN_SPLIT", 64)
+    monkeypatch.setattr("shoal.kernels.decode_attention._LONG_SPLIT", 256)
+    monkeypatch.setattr("shoal.kernels.decode_attention._MOST_WAVES", most_waves)
+    output, cache, workspace = attend(early, num_processors, window)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(cache, expected_cache, atol=0, rtol=0)
+    assert (workspace.counters == 0).all()
 
 
-def test_buffers_of_splits_are_left_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shoal.kernels.decode_attention._MIN_SPLIT", [64, 64])
-    workspaces: list[DecodeWorkspace] = []
-    original = DecodeWorkspace.__init__
-
-    def remember(workspace: DecodeWorkspace, device: torch.device) -> None:
-        original(workspace, device)
-        workspaces.append(workspace)
-
-    monkeypatch.setattr(DecodeWorkspace, "__init__", remember)
-    attend(True, 80, 80, None)
-    attend(False, 0, 80, None)
-    handed_over, counted = workspaces
-    sums, stats = handed_over.buffers(HEAD_DIM, NUM_HEADS // NUM_KV_HEADS, True)
-    assert (torch.cat([sums, stats]).view(torch.int32) == -1).all()
-    assert (counted.counters == 0).all()
+@pytest.mark.parametrize(
+    ("num_groups", "most", "expected"),
+    [(8, 3, (3, 3)), (8, 999, (33, 16)), (128, 999, (8, 1)), (512, 999, (4, 1)), (2048, 999, (1, 1))],
+)
+def test_number_of_splits(num_groups: int, most: int, expected: tuple[int, int]) -> None:
+    workspace = DecodeWorkspace(DEVICE)
+    workspace.num_processors = 132
+    assert workspace.num_splits(num_groups, most) == expected
 
 
 def test_tiles_cover_each_new_token_once() -> None:

@@ -24,7 +24,7 @@ from shoal.types import SamplingParams
 from tests.rank_threads import on_ranks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SHAPES = [Shape(1, 1024, 1024, 4), Shape(1, 256, 1536, 1), Shape(4, 256, 1024, 1)]
+SHAPES = [Shape(1024, 1024, 4), Shape(256, 1536, 1)]
 MIXED = [(0.0, 0.0), (1.0, 0.0), (0.5, 0.0), (2.0, 0.0), (1.0, 0.05), (1.0, 0.5), (0.0, 0.0), (1.0, 1.0), (1.5, 0.01)]
 
 
@@ -121,7 +121,7 @@ def test_only_some_rows_are_read_and_written() -> None:
 
 def test_nothing_is_left_for_the_next_launch() -> None:
     logits = torch.randn(3, 2000, device=DEVICE)
-    choose_tokens(logits, *parameters([(1.0, 0.0), (0.0, 0.0), (1.0, 0.3)]), 0, 2000, shape=Shape(2, 256, 512, 1))
+    choose_tokens(logits, *parameters([(1.0, 0.0), (0.0, 0.0), (1.0, 0.3)]), 0, 2000, shape=Shape(256, 512, 1))
     counters, hints = kernel._shared(DEVICE, 256)
     assert not counters.any() and (hints == -math.inf).all()
 
@@ -199,7 +199,7 @@ def test_top_k_and_top_p_keep_what_the_plain_path_keeps(flatness: float, monkeyp
     """In flat rows the list of candidates is too long, in rounded ones many are equal."""
     monkeypatch.setattr("shoal.kernels.truncated._MOST_LISTED", 300)
     changes = [change for change in BATCH if "top_k" in change or "top_p" in change] * 2
-    logits = (torch.randn(len(changes), 1100) * flatness).to(torch.bfloat16).float()
+    logits = (torch.randn(len(changes), 1100) * flatness).to(torch.bfloat16).float() + 0.0
     expected = sample(None, torch.device("cpu"), changes, logits)
     monkeypatch.setattr(plan_module, "has_kernels", lambda device: True)
     assert sample(None, DEVICE, changes, logits) == expected

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 
@@ -54,10 +55,15 @@ def _weight(rows=64, inputs=256):
 @pytest.mark.parametrize("bucket", BUCKETS)
 @pytest.mark.parametrize("gated", [False, True])
 def test_every_choice_computes_the_product(few_multiprocessors, bucket, gated):
-    weight, bias = _weight(), torch.randn(64, device=DEVICE).to(DTYPE)
+    weight, bias = _weight(24), torch.randn(24, device=DEVICE).to(DTYPE)
     x = torch.randn(bucket, 256, device=DEVICE).to(DTYPE)
     norm = (torch.rand(256, device=DEVICE).to(DTYPE), 1e-5)
-    for winner in range(1 + len(candidates_for(bucket, *weight.shape, gated, 4))):
+    seen = set()
+    for winner, config in enumerate([None, *candidates_for(bucket, *weight.shape, gated, 4)]):
+        kernel = config and dataclasses.replace(config, prefetch_bytes=0)
+        if kernel in seen and DEVICE.type == "cpu":
+            continue  # nothing is prefetched here
+        seen.add(kernel)
         chooser = LinearChooser(DEVICE, None, _timer(winner, bucket, weight, gated))
         plan = chooser.plan(weight, bias)
         for given in (None, norm):
@@ -82,7 +88,7 @@ def test_other_numbers_of_rows_go_to_the_library(few_multiprocessors):
 
 
 def test_layers_of_one_shape_are_measured_once(few_multiprocessors):
-    weights = [_weight() for _ in range(3)]
+    weights = [_weight(8) for _ in range(3)]
     timer = _timer(1, 1, weights[0])
     chooser = LinearChooser(DEVICE, None, timer)
     plans = [chooser.plan(weight) for weight in weights]

@@ -90,3 +90,26 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     assert together == [draw([row])[0] for row in range(64)]
     order = torch.randperm(64).tolist()
     assert draw(order) == [together[row] for row in order]
+
+
+def test_a_captured_choice_follows_its_inputs() -> None:
+    """Greedy, drawn and min_p rows change places between two replays of one graph."""
+    choose = pytest.importorskip("shoal.kernels.sampling").choose_tokens
+    num_rows = 12
+    logits = torch.randn(num_rows, VOCAB_SIZE, device="cuda").to(torch.bfloat16)
+    temperatures, min_ps = torch.zeros(num_rows, device="cuda"), torch.zeros(num_rows, device="cuda")
+    keys = torch.zeros(num_rows, dtype=torch.int32, device="cuda")
+    choose(logits, temperatures, min_ps, keys, 0, VOCAB_SIZE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, found = choose(logits, temperatures, min_ps, keys, 0, VOCAB_SIZE)
+    for step in range(6):
+        logits.normal_().mul_(1 + step)
+        temperatures.copy_(torch.tensor([0.0, 1.0, 0.7, 2.0] * 3).roll(step))
+        min_ps.copy_(torch.tensor([0.0, 0.0, 0.1]).repeat(4).roll(step))
+        keys.random_()
+        graph.replay()
+        _, expected = choose(logits, temperatures, min_ps, keys, 0, VOCAB_SIZE)
+        assert found.tolist() == expected.tolist()
+        greedy = temperatures == 0
+        assert torch.equal(found[greedy], logits.argmax(dim=-1)[greedy])
