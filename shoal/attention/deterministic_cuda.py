@@ -18,7 +18,7 @@ from shoal.kernels.heads import transform_and_write
 @dataclasses.dataclass(slots=True)
 class _Plan:
     """Sequences with one new token, and prompts' pieces of several: (row of the table, first token, first position,
-    new tokens), cut into query tiles for each G that asks."""
+    new tokens), cut into query tiles of a number of tokens."""
 
     decodes: DeviceRows | None
     decode_tokens: torch.Tensor | None
@@ -122,23 +122,23 @@ def _attend(
             sliding_window=window,
         )
     if plan.pieces:
-        tiles = _query_tiles(plan, num_heads // kv_cache.shape[1], query.device)
+        tiles = _query_tiles(plan, query, num_heads // kv_cache.shape[1])
         fixed_prefill(query, kv_cache, output, metadata.block_tables, tiles, scale=scale, sliding_window=window)
     return output
 
 
-def _query_tiles(plan: _Plan, group: int, device: torch.device) -> torch.Tensor:
+def _query_tiles(plan: _Plan, query: torch.Tensor, group: int) -> torch.Tensor:
     """[I, 4], longest contexts first: they take the most time."""
-    if group not in plan.tiles:
-        step = query_tile_tokens(group)
+    step = query_tile_tokens(group, query.dtype, query.shape[2])
+    if step not in plan.tiles:
         tiles = [
             (row, first_token + start, position + start, min(step, num_new - start))
             for row, first_token, position, num_new in plan.pieces
             for start in range(0, num_new, step)
         ]
         tiles.sort(key=lambda tile: -tile[2])
-        plan.tiles[group] = _upload(tiles, device)
-    return plan.tiles[group]
+        plan.tiles[step] = _upload(tiles, query.device)
+    return plan.tiles[step]
 
 
 def _upload(numbers: list[tuple[int, int, int]] | list[tuple[int, int, int, int]], device: torch.device) -> torch.Tensor:

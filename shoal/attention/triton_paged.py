@@ -120,7 +120,7 @@ class TritonPagedAttention(AttentionBackend):
             ready, _ = transform_and_write(query, key, value, kv_cache, metadata.slot_mapping, **transform)
             tile_tokens = tile_shape(head_dim, query.dtype, query.device).rows // (num_heads // key.shape[1])
             if tile_tokens not in plan.tiles:
-                plan.tiles[tile_tokens] = _upload(plan_tiles(*plan.prefills, tile_tokens), query.device)
+                plan.tiles[tile_tokens] = _upload(plan_tiles(plan.prefills, tile_tokens), query.device)
             tables, tiles = metadata.block_tables, plan.tiles[tile_tokens]
             prefill_attention(ready, kv_cache, output, tables, tiles, scale=scale, sliding_window=sliding_window)
         if plan.decodes is not None:

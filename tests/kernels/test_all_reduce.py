@@ -89,8 +89,9 @@ def check_sum(results: list[torch.Tensor], parts: list[torch.Tensor]) -> None:
         assert bool((error <= expected.abs() * ULP[result.dtype] * ROUNDING * 1.001 + scale * 2**-22 + 1e-38).all())
 
 
-@pytest.fixture(scope="module", params=[2, 4, 8])
+@pytest.fixture(scope="module", params=[2, 4])
 def ranks(request) -> Ranks:
+    """No more: of eight streams two might share a queue of the GPU, where one waits behind the other."""
     return Ranks(request.param)
 
 
@@ -115,6 +116,13 @@ def test_sums_of_all_sizes(ranks: Ranks, dtype: torch.dtype, two_shot: bool) -> 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sums_in_the_interpreter(few: Ranks, dtype: torch.dtype, two_shot: bool) -> None:
     check_sizes(few, dtype, two_shot, [48, 4200])
+
+
+@in_interpreter
+def test_many_ranks_in_the_interpreter() -> None:
+    for two_shot in (False, True):
+        check_sizes(Ranks(8, 1 << 18), torch.bfloat16, two_shot, [384])
+        check_rows(Ranks(8, 1 << 18), torch.bfloat16, two_shot, [(11, 64)])
 
 
 def check_sizes(ranks: Ranks, dtype: torch.dtype, two_shot: bool, sizes: list[int]) -> None:
@@ -182,7 +190,7 @@ def check_gather(ranks: Ranks, num_bytes: int) -> None:
     parts = torch.randint(-(2**31), 2**31, (size, num_bytes // 4), generator=generator).to(torch.int32).to(DEVICE)
     parts[:, ::3] = EMPTY_WORD - (1 << 32)
     outputs = [torch.empty_like(parts) for _ in range(size)]
-    # Tensors of their own: a kernel is compiled for how its arguments are aligned, and none can be loaded while one waits.
+    # Tensors of their own: how they are aligned decides on the kernel, and none can be loaded while another waits.
     inputs = [part.clone() for part in parts]
     assert ranks.kernels[0].fits_gather(inputs[0])
     ranks.run(lambda kernels, rank, phases: kernels.all_gather(inputs[rank], phases, outputs[rank]))
