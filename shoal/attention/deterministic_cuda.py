@@ -141,7 +141,9 @@ def _query_tiles(plan: _Plan, query: torch.Tensor, group: int) -> torch.Tensor:
     return plan.tiles[step]
 
 
-def _upload(numbers: list[tuple[int, int, int]] | list[tuple[int, int, int, int]], device: torch.device) -> torch.Tensor:
+def _upload(
+    numbers: list[tuple[int, int, int]] | list[tuple[int, int, int, int]], device: torch.device
+) -> torch.Tensor:
     """int32, without waiting for the device: from pageable memory a copy would wait for all steps that are queued."""
     on_gpu = device.type == "cuda"
     return torch.tensor(numbers, dtype=torch.int32, pin_memory=on_gpu).to(device, non_blocking=True)

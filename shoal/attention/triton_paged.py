@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from shoal.attention.base import AttentionBackend, AttentionMetadata, HeadTransform
+from shoal.attention.fresh_prompts import FreshPrompts
 from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention
 from shoal.kernels.heads import transform_and_write
 from shoal.kernels.prefill_attention import plan_tiles, prefill_attention, tile_shape
@@ -21,11 +22,11 @@ from shoal.kernels.prefill_attention import plan_tiles, prefill_attention, tile_
 @dataclasses.dataclass(slots=True)
 class _Plan:
     """decodes: sequences with one new token, or None. prefills: the others, numpy [4, sequences] as `plan_tiles` takes
-    them; tiles: what it made of them for a number of tokens a tile, on the device."""
+    them; tiles: what it made of them, less those of `FreshPrompts`, for a number of tokens a tile, on the device."""
 
     decodes: DecodeRows | None
     prefills: np.ndarray | None
-    tiles: dict[int, torch.Tensor]
+    tiles: dict[tuple[int, bytes], torch.Tensor]
     # Whether a layer of this step has attended: from then on lengths, tables and caches are known to be in place while
     # the kernel in front of an attention kernel still runs.
     has_begun: bool = False
@@ -41,6 +42,7 @@ class TritonPagedAttention(AttentionBackend):
 
     def __init__(self) -> None:
         self._workspace: DecodeWorkspace | None = None
+        self._fresh: FreshPrompts | None = None
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return (2, num_kv_heads, num_blocks, block_size, head_dim)
@@ -51,7 +53,7 @@ class TritonPagedAttention(AttentionBackend):
     def prepare(self, metadata: AttentionMetadata) -> None:
         device = metadata.block_tables.device
         if self._workspace is None:
-            self._workspace = DecodeWorkspace(device)
+            self._workspace, self._fresh = DecodeWorkspace(device), FreshPrompts(device)
         if (rows := metadata.device_rows) is not None:
             metadata.plan = _Plan(DecodeRows(metadata.block_tables, rows.table_rows, rows.seq_lens), None, {})
             return
@@ -117,12 +119,7 @@ class TritonPagedAttention(AttentionBackend):
         num_tokens, num_heads, head_dim = query.shape
         output = query.new_empty((num_tokens, num_heads * head_dim))
         if plan.prefills is not None:
-            ready, _ = transform_and_write(query, key, value, kv_cache, metadata.slot_mapping, **transform)
-            tile_tokens = tile_shape(head_dim, query.dtype, query.device).rows // (num_heads // key.shape[1])
-            if tile_tokens not in plan.tiles:
-                plan.tiles[tile_tokens] = _upload(plan_tiles(plan.prefills, tile_tokens), query.device)
-            tables, tiles = metadata.block_tables, plan.tiles[tile_tokens]
-            prefill_attention(ready, kv_cache, output, tables, tiles, scale=scale, sliding_window=sliding_window)
+            self._prefill(query, key, value, kv_cache, output, metadata, scale, sliding_window, transform)
         if plan.decodes is not None:
             assert self._workspace is not None
             decode_attention(
@@ -131,6 +128,41 @@ class TritonPagedAttention(AttentionBackend):
             )  # fmt: skip
             plan.has_begun = True
         return output
+
+    def _prefill(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        output: torch.Tensor,
+        metadata: AttentionMetadata,
+        scale: float,
+        sliding_window: int | None,
+        transform: dict[str, Any],
+    ) -> None:
+        """All new keys and values go to the cache, whoever attends; then the pieces of prompts."""
+        plan: _Plan = metadata.plan
+        assert plan.prefills is not None and self._fresh is not None
+        num_heads, head_dim = query.shape[1:]
+        fresh = self._fresh.takes(plan.prefills[2], plan.prefills[3], query.dtype, head_dim, sliding_window)
+        ready, keys = transform_and_write(
+            query, key, value, kv_cache, metadata.slot_mapping, keep_keys=bool(fresh.any()), **transform
+        )
+        rows = output.view(-1, num_heads, head_dim)
+        for index in np.flatnonzero(fresh):
+            start, count = plan.prefills[1:3, index].tolist()
+            own = slice(start, start + count)
+            fresh[index] = self._fresh.attend(ready[own], keys[own], value[own], rows[own], scale)
+        if fresh.all():
+            return
+        tile_tokens = tile_shape(head_dim, query.dtype, query.device).rows // (num_heads // key.shape[1])
+        kind = (tile_tokens, fresh.tobytes())
+        if kind not in plan.tiles:
+            plan.tiles[kind] = _upload(plan_tiles(plan.prefills[:, ~fresh], tile_tokens), query.device)
+        prefill_attention(
+            ready, kv_cache, output, metadata.block_tables, plan.tiles[kind], scale=scale, sliding_window=sliding_window
+        )
 
 
 def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -2,7 +2,8 @@
 of heads, write of the new key and value, attention split over the context, sum of the splits. Used by `triton_paged`.
 
 H100, bfloat16, 32 query heads, 8 KV heads, D 128, in a CUDA graph (2026-11): 256 sequences of 850 tokens 317 us, that
-is 2.8 TB/s where a copy moves 2.44; 64 sequences 96 us; 1 sequence of 128 tokens 3.7 us, of 1000 7.3, of 131072 211.
+is 2.8 TB/s where a copy moves 2.44; 64 sequences 96 us; 1 sequence of 1000 tokens 7.3, of 4096 14.5, of 131072 212.
+(With one split for each group from 64 sequences on; the empty ones that such launches have now were not timed.)
 
 S sequences, T tokens, Hq query heads, Hk KV heads, G = Hq / Hk, D head size, N blocks, B blocks a row of the table.
 """
@@ -18,8 +19,8 @@ import triton.language as tl
 from shoal.kernels.heads import transform_halves
 from shoal.kernels.launch import has_dependent_launch, launch_options
 
-# Tokens of context that a split takes at least, and those above which there may be more splits than fill the device.
-_MIN_SPLIT, _LONG_SPLIT = 128, 1024
+# Tokens of context that are not split, and tokens of a split above which there may be more than fill the device.
+_WHOLE, _LONG_SPLIT = 128, 1024
 _MOST_WAVES = 16  # programs a processor, of all splits together
 
 
@@ -105,7 +106,7 @@ def _decode_kernel(
     positions, table, query_norm, key_norm, eps, partial_sums, partial_stats, counters,
     query_stride, key_stride, value_stride, query_head, key_head, value_head, cache_head, table_stride,
     scale_log2, window, splits, few_splits,
-    MIN_SPLIT: tl.constexpr, LONG_SPLIT: tl.constexpr,
+    WHOLE: tl.constexpr, LONG_SPLIT: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, G_TILE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, ROTATE: tl.constexpr,
@@ -131,9 +132,12 @@ def _decode_kernel(
         lowest = tl.maximum(newest + 1 - window, 0)
     first = (lowest // BLOCK_N) * BLOCK_N
     span = newest - first
-    # As many splits as fill the device, more where they would be long, and none that is short.
+    # As many splits as fill the device, more where they would be long, and no second one for a short context: to add
+    # splits up takes as long as a few tiles.
     split_len = tl.maximum(tl.minimum(tl.cdiv(span, few_splits), LONG_SPLIT), tl.cdiv(span, splits))
-    split_len = tl.maximum(tl.cdiv(split_len, BLOCK_N) * BLOCK_N, MIN_SPLIT)
+    split_len = tl.maximum(tl.cdiv(split_len, BLOCK_N), 1) * BLOCK_N
+    if span <= WHOLE:
+        split_len = WHOLE
     num_active = tl.maximum(tl.cdiv(span, split_len), 1)
     if split >= num_active:
         return
@@ -246,8 +250,9 @@ class DecodeWorkspace:
 
     def num_splits(self, num_groups: int, most: int) -> tuple[int, int]:
         """Splits that a launch has for each of its `num_groups` (sequence, KV head), at most `most`, and how many of
-        them fill the device. That many are best from 128 to 131072 tokens: 16 for 1 sequence with 8 KV heads, 1 from 16
-        sequences on (H100, 2026-11). More keep a few very long sequences from running long after all others."""
+        them fill the device: 16 for 1 sequence with 8 KV heads, 1 from 16 sequences on. Those were the fastest for one
+        sequence of 400 to 4096 tokens and for 16 sequences, and 2 % off at 131072 tokens and 9 % off for 4 sequences
+        (H100, 2026-11). More keep a few very long sequences from running long after all others."""
         few = max(1, self.num_processors // num_groups)
         enough = max(2 * self.num_processors // num_groups, min(8, _MOST_WAVES * self.num_processors // num_groups), 1)
         return min(enough, most), min(few, most)
@@ -310,7 +315,7 @@ def decode_attention(
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
         kv_cache.stride(1), rows.block_tables.stride(0), scale * 1.4426950408889634, sliding_window or 0,
         splits, few_splits,
-        MIN_SPLIT=_MIN_SPLIT, LONG_SPLIT=_LONG_SPLIT, NUM_KV_HEADS=num_kv_heads, G=group, G_PAD=16, G_TILE=group_tile,
+        WHOLE=_WHOLE, LONG_SPLIT=_LONG_SPLIT, NUM_KV_HEADS=num_kv_heads, G=group, G_PAD=16, G_TILE=group_tile,
         PARTS=max(1, min(16, 8192 // (group_tile * padded))),
         D=head_dim, D_PAD=padded, HALF=half, HALF_PAD=max(16, triton.next_power_of_2(half)),
         BLOCK_SIZE=block_size, BLOCK_N=block_n, WINDOWED=sliding_window is not None, ROTATE=table is not None,

@@ -130,11 +130,11 @@ def tile_shape(head_dim: int, dtype: torch.dtype, device: torch.device) -> Shape
     return Shape(128, 32, 4, 3) if head_dim <= 128 else Shape(128, 32, 8, 2)
 
 
-def plan_tiles(
-    table_rows: np.ndarray, first_tokens: np.ndarray, num_new: np.ndarray, seq_lens: np.ndarray, tile_tokens: int
-) -> np.ndarray:
+def plan_tiles(sequences: np.ndarray, tile_tokens: int) -> np.ndarray:
     """Work of one launch, the largest first: [tiles, 4] int32, (row of the block table, first token, number of tokens,
-    position of the first). Arguments [sequences]: int; num_new are the last positions of seq_lens."""
+    position of the first). sequences [4, n]: int, (row of the block table, first token, number of new tokens, length
+    with them)."""
+    table_rows, first_tokens, num_new, seq_lens = sequences
     counts = -(-num_new // tile_tokens)
     owner = np.repeat(np.arange(len(num_new)), counts)
     offset = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * tile_tokens

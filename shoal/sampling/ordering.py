@@ -17,8 +17,8 @@ MAX_VOCAB_SIZE = 2**_ID_BITS
 
 
 def distances_to_best(values: Tensor) -> Tensor:
-    """max(row) - value, fp32 [R, V]: 0 for the best, never negative. A new tensor."""
-    return torch.sub(values.amax(dim=-1, keepdim=True), values)
+    """max(row) - value, fp32 [R, V]: 0 for the best, never negative (nor -0, which would sort last). A new tensor."""
+    return torch.sub(values.amax(dim=-1, keepdim=True) + 0.0, values)
 
 
 def ordering_keys(distances: Tensor) -> Tensor:

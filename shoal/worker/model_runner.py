@@ -250,7 +250,7 @@ class ModelRunner:
         if executed.inputs is not None and len(slots) != hidden.shape[0]:
             hidden = hidden.index_select(0, executed.inputs.last_tokens)
         mask = self._grammar_mask(slots, grammar_masks) if grammar_masks else None
-        sampled = self.sampler.sample(self.model.compute_logits(hidden), metadata, mask)
+        sampled = self.sampler.sample(self.model.project_logits(hidden), metadata, mask)
         if self.stage.is_first:
             self.batch.store_sampled(upload(np.array(slots, np.int64), self.device), sampled.token_ids)
         else:

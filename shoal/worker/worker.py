@@ -35,6 +35,7 @@ from shoal.worker.model_runner import ModelRunner
 
 logger = get_logger(__name__)
 
+_WARM_UP_TOKENS = (1, 64)
 OnProgress = Callable[[StartupProgress], None]
 
 
@@ -154,9 +155,12 @@ class Worker:
         self.runner.set_kv_caches(self._make_kv_caches(num_blocks))
         on_progress(StartupProgress("warm up"))
         self.groups.status.update(phase="capture")
+        # A decode outside of graphs, and a short prompt.
         with compile_ahead(self._local_size):
-            self.runner.warm_up(1)
-        self.runner.warm_up(1)
+            for num_tokens in _WARM_UP_TOKENS:
+                self.runner.warm_up(num_tokens)
+        for num_tokens in _WARM_UP_TOKENS:
+            self.runner.warm_up(num_tokens)
         capture_seconds = self.runner.capture(
             lambda done, total: on_progress(StartupProgress("capture CUDA graphs", done, total)), self._local_size
         )

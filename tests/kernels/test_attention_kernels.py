@@ -51,7 +51,7 @@ def test_all_ways_to_split_agree(
 ) -> None:
     expected, expected_cache, _ = attend(False, 1, window)  # one split
     assert expected.isfinite().all()
-    monkeypatch.setattr("shoal.kernels.decode_attention._MIN_SPLIT", 64)
+    monkeypatch.setattr("shoal.kernels.decode_attention._WHOLE", 64)
     monkeypatch.setattr("shoal.kernels.decode_attention._LONG_SPLIT", 256)
     output, cache, workspace = attend(early, num_processors, window)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
@@ -72,7 +72,7 @@ def test_number_of_splits(num_groups: int, most: int, expected: tuple[int, int])
 def test_tiles_cover_each_new_token_once() -> None:
     table_rows, num_new, seq_lens = np.array([3, 1, 0]), np.array([5, 32, 70]), np.array([100, 32, 71])
     first_tokens = np.array([7, 20, 60])
-    tiles = plan_tiles(table_rows, first_tokens, num_new, seq_lens, 32)
+    tiles = plan_tiles(np.stack([table_rows, first_tokens, num_new, seq_lens]), 32)
     positions = {row: set(range(length - new, length)) for row, length, new in zip(
         table_rows.tolist(), seq_lens.tolist(), num_new.tolist(), strict=True)}  # fmt: skip
     starts = dict(zip(table_rows.tolist(), (first_tokens - seq_lens + num_new).tolist(), strict=True))
