@@ -1,5 +1,5 @@
-"""Deterministic attention on CUDA: a query row has the same bits in any batch, chunking, prefix hit, padding or split of
-heads over ranks. The registry makes it for deterministic mode where the kernels run; the arithmetic is fixed_attention's.
+"""Deterministic attention on CUDA: a query row has the same bits in any batch, chunking, prefix hit, padding or split
+of heads over ranks. The registry makes it for deterministic mode where the kernels run; fixed_attention computes.
 
 S sequences, T tokens, B blocks, Hq query heads, Hk KV heads, G = Hq / Hk, D head size, N blocks of the cache.
 """

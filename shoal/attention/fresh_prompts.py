@@ -49,10 +49,12 @@ class FreshPrompts:
         padding = -length % _LENGTH_STEP
         if padding:  # zeros: another prompt's rows could hold what is no number
             query, key, value = (F.pad(each, (0, 0, 0, 0, 0, padding)) for each in (query, key, value))
-        heads = (each.transpose(0, 1).unsqueeze(0) for each in (query, key, value))
+        queries, keys, values = (each.transpose(0, 1).unsqueeze(0) for each in (query, key, value))
         try:
             with sdpa_kernel([SDPBackend.CUDNN_ATTENTION]):
-                attended = F.scaled_dot_product_attention(*heads, is_causal=True, scale=scale, enable_gqa=True)
+                attended = F.scaled_dot_product_attention(
+                    queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+                )
         except RuntimeError as error:
             _logger.info("cuDNN does not attend here, the paged kernel does: %s", str(error).split("\n")[0])
             self._works = False

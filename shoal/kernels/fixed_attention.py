@@ -1,11 +1,12 @@
 """Paged attention whose bits for a query row depend on that query and its context alone. Called by
 attention/deterministic_cuda.py; the same kernel serves prompts and decodes.
 
-A row is defined as: its keys are cut at absolute positions into splits of SPLIT. Within a split a softmax runs over tiles
-of TILE keys, from the split's beginning; its sum of weights is a matrix product with ones, so that no layout of threads
-shows in it. The splits are merged in order, by one formula with explicit fused multiply-adds (the compiler may not fuse
-others). A tile or split that is masked for a row leaves its state as it is, to the bit; so how many rows share a tile of
-queries, which splits a program walks and whether they are merged in its registers or by a second kernel does not matter.
+A row is defined as: its keys are cut at absolute positions into splits of SPLIT. Within a split a softmax runs over
+tiles of TILE keys, from the split's beginning; its sum of weights is a matrix product with ones, so that no layout of
+threads shows in it. The splits are merged in order, by one formula with explicit fused multiply-adds (the compiler may
+not fuse others). A tile or split that is masked for a row leaves its state as it is, to the bit; so how many rows share
+a tile of queries, which splits a program walks and whether they are merged in its registers or by a second kernel does
+not matter.
 
 T tokens, Hq query heads, Hk KV heads, G = Hq / Hk, D head size, N blocks of the cache, B blocks a row of the table,
 R rows of a query tile (tokens times G), I query tiles.
@@ -142,9 +143,7 @@ def _attend_kernel(
                 own = (item * NUM_KV_HEADS + kv_head) * max_splits + start // SPLIT_KEYS - first_split
                 _store_partial(partial_sums, partial_stats, own, rows, whole, top, total, sums, G, D, D_PAD)
             else:
-                merged_top, merged_total, merged_sums = _merge(
-                    merged_top, merged_total, merged_sums, top, total, sums
-                )
+                merged_top, merged_total, merged_sums = _merge(merged_top, merged_total, merged_sums, top, total, sums)
             top = tl.full([R], float("-inf"), tl.float32)
             totals = tl.zeros([R, 16], tl.float32)
             sums = tl.zeros([R, D_PAD], tl.float32)

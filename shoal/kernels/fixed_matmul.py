@@ -1,8 +1,8 @@
 """Matrix products whose bits depend on the row, the weight's row and K alone. Called by quantization/fixed_linear.py.
 
-An output element is defined as: one chain of matrix instructions in fp32, 16 inputs after the other (fp32: one after the
-other); the bias is added in fp32; the total is rounded once. Both kernels do just that whatever their tiles, so they are
-chosen by speed; and cuBLAS does it too, where it does not split K.
+An output element is defined as: one chain of matrix instructions in fp32, 16 inputs after the other (fp32: one after
+the other); the bias is added in fp32; the total is rounded once. Both kernels do just that whatever their tiles, so
+they are chosen by speed; and cuBLAS does it too, where it does not split K.
 
 What this rests on, measured on an H100 (2026-11): `mma.sync` m16n8k16 and `wgmma` m64nNk16, N 8 to 256, operands in
 either order, give the same bits for bf16 and fp16, on data of one magnitude and of many. Zeros at the end of a chain
@@ -30,8 +30,8 @@ FEW_ROWS = 32
 class Tiles:
     """How a product is cut: never visible in its bits.
 
-    few: by the kernel for few rows. prefetch: lines of 128 bytes of each row of the weight that this one asks for before
-    it waits for the kernel before it.
+    few: by the kernel for few rows. prefetch: lines of 128 bytes of each row of the weight that this one asks for
+    before it waits for the kernel before it.
     """
 
     block_m: int
@@ -47,7 +47,12 @@ class Tiles:
 def _prefetch(pointers):
     """Ask for the 128 bytes at each pointer to be in the L2 cache soon."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;",
+        "=r,l",
+        [pointers.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -93,7 +98,7 @@ def _many_rows_kernel(
     K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr,
     HAS_BIAS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """Tiles that run at the same time share rows and columns (bands of BAND tiles of rows): the L2 cache serves them."""
+    """Tiles that run at the same time share rows and columns (BAND tiles of rows), so that the L2 cache serves them."""
     num_tiles_m, num_tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0)
     band = tile // (BAND * num_tiles_n)
@@ -154,9 +159,9 @@ def fixed_matmul(
 def choose_tiles(num_rows: int, dtype: torch.dtype) -> Tiles:
     """By speed alone, and few distinct ones: each is compiled for each K.
 
-    H100 (3.0 TB/s of copy bandwidth, 2026-11), bf16, the Llama-8B shape, µs, cuBLAS in brackets. 1 row: qkv 19.7 (20.8),
-    o 14.0 (15.8), gate-up 79.7 (85.5), down 41.9 (43.6); 16 rows 20.1 (20.9), 14.9 (15.8), 84.4 (86.3), 44.7; 32 rows
-    19.8 (21.7), 14.2 (14.4), 84.9 (88.9), 46.4 (45.8). A whole layer of one row with attention 168 (183).
+    H100 (3.0 TB/s of copy bandwidth, 2026-11), bf16, the Llama-8B shape, µs, cuBLAS in brackets. One row: o 14.0
+    (15.8), gate-up 79.7 (85.5), down 41.9 (43.6). 32 rows: qkv 19.8 (21.7), o 14.2 (14.4), gate-up 84.9 (88.9), down
+    46.4 (45.8). A whole layer with norms and attention: one row 168 (183), 16 rows with 700 tokens each 195 (202).
     """
     if dtype is torch.float32:  # plain fused multiply-adds
         return Tiles(16, 32, 32, 4, 2, few=True) if num_rows <= FEW_ROWS else Tiles(64, 64, 32, 8, 2)

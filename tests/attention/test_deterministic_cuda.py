@@ -43,9 +43,7 @@ def test_follows_rows_of_the_device() -> None:
     expected = ReferenceAttention().forward(step.query, step.key, step.value, plain, step.metadata, scale=0.3)
     metadata = on_device(step.metadata)
     order = torch.tensor([2, 0, 1])
-    rows = DeviceRows(
-        order.to(DEVICE, torch.int32), torch.tensor([5, 300, 600], dtype=torch.int32, device=DEVICE)
-    )
+    rows = DeviceRows(order.to(DEVICE, torch.int32), torch.tensor([5, 300, 600], dtype=torch.int32, device=DEVICE))
     table = torch.empty_like(metadata.block_tables)
     table[order] = metadata.block_tables
     captured = AttentionMetadata([], [], table, metadata.slot_mapping, 16, device_rows=rows)
@@ -110,6 +108,8 @@ def test_same_bits_in_any_pieces_and_company(
     split = projected.view(LENGTH, -1, head_dim)
     group = num_heads // num_kv_heads
     last = num_kv_heads - 1
-    own = torch.cat([split[:, last * group : num_heads], split[:, [num_heads + last, num_heads + num_kv_heads + last]]], 1)
+    own = torch.cat(
+        [split[:, last * group : num_heads], split[:, [num_heads + last, num_heads + num_kv_heads + last]]], 1
+    )
     part = attend(own.flatten(1).contiguous(), group, 1, pieces, window)
     assert torch.equal(part, whole.view(LENGTH, num_heads, head_dim)[:, last * group :].flatten(1))

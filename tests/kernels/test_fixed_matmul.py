@@ -1,4 +1,4 @@
-"""Products with fixed bits: right against fp64 in the interpreter, and on a GPU the same bits in every way of cutting."""
+"""Products with fixed bits: right against fp64 in the interpreter, on a GPU the same bits in every way of cutting."""
 
 from __future__ import annotations
 

@@ -13,7 +13,9 @@ from shoal.quantization.base import LinearSpec  # noqa: E402
 from shoal.quantization.fixed_linear import FixedLinear, _padded_rows  # noqa: E402
 
 
-def make(num_outputs: int, num_inputs: int, dtype: torch.dtype, *, bias: bool = False, **options: object) -> FixedLinear:
+def make(
+    num_outputs: int, num_inputs: int, dtype: torch.dtype, *, bias: bool = False, **options: object
+) -> FixedLinear:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     spec = LinearSpec(
         in_features=num_inputs, out_features=num_outputs, bias=bias, dtype=dtype, device=device, deterministic=True,
@@ -27,14 +29,20 @@ def make(num_outputs: int, num_inputs: int, dtype: torch.dtype, *, bias: bool = 
     return layer
 
 
-@pytest.mark.parametrize("options", [{}, {"num_input_shards": 4}, {"num_input_shards": 2, "is_summand": True}])
-def test_multiplies(options: dict[str, object]) -> None:
-    layer = make(40, 64, torch.float32, bias="is_summand" not in options, **options)
+@pytest.mark.parametrize("bias", [False, True])
+def test_multiplies(bias: bool) -> None:
+    layer = make(40, 64, torch.float32, bias=bias)
     x = torch.randn(5, 64).to(layer.weight.device)
     expected = x.double() @ layer.weight.double().T
     if layer.bias is not None:
         expected += layer.bias.double()
     torch.testing.assert_close(layer.apply(x).double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_takes_no_part_of_a_sum() -> None:
+    for options in ({"num_input_shards": 2}, {"is_summand": True}):
+        with pytest.raises(AssertionError):
+            make(40, 64, torch.float32, **options)
 
 
 def test_rows_are_padded_by_an_eighth_at_most() -> None:
@@ -47,10 +55,10 @@ def test_rows_are_padded_by_an_eighth_at_most() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("num_outputs", "num_inputs", "bias"), [(512, 1024, False), (1536, 1024, True), (128, 4096, False)])
-def test_same_bits_with_cublas_and_without(
-    num_outputs: int, num_inputs: int, bias: bool, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize(
+    ("num_outputs", "num_inputs", "bias"), [(512, 1024, False), (1536, 1024, True), (128, 4096, False)]
+)
+def test_same_bits_with_cublas_and_without(num_outputs: int, num_inputs: int, bias: bool, dtype: torch.dtype) -> None:
     layer = make(num_outputs, num_inputs, dtype, bias=bias)
     x = torch.randn(3000, num_inputs, device="cuda").to(dtype)
     alone = torch.cat([layer.apply(x[row : row + 1]) for row in range(0, 3000, 97)])
