@@ -292,7 +292,8 @@ def _finish(
             score = kept
             column = kept_column
     tl.store(values + number, score)
-    tl.store(token_ids + number, (first_id + column).to(tl.int64))
+    # Whatever a broken model's numbers do, the next step looks this id up.
+    tl.store(token_ids + number, (first_id + tl.minimum(column, num_tokens - 1)).to(tl.int64))
 
 
 @functools.cache
@@ -335,7 +336,7 @@ def choose_tokens(
         assert row_numbers is None and num_rows == logits.shape[0]
         outputs = (
             torch.empty(num_rows, dtype=torch.float32, device=device),
-            torch.empty(num_rows, dtype=torch.int64, device=device),
+            torch.zeros(num_rows, dtype=torch.int64, device=device),
         )
     if num_rows == 0:
         return outputs

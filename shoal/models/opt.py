@@ -44,7 +44,7 @@ class OPTLayer(nn.Module):
         prefix, size = f"model.decoder.layers.{index}", config.hidden_size
         bias, affine = config.attention_bias, layer_norm_affine(config)
         self.norm_before = bool(config.raw.get("do_layer_norm_before", True))
-        self.activation = activation(config.hidden_act, context.deterministic)
+        self.activation = activation(config.hidden_act, context.deterministic and context.device.type == "cpu")
         self.self_attn = OPTAttention(config, context, f"{prefix}.self_attn")
         self.self_attn_layer_norm = LayerNorm(
             context, f"{prefix}.self_attn_layer_norm", size, config.norm_eps, affine=affine
