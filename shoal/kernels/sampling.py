@@ -145,7 +145,7 @@ def _race(row, scale, key, first_id, start, end, greatest, min_p, TILE: tl.const
 @triton.jit
 def _race_by_tiles(
     row, scale, key, first_id, begin, end, greatest, min_p, hint, TILE: tl.constexpr, CUTS: tl.constexpr,
-    FAST: tl.constexpr,
+    FAST: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """As `_race`, of columns begin to end: tiles that a bound rules out are not looked at closely. CUTS: min_p > 0.
 
@@ -157,7 +157,8 @@ def _race_by_tiles(
     if CUTS:
         lowest = greatest + _log2(min_p, FAST) - _SLACK
     for start in range(begin, end, TILE):
-        others = tl.load(hint, volatile=True)
+        # It changes meanwhile, and each thread reads it by itself: all must take the same way, so they agree on one.
+        others = tl.max(tl.load(hint + tl.zeros([THREADS], tl.int32), volatile=True))
         columns = start + tl.arange(0, TILE)
         values = _load(row, columns, start, end, TILE)
         bits = _noise_bits(_hashed(columns + first_id), key)
@@ -196,7 +197,7 @@ def _choose_kernel(
     logits, temperatures, min_ps, row_keys, row_numbers, best_logits, partial, counters, hints, values, token_ids,
     logits_stride, parameter_stride, first_id, num_tokens, num_chunks, num_rows,
     CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, HAS_ROW_NUMBERS: tl.constexpr,
-    HAS_BEST: tl.constexpr, DEPENDENT: tl.constexpr, FAST: tl.constexpr,
+    HAS_BEST: tl.constexpr, DEPENDENT: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     """Program (c, r): chunk c of row r. partial: scores, columns, greatest scaled logits, each [R, C]."""
     chunk = tl.program_id(0)
@@ -227,11 +228,11 @@ def _choose_kernel(
             best, column = _race(row, scale, key, first_id, begin, end, greatest, min_p, TILE, FAST)
         elif min_p > 0:
             best, column = _race_by_tiles(
-                row, scale, key, first_id, begin, end, greatest, min_p, hints + index, TILE, True, FAST
+                row, scale, key, first_id, begin, end, greatest, min_p, hints + index, TILE, True, FAST, THREADS
             )
         else:
             best, column = _race_by_tiles(
-                row, scale, key, first_id, begin, end, greatest, min_p, hints + index, TILE, False, FAST
+                row, scale, key, first_id, begin, end, greatest, min_p, hints + index, TILE, False, FAST, THREADS
             )
     else:
         best, column = _greatest_of(row, begin, end, TILE)
@@ -350,7 +351,7 @@ def choose_tokens(
         logits.stride(0), temperatures.stride(0), first_id, num_tokens, num_chunks, num_rows,
         CHUNK=shape.chunk, TILE=shape.tile, CHUNKS=triton.next_power_of_2(num_chunks),
         HAS_ROW_NUMBERS=row_numbers is not None, HAS_BEST=best_logits is not None,
-        DEPENDENT=has_dependent_launch(device), FAST=device.type == "cuda",
+        DEPENDENT=has_dependent_launch(device), FAST=device.type == "cuda", THREADS=32 * shape.num_warps,
         num_warps=shape.num_warps, maxnreg=shape.max_registers, **launch_options(device),
     )  # fmt: skip
     return outputs
