@@ -19,11 +19,8 @@ import torch
 
 from shoal.attention.base import AttentionMetadata, DeviceRows
 from shoal.kernels.compile_ahead import compile_ahead
-from shoal.log import get_logger
 from shoal.models.base import CausalLM
 from shoal.worker.input_batch import ROW_WIDTH, DecodeRows, InputBatch
-
-logger = get_logger(__name__)
 
 # Above, kernels are chosen by nothing but whether sixteen divides the number of rows.
 _MOST_COMPILED = 48
