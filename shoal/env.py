@@ -197,6 +197,17 @@ def subprocess_environment(changes: Mapping[str, str] | None = None) -> dict[str
     return {**os.environ, **(changes or {})}
 
 
+def triton_cache_directory() -> Path:
+    """Where Triton keeps compiled kernels: TRITON_CACHE_DIR, else .triton/cache in TRITON_HOME or at home."""
+    explicit = _text("TRITON_CACHE_DIR")
+    return Path(explicit) if explicit else Path(_text("TRITON_HOME") or "~").expanduser() / ".triton" / "cache"
+
+
+def set_triton_cache_directory(path: Path) -> None:
+    """For this process and its children, whatever the user set."""
+    os.environ["TRITON_CACHE_DIR"] = str(path)
+
+
 def set_default(name: str, value: str) -> None:
     """Set a variable for this process and its children unless the user set it: for libraries that read their own."""
     os.environ.setdefault(name, value)

@@ -38,6 +38,16 @@ def test_visible_devices(monkeypatch, value, devices):
     assert env.cuda_visible_devices() == devices
 
 
+def test_triton_cache_directory(monkeypatch):
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert env.triton_cache_directory() == Path.home() / ".triton/cache"
+    monkeypatch.setenv("TRITON_HOME", "/x")
+    assert env.triton_cache_directory() == Path("/x/.triton/cache")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/y/kernels")
+    assert env.triton_cache_directory() == Path("/y/kernels")
+
+
 def test_cache_directory(monkeypatch):
     for name in ("SHOAL_CACHE_DIR", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)

@@ -84,6 +84,10 @@ class AttentionBackend(abc.ABC):
     def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
         """Fill blocks of one layer's cache with zeros; blocks: int64 ids."""
 
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_dim: int, max_model_len: int) -> int:
+        """Memory that a captured step of decodes takes for itself at most, for one layer of this rank's heads."""
+        return 0
+
     @abc.abstractmethod
     def prepare(self, metadata: AttentionMetadata) -> None:
         """Called once a step, before the first layer: do here whatever all layers share."""

@@ -11,7 +11,7 @@ import dataclasses
 import torch
 
 from shoal.attention.base import AttentionBackend, AttentionMetadata, DeviceRows, HeadTransform
-from shoal.kernels.fixed_attention import fixed_decode, fixed_prefill, query_tile_tokens
+from shoal.kernels.fixed_attention import decode_scratch_bytes, fixed_decode, fixed_prefill, query_tile_tokens
 from shoal.kernels.heads import transform_and_write
 
 
@@ -39,6 +39,9 @@ class DeterministicCudaAttention(AttentionBackend):
 
     def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
         kv_cache.index_fill_(2, blocks, 0)
+
+    def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_dim: int, max_model_len: int) -> int:
+        return decode_scratch_bytes(num_heads, num_kv_heads, head_dim, max_model_len)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         if metadata.device_rows is not None:

@@ -45,6 +45,8 @@ class FreshPrompts:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, scale: float
     ) -> bool:
         """query [L, Hq, D], key and value [L, Hk, D] -> output [L, Hq, D]. False when cuDNN cannot: nothing is done."""
+        if not self._works:  # it refused another prompt of this step
+            return False
         length = query.shape[0]
         padding = -length % _LENGTH_STEP
         if padding:  # zeros: another prompt's rows could hold what is no number
@@ -55,6 +57,8 @@ class FreshPrompts:
                 attended = F.scaled_dot_product_attention(
                     queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
                 )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             _logger.info("cuDNN does not attend here, the paged kernel does: %s", str(error).split("\n")[0])
             self._works = False

@@ -100,7 +100,7 @@ def _add_splits(
     tl.store(output + row[:, None] * D + column[None, :], result, mask=held)
 
 
-@triton.jit(do_not_specialize=["splits", "few_splits", "window"])
+@triton.jit(do_not_specialize=["splits", "few_splits", "window", "table_stride"])
 def _decode_kernel(
     query, key, value, output, keys, values, block_tables, table_rows, seq_lens, tokens,
     positions, table, query_norm, key_norm, eps, partial_sums, partial_stats, counters,
@@ -315,7 +315,8 @@ def decode_attention(
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
         kv_cache.stride(1), rows.block_tables.stride(0), scale * 1.4426950408889634, sliding_window or 0,
         splits, few_splits,
-        WHOLE=_WHOLE, LONG_SPLIT=_LONG_SPLIT, NUM_KV_HEADS=num_kv_heads, G=group, G_PAD=16, G_TILE=group_tile,
+        WHOLE=_WHOLE, LONG_SPLIT=_LONG_SPLIT, NUM_KV_HEADS=num_kv_heads, G=group,
+        G_PAD=max(16, group_tile), G_TILE=group_tile,
         PARTS=max(1, min(16, 8192 // (group_tile * padded))),
         D=head_dim, D_PAD=padded, HALF=half, HALF_PAD=max(16, triton.next_power_of_2(half)),
         BLOCK_SIZE=block_size, BLOCK_N=block_n, WINDOWED=sliding_window is not None, ROTATE=table is not None,

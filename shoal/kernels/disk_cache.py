@@ -1,4 +1,5 @@
-"""Measured choices kept between runs: one small JSON file for each environment. Used by kernels/tuning.py.
+"""Measured choices kept between runs: one small JSON file for each environment. Used by kernels/tuning.py. And a look
+at where Triton keeps what it compiles, by the worker.
 
 Several ranks and servers may share the directory: who writes adds to what is there and puts a whole new file in its
 place. What two write at the same moment may be lost, and is then measured again.
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from shoal import env
 from shoal.log import get_logger
 from shoal.version import __version__
 
@@ -36,6 +38,24 @@ def environment_of(device: torch.device) -> dict[str, str]:
         "cuda": str(torch.version.cuda),
         "shoal": __version__,
     }
+
+
+def find_compiler_cache() -> None:
+    """Have Triton keep its kernels elsewhere where it could not write: it would fail at the first of them."""
+    directory = env.triton_cache_directory()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        other = Path(tempfile.mkdtemp(prefix="shoal-triton-"))
+        env.set_triton_cache_directory(other)
+        _logger.warning(
+            "kernels are compiled anew at each start: Triton cannot keep them in %s (%s); set TRITON_CACHE_DIR to a "
+            "directory that can be written to",
+            directory,
+            error.strerror,
+        )
 
 
 class ChoiceCache:

@@ -58,11 +58,11 @@ def _store_partial(partial_sums, partial_stats, own, rows, whole, top, total, su
     tl.store(partial_stats + (own + rows) * 2 + 1, total, mask=rows < G)
 
 
-@triton.jit(do_not_specialize=["window", "max_splits"])
+@triton.jit(do_not_specialize=["window", "max_splits", "table_stride"])
 def _attend_kernel(
     query, keys, values, output, block_tables, tiles, table_rows, seq_lens, tokens, partial_sums, partial_stats,
     query_stride, query_head, cache_head, table_stride, scale_log2, window, max_splits,
-    DECODE: tl.constexpr, PARTIAL: tl.constexpr, CHUNKS: tl.constexpr, NUM_KV_HEADS: tl.constexpr, G: tl.constexpr,
+    DECODE: tl.constexpr, PARTIAL: tl.constexpr, NUM_KV_HEADS: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, SPLIT_KEYS: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -91,7 +91,7 @@ def _attend_kernel(
     last_split = tl.cdiv(end, SPLIT_KEYS)
     begin_split = first_split
     if PARTIAL:
-        each = tl.cdiv(last_split - first_split, CHUNKS)
+        each = tl.cdiv(last_split - first_split, tl.num_programs(2))
         begin_split = first_split + chunk * each
         last_split = tl.minimum(begin_split + each, last_split)
         if begin_split >= last_split:
@@ -203,6 +203,14 @@ def query_tile_tokens(group: int, dtype: torch.dtype, head_dim: int) -> int:
     return max(1, _query_rows(dtype, head_dim) // group)
 
 
+def decode_scratch_bytes(num_heads: int, num_kv_heads: int, head_dim: int, context: int) -> int:
+    """What the splits of `fixed_decode` leave for each other at most, for sequences of up to `context` tokens."""
+    # With more of them than this each is walked by one program, which keeps its state.
+    num_pairs = _ENOUGH_PROGRAMS // 2
+    row_bytes = 4 * (max(16, triton.next_power_of_2(head_dim)) + 2)
+    return num_pairs * -(-context // SPLIT) * (num_heads // num_kv_heads) * row_bytes
+
+
 def fixed_decode(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -297,7 +305,7 @@ def _launch(
         query, kv_cache[0], kv_cache[1], output, block_tables, tiles, table_rows, seq_lens, tokens, sums, stats,
         query.stride(0), query.stride(1), kv_cache.stride(1), block_tables.stride(0), scale * _LOG2_E, window or 0,
         max_splits,
-        DECODE=tiles is None, PARTIAL=chunks > 1, CHUNKS=chunks, NUM_KV_HEADS=num_kv_heads, G=group, R=rows,
+        DECODE=tiles is None, PARTIAL=chunks > 1, NUM_KV_HEADS=num_kv_heads, G=group, R=rows,
         TOKENS=1 if tiles is None else rows // group, D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=kv_cache.shape[3], TILE=_tile_keys(query.dtype, head_dim), SPLIT_KEYS=SPLIT,
         WINDOWED=window is not None, PRECISION="ieee" if query.dtype is torch.float32 else "tf32",

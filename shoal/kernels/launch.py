@@ -1,7 +1,9 @@
 """Programmatic dependent launch: a kernel may start while the one before it in its stream still runs. For all kernels.
 
-A kernel that is launched so loads what no earlier kernel writes (weights), then calls `gdc_wait`, and only then touches
-anything else. Every kernel of a chain must wait, whether it reads or not: the next one relies on it.
+A kernel that is launched so loads what no kernel writes that may still run (weights), then calls `gdc_wait`, and only
+then touches anything else. Every kernel of a chain must wait, whether it reads or not: the next one relies on it. A
+kernel that lets the next one start only after it has waited itself (decode attention, sums over ranks) says more: what
+was written before the kernel in front of the next one is in place. Decode attention's EARLY rests on that.
 """
 
 from __future__ import annotations

@@ -279,13 +279,11 @@ def skinny_linear(
     residual: torch.Tensor | None = None,
     norm: tuple[torch.Tensor, float] | None = None,
     output_dtype: torch.dtype | None = None,
-    only_compiles: bool = False,
 ) -> torch.Tensor:
     """x [M, K], M 1..16, rows may lie apart; weight [N, K], gated [2 N, K] -> x W^T + bias (+ residual), [M, N].
 
     gated: silu(gate) * up, the gate's rows of the weight first. norm, with "sum" alone: (weight [K], eps), x is
-    normalised on the way (RMSNorm). Everything is fp32 until the one rounding at the end. only_compiles: nothing runs,
-    and what is returned is not filled.
+    normalised on the way (RMSNorm). Everything is fp32 until the one rounding at the end.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     num_rows, num_inputs = x.shape
@@ -321,24 +319,8 @@ def skinny_linear(
         sizes = (num_rows, num_outputs, num_inputs, num_splits, part)
         arguments = (*tensors, y, workspace.partial, workspace.counters, *sizes, *strides, eps, prefetch)
         options |= {"ROWS": rows, "MOST_SPLITS": 1 if num_splits == 1 else MOST_SPLITS, "STAGES": config.num_stages}
-    if only_compiles:
-        kernel.warmup(*arguments, grid=grid, **options)
-    else:
-        kernel[grid](*arguments, **options)
+    kernel[grid](*arguments, **options)
     return y
-
-
-def skinny_gate_up(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    config: LinearConfig,
-    workspace: Workspace,
-    *,
-    norm: tuple[torch.Tensor, float] | None = None,
-) -> torch.Tensor:
-    """x [M, K], weight [2 F, K], gate first -> silu(gate) * up, [M, F]; nothing of [M, 2 F] is written."""
-    return skinny_linear(x, weight, bias, config, workspace, gated=True, norm=norm)
 
 
 def _prefetch_bytes(config: LinearConfig, weight: torch.Tensor, part: int) -> int:

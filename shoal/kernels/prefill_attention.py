@@ -53,7 +53,7 @@ def _attend(
     return sums, top, total
 
 
-@triton.jit(do_not_specialize=["window"])
+@triton.jit(do_not_specialize=["window", "table_stride"])
 def _prefill_kernel(
     query, output, keys, values, block_tables, tiles, query_stride, query_head, cache_head, table_stride, scale_log2,
     window, NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,

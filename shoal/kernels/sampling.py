@@ -294,7 +294,8 @@ def _finish(
             column = kept_column
     tl.store(values + number, score)
     # Whatever a broken model's numbers do, the next step looks this id up.
-    tl.store(token_ids + number, (first_id + tl.minimum(column, num_tokens - 1)).to(tl.int64))
+    column = tl.maximum(tl.minimum(column, num_tokens - 1), 0)
+    tl.store(token_ids + number, (first_id + column).to(tl.int64))
 
 
 @functools.cache

@@ -113,18 +113,21 @@ def choose(sizes: Sequence[int], times: Sequence[Sequence[float]]) -> tuple[int,
     times: microseconds [sizes][one-shot, two-shot, communicator]; inf: does not fit. Each is used from the smallest
     size on, as long as it is the best.
     """
-    one_shot = two_shot = 0
+    one_shot = limit = 0
     for size, (one, two, other) in zip(sizes, times, strict=True):
         if min(one, two) > other * _TOLERANCE:
             break
-        two_shot = size
-        if one <= two * _TOLERANCE and one_shot == _before(sizes, size):
+        limit = size
+        # The largest size at which it is as good: a little slower at a smaller one is noise.
+        if one <= min(two, other) * _TOLERANCE:
             one_shot = size
+    two_shot = one_shot
+    for size, (_, two, other) in zip(sizes, times, strict=True):
+        if one_shot < size <= limit:
+            if two > other * _TOLERANCE:
+                break
+            two_shot = size
     return one_shot, two_shot
-
-
-def _before(sizes: Sequence[int], size: int) -> int:
-    return max((each for each in sizes if each < size), default=0)
 
 
 def _prepare(group: GroupCoordinator) -> PeerKernels | None:
@@ -192,7 +195,7 @@ def _time(call: Callable[[], object], group: GroupCoordinator) -> float:
     call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         for _ in range(_CALLS):
             call()
     best = float("inf")

@@ -7,14 +7,11 @@ applies it. N outputs, K inputs, M rows.
 from __future__ import annotations
 
 import functools
-import time
 import weakref
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-import triton
 from triton.runtime.errors import OutOfResources
 
 from shoal import env
@@ -34,7 +31,6 @@ _DTYPES = (torch.bfloat16, torch.float16)
 _MEASURED_BYTES = 256 << 20
 _MOST_LAUNCHES = 48
 _NUM_REPLAYS = 4
-_COMPILE_THREADS = 16
 # Outputs and inputs of a program's block, warps, stages; for sums by bucket. Each is compiled once or twice for a model
 # (about 0.3 s), while splits and prefetched bytes are arguments and cost 3 ms of measuring.
 _SUMS = {
@@ -64,10 +60,6 @@ class LinearPlan:
         self.weight, self.bias = weight, bias
         self._chooser = chooser
         self._configs: dict[tuple[bool, int], LinearConfig | None] = {}
-
-    def prepare(self, *, gated: bool = False, buckets: tuple[int, ...] = BUCKETS) -> None:
-        """Measure now, where nothing is known yet. For all layers at once: `LinearChooser.prepare`."""
-        self._chooser.prepare([(self, gated)], buckets)
 
     def apply(
         self,
@@ -156,36 +148,6 @@ class LinearChooser:
         self._plans.setdefault(_shape_key(plan), weakref.WeakSet()).add(plan)
         return plan
 
-    def prepare(self, requests: Iterable[tuple[LinearPlan, bool]], buckets: tuple[int, ...] = BUCKETS) -> None:
-        """Measure now what is not known of (plan, gated): the kernels are compiled side by side before."""
-        unknown = {}
-        for plan, gated in requests:
-            for bucket in buckets:
-                key = _key(plan, gated, bucket)
-                if key not in unknown and not self._knows(key, self._candidates(plan, gated, bucket)):
-                    unknown[key] = (plan, gated, bucket)
-        if not unknown:
-            return
-        begin = time.perf_counter()
-        calls = [
-            functools.partial(self._compile, plan, gated, bucket, config)
-            for plan, gated, bucket in unknown.values()
-            for config in self._candidates(plan, gated, bucket)
-        ]
-        if self.device.type == "cuda":
-            with ThreadPoolExecutor(_COMPILE_THREADS) as pool, triton.AsyncCompileMode(pool):
-                for call in calls:
-                    call()
-        compiled = time.perf_counter()
-        for plan, gated, bucket in unknown.values():
-            self.choose(plan, gated, bucket)
-        _logger.info(
-            "measured %d products of linear layers: %.1f s, %.1f s of them compiling",
-            len(unknown),
-            time.perf_counter() - begin,
-            compiled - begin,
-        )
-
     def choose(self, plan: LinearPlan, gated: bool, bucket: int) -> tuple[LinearConfig | None, bool]:
         """(the config, or None for the library; whether that is measured and final)."""
         key, candidates = _key(plan, gated, bucket), self._candidates(plan, gated, bucket)
@@ -220,10 +182,6 @@ class LinearChooser:
     def _candidates(self, plan: LinearPlan, gated: bool, bucket: int) -> list[LinearConfig]:
         rows, inputs = plan.weight.shape
         return candidates_for(bucket, rows, inputs, gated, _num_multiprocessors(self.device))
-
-    def _compile(self, plan: LinearPlan, gated: bool, bucket: int, config: LinearConfig) -> None:
-        x = torch.empty(bucket, plan.weight.shape[1], dtype=plan.weight.dtype, device=self.device)
-        skinny_linear(x, plan.weight, plan.bias, config, self.workspace, gated=gated, only_compiles=True)
 
 
 @functools.cache

@@ -119,7 +119,7 @@ class _BestTokens:
 
     def __init__(self, num_rows: int, vocabulary: VocabularySlice, device: torch.device) -> None:
         self._vocabulary = vocabulary
-        self._token_ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+        self._token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         # Of equal values the first rank's counts: so it does for tokens that are known already.
         self._values = torch.zeros(num_rows, dtype=torch.float32, device=device)
 

@@ -9,6 +9,7 @@ R rows of a step, S rows of the graph that serves it, H hidden size, W width of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import time
@@ -129,8 +130,11 @@ class DecodeGraphs:
         graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             output = compute(size)
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # what went wrong before says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
         return _Graph(graph, output)
 
     # --- steps -------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from shoal.worker.stage import PipelineStage
 _PROMPT_LOGITS_ROWS = 256
 # Workspaces of kernels and of cuBLAS on the stream of the capture, and the graphs themselves.
 _GRAPH_OVERHEAD_BYTES = 256 << 20
+_BYTES_A_GRAPH = 1 << 20
 
 
 @dataclasses.dataclass(slots=True)
@@ -329,9 +330,14 @@ class ModelRunner:
         """About what `capture` will take: activations and logits of its largest step, and what kernels share."""
         if not self._captures:
             return 0
-        model, dims = self.config.model, self.stage_dims
+        config, model, dims = self.config, self.config.model, self.stage_dims
         widest = (2 * model.intermediate_size + model.vocab_size) // dims.tensor_size + 8 * model.hidden_size
-        return self.config.max_num_seqs * widest * 4 + _GRAPH_OVERHEAD_BYTES
+        kv_heads = dims.kv_head_slice(model.num_kv_heads)
+        scratch = self.backend.scratch_bytes(
+            model.num_heads // dims.tensor_size, kv_heads.stop - kv_heads.start, model.head_dim, config.max_model_len
+        )
+        num_graphs = 2 * len(graph_sizes(config.max_num_seqs))
+        return config.max_num_seqs * widest * 4 + scratch + num_graphs * _BYTES_A_GRAPH + _GRAPH_OVERHEAD_BYTES
 
     def capture(self, on_progress: Callable[[int, int], None] | None = None, local_size: int = 1) -> float:
         """Capture decode steps as graphs, where this device and backend can. Returns seconds."""

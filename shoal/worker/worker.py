@@ -15,6 +15,7 @@ from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import balance_layers
 from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
 from shoal.kernels.compile_ahead import compile_ahead
+from shoal.kernels.disk_cache import find_compiler_cache
 from shoal.kernels.small_reducer import attach_small_reducer
 from shoal.layers.context import BuildContext
 from shoal.log import get_logger
@@ -35,7 +36,7 @@ from shoal.worker.model_runner import ModelRunner
 
 logger = get_logger(__name__)
 
-_WARM_UP_TOKENS = (1, 64)
+_WARM_UP_TOKENS = (1, 2, 4, 8, 16, 64)
 OnProgress = Callable[[StartupProgress], None]
 
 
@@ -83,6 +84,7 @@ class Worker:
             share_cores(self._local_size)
         else:
             torch.cuda.set_device(device)
+            find_compiler_cache()
             facts["all_reduce"] = attach_small_reducer(self.groups.tensor)
         on_progress(StartupProgress("load weights"))
         model, context = self._build(device)
@@ -155,7 +157,7 @@ class Worker:
         self.runner.set_kv_caches(self._make_kv_caches(num_blocks))
         on_progress(StartupProgress("warm up"))
         self.groups.status.update(phase="capture")
-        # A decode outside of graphs, and a short prompt.
+        # What a step outside of graphs needs: each size that chooses its kernels by itself, and a short prompt.
         with compile_ahead(self._local_size):
             for num_tokens in _WARM_UP_TOKENS:
                 self.runner.warm_up(num_tokens)

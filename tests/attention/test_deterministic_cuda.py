@@ -14,6 +14,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 from shoal.attention.base import AttentionMetadata, DeviceRows, HeadTransform  # noqa: E402
 from shoal.attention.deterministic_cuda import DeterministicCudaAttention  # noqa: E402
 from shoal.attention.reference import ReferenceAttention  # noqa: E402
+from shoal.kernels.fixed_attention import SPLIT  # noqa: E402
 from tests.attention.test_backends import STEPS, make_step  # noqa: E402
 from tests.attention.test_triton_paged import compare, fill_caches, on_device  # noqa: E402
 
@@ -113,3 +114,15 @@ def test_same_bits_in_any_pieces_and_company(
     )
     part = attend(own.flatten(1).contiguous(), group, 1, pieces, window)
     assert torch.equal(part, whole.view(LENGTH, num_heads, head_dim)[:, last * group :].flatten(1))
+
+
+def test_scratch_memory_is_enough_for_every_number_of_sequences() -> None:
+    """What `fixed_decode` asks for, by what its launch does: nothing once each sequence is walked by one program."""
+    for num_heads, num_kv_heads, head_dim, context in ((32, 8, 128, 131072), (8, 1, 80, 5000), (4, 4, 64, 300)):
+        most = DeterministicCudaAttention().scratch_bytes(num_heads, num_kv_heads, head_dim, context)
+        max_splits, padded = -(-context // SPLIT), 128 if head_dim > 64 else 64
+        for num_sequences in range(1, 300):
+            num_pairs = num_sequences * num_kv_heads
+            if min(max_splits, 264 // num_pairs) > 1:
+                num_rows = num_pairs * max_splits * num_heads // num_kv_heads
+                assert 4 * num_rows * (padded + 2) <= most

@@ -67,6 +67,11 @@ def test_equals_the_reference(case: str, heads: tuple[int, int, int], window: in
     check_forward(make_step(*STEPS[case], heads, 16, torch.float32), window)
 
 
+def test_many_query_heads_for_one_kv_head() -> None:
+    """More than the matrix units take at once."""
+    check_forward(make_step([1, 4, 1], [30, 20, 200], (40, 2, 32), 16, torch.float32), None)
+
+
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize(("head_dim", "block_size"), [(96, 8), (128, 64), (256, 256), (128, 16)])
 def test_types_and_sizes(dtype: torch.dtype, head_dim: int, block_size: int) -> None:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from shoal.kernels.linear import LinearConfig, Workspace, skinny_gate_up, skinny_linear
+from shoal.kernels.linear import LinearConfig, Workspace, skinny_linear
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies no matrices of bf16.
@@ -96,6 +96,6 @@ def test_rows_of_a_masked_tile_do_not_touch_each_other(workspace):
 def test_gate_up_is_the_gated_product(workspace):
     x = _random(1, 128, dtype=torch.bfloat16)
     weight = _random(40, 128, dtype=torch.bfloat16) / 8
-    y = skinny_gate_up(x, weight, None, SUM, workspace)
+    y = skinny_linear(x, weight, None, SUM, workspace, gated=True)
     assert y.shape == (1, 20)
     torch.testing.assert_close(y.float(), _expected(x, weight, gated=True), rtol=8e-3, atol=1e-3)

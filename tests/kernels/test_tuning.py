@@ -113,18 +113,16 @@ def test_plans_need_two_bytes_a_weight_and_aligned_rows():
 def test_choices_outlive_the_process(few_multiprocessors, tmp_path):
     weight = _weight()
     first = _timer(2, 1, weight)
-    LinearChooser(DEVICE, ChoiceCache(tmp_path, ENVIRONMENT), first).plan(weight).prepare(buckets=(1,))
+    LinearChooser(DEVICE, ChoiceCache(tmp_path, ENVIRONMENT), first).plan(weight)._config(1, False)
     assert first.num_choices == 1
     second = _timer(0, 1, weight)
     plan = LinearChooser(DEVICE, ChoiceCache(tmp_path, ENVIRONMENT), second).plan(weight)
-    plan.prepare(buckets=(1,))
+    plan._config(1, False)
     assert second.num_calls == 0
     assert plan._config(1, False) == candidates_for(1, *weight.shape, False, 4)[1]
     # Another GPU or version has a file of its own.
     other = _timer(0, 1, weight)
-    LinearChooser(DEVICE, ChoiceCache(tmp_path, {**ENVIRONMENT, "torch": "2.12"}), other).plan(weight).prepare(
-        buckets=(1,)
-    )
+    LinearChooser(DEVICE, ChoiceCache(tmp_path, {**ENVIRONMENT, "torch": "2.12"}), other).plan(weight)._config(1, False)
     assert other.num_choices == 1 and len(list(tmp_path.iterdir())) == 2
 
 
@@ -134,7 +132,7 @@ def test_a_kept_choice_that_is_no_candidate_is_measured_again(few_multiprocessor
     cache = ChoiceCache(tmp_path, ENVIRONMENT)
     cache.put("64x256 float16 rows=1", kept)
     timer = _timer(0, 1, weight)
-    LinearChooser(DEVICE, cache, timer).plan(weight).prepare(buckets=(1,))
+    LinearChooser(DEVICE, cache, timer).plan(weight)._config(1, False)
     assert timer.num_choices == 1 and cache.get("64x256 float16 rows=1")[0] == "library"
 
 
