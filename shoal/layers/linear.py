@@ -42,6 +42,7 @@ class Linear(nn.Module):
         columns: slice | None = None,
         num_input_shards: int = 1,
         is_summand: bool = False,
+        is_replicated: bool = False,
     ) -> None:
         super().__init__()
         self.deterministic = context.deterministic
@@ -58,6 +59,7 @@ class Linear(nn.Module):
                 deterministic=context.deterministic,
                 num_input_shards=num_input_shards,
                 is_summand=is_summand,
+                is_replicated=is_replicated,
             )
         )
 
@@ -107,7 +109,8 @@ class ReplicatedLinear(Linear):
 
     def __init__(self, context: BuildContext, name: str, in_features: int, out_features: int, *, bias: bool) -> None:
         part = Part(name, out_features, slice(0, out_features))
-        super().__init__(context, in_features=in_features, parts=[part], bias=bias)
+        several = context.parallel.tensor_size > 1
+        super().__init__(context, in_features=in_features, parts=[part], bias=bias, is_replicated=several)
 
 
 class ColumnLinear(Linear):

@@ -19,6 +19,7 @@ class LinearSpec:
     inputs are cut into that many pieces on this rank, whose products are summed in a fixed tree.
     is_summand: other ranks have the rest of the inputs, and whoever calls `apply` sums what they return: it is fp32 in
     deterministic mode, so that nothing is rounded before the sum. Such a layer has no bias of its own.
+    is_replicated: other ranks hold the same weight and must get the same bits, so none chooses a kernel by itself.
     """
 
     in_features: int
@@ -29,6 +30,7 @@ class LinearSpec:
     deterministic: bool = False
     num_input_shards: int = 1
     is_summand: bool = False
+    is_replicated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ class UnquantizedLinear(LinearMethod):
 
     def process_after_load(self) -> None:
         # What chooses by the number of rows between the kernels for few of them and cuBLAS.
-        self._plan = _plan(self.weight, self.bias)
+        self._plan = None if self.spec.is_replicated else _plan(self.weight, self.bias)
         self._multiply = self._plan.apply if self._plan is not None else _product(self.weight, self.bias)
         self.fused_rows = 0 if self._plan is None or self.spec.is_summand else self._plan.fused_rows
         del self.weight
