@@ -204,7 +204,7 @@ def judge(
     if distances:
         distance = torch.cat(distances)
         verdict.distance, verdict.worst_distance = _size(distance), float(distance.abs().max())
-        most = max(LOGPROB_TOLERANCE, _NOISE_TIMES * verdict.noise, 1.5 * verdict.worst_noise)
+        most = max(LOGPROB_TOLERANCE, _NOISE_TIMES * verdict.noise)
         if not verdict.worst_distance <= most:  # "not": NaN is too far
             verdict.failures.append(f"a log-probability {verdict.worst_distance:.3f} away; {most:.3f} is allowed")
         if not verdict.distance <= 1.5 * verdict.noise + 1e-3:

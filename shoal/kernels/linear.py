@@ -193,7 +193,7 @@ def _load(pointer, k, K, WHOLE_K: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "prefetch_bytes", "num_splits"])
 def _dot_kernel(
     x, weight, bias, residual, y, partial, counters,
-    M, N, K, num_splits, split_size, x_stride, w_stride, y_stride, residual_stride, eps, prefetch_bytes,
+    M, N, K, num_splits, split_size, x_stride, w_stride, y_stride, residual_stride, prefetch_bytes,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, MOST_SPLITS: tl.constexpr, STAGES: tl.constexpr,
     WHOLE_K: tl.constexpr, GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     DEPENDENT: tl.constexpr, THREADS: tl.constexpr,
@@ -317,7 +317,7 @@ def skinny_linear(
         assert norm is None and (num_splits == 1 or Workspace.holds(num_splits, rows, weight.shape[0], num_tiles))
         kernel, grid = _dot_kernel, (num_tiles, num_splits)
         sizes = (num_rows, num_outputs, num_inputs, num_splits, part)
-        arguments = (*tensors, y, workspace.partial, workspace.counters, *sizes, *strides, eps, prefetch)
+        arguments = (*tensors, y, workspace.partial, workspace.counters, *sizes, *strides, prefetch)
         options |= {"ROWS": rows, "MOST_SPLITS": 1 if num_splits == 1 else MOST_SPLITS, "STAGES": config.num_stages}
     kernel[grid](*arguments, **options)
     return y

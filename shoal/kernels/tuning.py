@@ -67,14 +67,13 @@ class LinearPlan:
         *,
         residual: torch.Tensor | None = None,
         norm: Norm | None = None,
-        output_dtype: torch.dtype | None = None,
     ) -> torch.Tensor:
         """x [T, K] -> norm(x) W^T + bias + residual, [T, N]. norm: (weight [K], eps) of an RMSNorm of x."""
-        return self._apply(x, False, residual, norm, output_dtype)
+        return self._apply(x, False, residual, norm)
 
     def apply_gated(self, x: torch.Tensor, *, norm: Norm | None = None) -> torch.Tensor:
         """x [T, K], weight of N = 2 F rows, the gate's first -> silu(gate) * up, [T, F]."""
-        return self._apply(x, True, None, norm, None)
+        return self._apply(x, True, None, norm)
 
     def _apply(
         self,
@@ -82,18 +81,17 @@ class LinearPlan:
         gated: bool,
         residual: torch.Tensor | None,
         norm: Norm | None,
-        output_dtype: torch.dtype | None,
     ) -> torch.Tensor:
         num_rows = x.shape[0]
         if is_compiling_ahead() and 0 < num_rows <= MAX_ROWS:
             for candidate in self._chooser.possible(self, gated, num_rows):
-                self._run(x, candidate, gated, residual, norm, output_dtype)
-                self._run(x, candidate, gated, None, None, None)  # as it is measured
-            return _library(x, self.weight, self.bias, gated, residual, norm, output_dtype)
+                self._run(x, candidate, gated, residual, norm)
+                self._run(x, candidate, gated, None, None)  # as it is measured
+            return _library(x, self.weight, self.bias, gated, residual, norm)
         config = self._config(num_rows, gated) if 0 < num_rows <= MAX_ROWS else None
         if config is None:
-            return _library(x, self.weight, self.bias, gated, residual, norm, output_dtype)
-        return self._run(x, config, gated, residual, norm, output_dtype)
+            return _library(x, self.weight, self.bias, gated, residual, norm)
+        return self._run(x, config, gated, residual, norm)
 
     def _run(
         self,
@@ -102,7 +100,6 @@ class LinearPlan:
         gated: bool,
         residual: torch.Tensor | None,
         norm: Norm | None,
-        output_dtype: torch.dtype | None,
     ) -> torch.Tensor:
         if norm is not None and config.kind != "sum":
             x, norm = rms_norm(x, *norm), None
@@ -115,7 +112,6 @@ class LinearPlan:
             gated=gated,
             residual=residual,
             norm=norm,
-            output_dtype=output_dtype,
         )
 
     def _config(self, num_rows: int, gated: bool) -> LinearConfig | None:
@@ -242,7 +238,7 @@ def fastest(
         def run() -> None:
             for plan in plans[:count] * passes:
                 if config is None:
-                    _library(x, plan.weight, plan.bias, gated, None, None, None)
+                    _library(x, plan.weight, plan.bias, gated, None, None)
                 else:
                     skinny_linear(x, plan.weight, plan.bias, config, workspace, gated=gated)
 
@@ -297,7 +293,6 @@ def _library(
     gated: bool,
     residual: torch.Tensor | None,
     norm: Norm | None,
-    output_dtype: torch.dtype | None,
 ) -> torch.Tensor:
     """The same by cuBLAS and the kernels around it."""
     if norm is not None:
@@ -307,7 +302,7 @@ def _library(
         product = silu_and_mul(product)
     if residual is not None:
         product = product + residual
-    return product if output_dtype is None else product.to(output_dtype)
+    return product
 
 
 def _is_capturing() -> bool:

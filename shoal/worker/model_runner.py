@@ -81,7 +81,7 @@ class ModelRunner:
         self.backend = backend
         self.device = device
         self._status = groups.status
-        self.stage_dims = groups.dims
+        self._dims = groups.dims
         # Nobody asks a rank alone what it waits for.
         self.hooks = hooks if groups.world.world_size == 1 else LayerStatus(groups.status, hooks)
         # A connector's hooks act between layers, which a graph knows nothing of.
@@ -330,7 +330,7 @@ class ModelRunner:
         """About what `capture` will take: activations and logits of its largest step, and what kernels share."""
         if not self._captures:
             return 0
-        config, model, dims = self.config, self.config.model, self.stage_dims
+        config, model, dims = self.config, self.config.model, self._dims
         widest = (2 * model.intermediate_size + model.vocab_size) // dims.tensor_size + 8 * model.hidden_size
         kv_heads = dims.kv_head_slice(model.num_kv_heads)
         scratch = self.backend.scratch_bytes(
