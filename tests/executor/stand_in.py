@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -84,6 +85,8 @@ class StandIn:
         self.status.update(step=batch.step_id, phase="forward")
         if "fails" in self.behaviour and batch.step_id == 3:
             raise RuntimeError("the device is on fire")
+        if "stops" in self.behaviour and batch.step_id == 3:  # before it meets the others, not just at any moment
+            os.kill(os.getpid(), signal.SIGSTOP)
         self.batches[batch.step_id] = batch
 
     def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None) -> Callable[[], BatchResult]:

@@ -76,11 +76,9 @@ async def test_a_killed_worker_is_named(tmp_path, busy):
 
 
 async def test_a_stopped_worker_is_named(tmp_path):
-    client = make_client(tmp_path, step_timeout=1.0)
+    client = make_client(tmp_path, "stops@1", step_timeout=1.0)
     await client.start()
     await client.send(request())
-    await client.receive()
-    os.kill(pids(tmp_path)[1], signal.SIGSTOP)
     text = await next_death(client)
     assert "--step-timeout" in text and "is stopped" in text and "rank 1 never entered it" in text
     await all_gone(tmp_path, client)
