@@ -1,11 +1,11 @@
 """/internal/v1/continue: how a router has a request answered, and answered further by another server. Version 1.
 
-The router sends a ContinueRequest, the answer is a stream of frames. A frame is four bytes of length (big-endian) and an
-InternalEvent in MessagePack. The server renders what the client is to get (`data`); the router passes it on as it is, and
-keeps what the next server needs to go on from there. A frame counts as delivered when the router has read all of it.
+The router sends a ContinueRequest, the answer is a stream of frames. A frame is four bytes of length (big-endian) and
+an InternalEvent in MessagePack. The server renders what the client is to get (`data`); the router passes it on as it
+is, and keeps what the next server needs to go on from there. A frame counts as delivered when all of it was read.
 
-An answer that is not 200 is an ordinary one: OpenAI's error object, and no frame. A stream that ends without Finished or
-Failed was cut off.
+An answer that is not 200 is an ordinary one: OpenAI's error object, and no frame. A stream that ends without Finished
+or Failed was cut off.
 """
 
 from __future__ import annotations
