@@ -18,11 +18,13 @@ class DeviceRows:
     """S sequences with one new token each, in tensors that a CUDA graph reads anew at each replay.
 
     table_rows [S]: int32, each sequence's row of `block_tables`. seq_lens [S]: int32, at least 1. Rows that pad the
-    graph's size have a table of null blocks and length 1.
+    graph's size have a table of null blocks and length 1. are_tokens: rows may be tokens of one sequence, any number of
+    them: each sees what the others before it bring in this step.
     """
 
     table_rows: torch.Tensor
     seq_lens: torch.Tensor
+    are_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ class _Plan:
     decodes: DecodeRows | None
     prefills: np.ndarray | None
     tiles: dict[tuple[int, bytes], torch.Tensor]
+    # Whether several of `decodes` may be tokens of one sequence: all keys must be written before any is read.
+    are_tokens: bool = False
     # Whether a layer of this step has attended: from then on lengths, tables and caches are known to be in place while
     # the kernel in front of an attention kernel still runs.
     has_begun: bool = False
@@ -55,7 +57,8 @@ class TritonPagedAttention(AttentionBackend):
         if self._workspace is None:
             self._workspace, self._fresh = DecodeWorkspace(device), FreshPrompts(device)
         if (rows := metadata.device_rows) is not None:
-            metadata.plan = _Plan(DecodeRows(metadata.block_tables, rows.table_rows, rows.seq_lens), None, {})
+            own = DecodeRows(metadata.block_tables, rows.table_rows, rows.seq_lens)
+            metadata.plan = _Plan(own, None, {}, rows.are_tokens)
             return
         num_new, seq_lens = np.array(metadata.query_lens), np.array(metadata.seq_lens)
         sequences = np.stack([np.arange(len(num_new)), np.cumsum(num_new) - num_new, num_new, seq_lens])
@@ -122,9 +125,15 @@ class TritonPagedAttention(AttentionBackend):
             self._prefill(query, key, value, kv_cache, output, metadata, scale, sliding_window, transform)
         if plan.decodes is not None:
             assert self._workspace is not None
+            early = plan.has_begun and plan.prefills is None and not plan.are_tokens
+            if plan.are_tokens:
+                query, key = transform_and_write(
+                    query, key, value, kv_cache, metadata.slot_mapping, keep_keys=True, **transform
+                )
+                transform = {}
             decode_attention(
                 query, key, value, kv_cache, output, plan.decodes, self._workspace,
-                scale=scale, sliding_window=sliding_window, early=plan.has_begun and plan.prefills is None, **transform,
+                scale=scale, sliding_window=sliding_window, early=early, **transform,
             )  # fmt: skip
             plan.has_begun = True
         return output

@@ -1,7 +1,9 @@
-"""DecodeGraphs: steps of one token a request as CUDA graphs, one for each of a set of sizes. Owned by the model runner.
+"""StepGraphs: steps as CUDA graphs, one for each of a set of sizes. Owned by the model runner.
 
-A step is padded to the next larger size. What changes between steps comes in one upload (`InputBatch.decode_rows`); the
-forward pass and the choice of tokens are a graph each, since requests that ask for more than a draw choose without one.
+A step of one token a request is a row a request (`InputBatch.decode_rows`). A small step with prompts in it is a row a
+token (`token_rows`), so that a short prompt does not wait for Python to launch each kernel. It is padded to the next
+larger size. What changes between steps comes in one upload; the forward pass and the choice of tokens are a graph each,
+since requests that ask for more than a draw choose without one, and so do steps with prompts.
 All graphs share one pool of memory: only what is kept here outlives the next replay of another graph.
 
 R rows of a step, S rows of the graph that serves it, H hidden size, W width of this rank's slice of the vocabulary.
@@ -21,10 +23,16 @@ import torch
 from shoal.attention.base import AttentionMetadata, DeviceRows
 from shoal.kernels.compile_ahead import compile_ahead
 from shoal.models.base import CausalLM
-from shoal.worker.input_batch import ROW_WIDTH, DecodeRows, InputBatch
+from shoal.worker.input_batch import ROW_WIDTH, DecodeRows, InputBatch, TokenRows
 
 # Above, kernels are chosen by nothing but whether sixteen divides the number of rows.
 _MOST_COMPILED = 48
+
+# Rows of steps with prompts. Larger ones keep the device busy for longer than their launches take.
+_TOKEN_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+# Positions that the tokens of such a step see together: each token reads its context for itself, and 131,000 positions,
+# 512 tokens from the start of a prompt, are about 3 ms of reading in an 8B model on an H100 (estimated).
+MOST_CONTEXT = 1 << 17
 
 _Compute = Callable[[int], torch.Tensor]
 # Token ids int64 [S] of logits [S, W]; temperatures, min_ps fp32 [S], row_keys int32 [S].
@@ -37,6 +45,11 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
 
 
+def token_graph_sizes(max_num_batched_tokens: int) -> list[int]:
+    """Sizes of steps with prompts: 16 to 512, and no more than a step may have."""
+    return [size for size in _TOKEN_SIZES if size <= max_num_batched_tokens]
+
+
 @dataclasses.dataclass(slots=True)
 class _Graph:
     """A captured computation and what it returns. graph: None runs it anew each time (for tests without a GPU)."""
@@ -45,8 +58,8 @@ class _Graph:
     output: torch.Tensor
 
 
-class DecodeGraphs:
-    """`capture` once, then `forward` and `choose` for each step, in this order."""
+class StepGraphs:
+    """`capture` once, then for each step `forward` and `choose`, in this order, or `forward_tokens`."""
 
     def __init__(
         self,
@@ -57,14 +70,15 @@ class DecodeGraphs:
         choose: Choose | None,
         *,
         sizes: list[int],
+        token_sizes: list[int],
         hidden_size: int,
         dtype: torch.dtype,
     ) -> None:
         """prepare: the attention backend's. choose: None before the last pipeline stage."""
-        self.sizes = sizes
+        self.sizes, self.token_sizes = sizes, token_sizes
         self._model, self._batch, self._kv_caches = model, batch, kv_caches
         self._prepare, self._choose = prepare, choose
-        device, most = batch.device, sizes[-1]
+        device, most = batch.device, max(sizes + token_sizes)
         self._packed = torch.zeros((most, ROW_WIDTH), dtype=torch.int32, device=device)
         self._rows = {
             name: torch.zeros(most, dtype=kind, device=device)
@@ -79,14 +93,20 @@ class DecodeGraphs:
         if not model.is_first_stage:
             self._hidden_in = torch.zeros((most, hidden_size), dtype=dtype, device=device)
         self._forward: dict[int, _Graph] = {}
+        self._forward_tokens: dict[int, _Graph] = {}
         self._choice: dict[int, _Graph] = {}
         self._padding = batch.padding_rows(most)
         self._unpack = _find_unpack(device)
 
     @property
     def largest(self) -> int:
-        """Rows of the largest step that they serve."""
+        """Rows of the largest step of one token a request that they serve."""
         return self.sizes[-1]
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of the largest step with prompts that they serve; 0: none."""
+        return max(self.token_sizes, default=0)
 
     # --- the start ---------------------------------------------------------------------------------------------
 
@@ -103,12 +123,17 @@ class DecodeGraphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             self._compile(local_size)
+            num_graphs = len(self.sizes) + len(self.token_sizes)
+            for index, size in enumerate(reversed(self.token_sizes)):
+                self._forward_tokens[size] = self._capture_one(self._compute_tokens, size, pool)
+                if on_progress is not None:
+                    on_progress(index + 1, num_graphs)
             for index, size in enumerate(reversed(self.sizes)):
                 self._forward[size] = self._capture_one(self._compute_forward, size, pool)
                 if self._choose is not None:
                     self._choice[size] = self._capture_one(self._compute_choice, size, pool)
                 if on_progress is not None:
-                    on_progress(index + 1, len(self.sizes))
+                    on_progress(len(self.token_sizes) + index + 1, num_graphs)
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         return time.monotonic() - started
@@ -121,6 +146,8 @@ class DecodeGraphs:
                     self._forward[size] = _Graph(None, self._compute_forward(size))
                     if self._choose is not None:
                         self._compute_choice(size)
+            for size in {self.token_sizes[0], self.token_sizes[-1]} if self.token_sizes else ():
+                self._compute_tokens(size)
         self._batch.last_token.zero_()  # what was chosen there is no token
 
     def _capture_one(self, compute: _Compute, size: int, pool: tuple[int, int]) -> _Graph:
@@ -141,27 +168,31 @@ class DecodeGraphs:
 
     def forward(self, rows: DecodeRows, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """Start the forward pass; hidden [R, H] of the stage before. Returns [R, H], valid until the next replay."""
-        num_rows = len(rows.slots)
-        size = self._size_for(num_rows)
-        packed = np.concatenate([rows.packed, self._padding[: size - num_rows]])
-        host = torch.from_numpy(packed)
+        size = _size_for(len(rows.packed), self.sizes)
+        self._upload(rows.packed, size, hidden)
+        return self._replay(self._forward, self._compute_forward, size)[: len(rows.packed)]
+
+    def forward_tokens(self, rows: TokenRows, hidden: torch.Tensor | None = None) -> torch.Tensor:
+        """The same for a row a token: hidden and what is returned [T, H]."""
+        size = _size_for(rows.num_tokens, self.token_sizes)
+        self._upload(rows.packed, size, hidden)
+        return self._replay(self._forward_tokens, self._compute_tokens, size)[: rows.num_tokens]
+
+    def _upload(self, packed: np.ndarray, size: int, hidden: torch.Tensor | None) -> None:
+        host = torch.from_numpy(np.concatenate([packed, self._padding[: size - len(packed)]]))
         if self._packed.is_cuda:
             host = host.pin_memory()
         self._packed[:size].copy_(host, non_blocking=True)
         if hidden is not None:
             assert self._hidden_in is not None
-            self._hidden_in[:num_rows].copy_(hidden)
-        return self._replay(self._forward, self._compute_forward, size)[:num_rows]
+            self._hidden_in[: len(packed)].copy_(hidden)
 
     def choose(self, num_rows: int) -> torch.Tensor:
         """Choose and store the tokens of the rows that `forward` computed last: greedy, or drawn as the rows say.
 
         Returns int64 [R], valid until the next replay.
         """
-        return self._replay(self._choice, self._compute_choice, self._size_for(num_rows))[:num_rows]
-
-    def _size_for(self, num_rows: int) -> int:
-        return next(size for size in self.sizes if size >= num_rows)
+        return self._replay(self._choice, self._compute_choice, _size_for(num_rows, self.sizes))[:num_rows]
 
     def _replay(self, graphs: dict[int, _Graph], compute: _Compute, size: int) -> torch.Tensor:
         found = graphs.get(size)
@@ -171,7 +202,10 @@ class DecodeGraphs:
         found.graph.replay()
         return found.output
 
-    def _compute_forward(self, size: int) -> torch.Tensor:
+    def _compute_tokens(self, size: int) -> torch.Tensor:
+        return self._compute_forward(size, are_tokens=True)
+
+    def _compute_forward(self, size: int, are_tokens: bool = False) -> torch.Tensor:
         batch = self._batch
         assert batch.device_table is not None
         rows = {name: tensor[:size] for name, tensor in self._rows.items()}
@@ -182,7 +216,7 @@ class DecodeGraphs:
             block_tables=batch.device_table,
             slot_mapping=rows["slot_mapping"],
             block_size=batch.block_size,
-            device_rows=DeviceRows(rows["table_rows"], rows["seq_lens"]),
+            device_rows=DeviceRows(rows["table_rows"], rows["seq_lens"], are_tokens),
         )
         self._prepare(metadata)
         hidden = None if self._hidden_in is None else self._hidden_in[:size]
@@ -196,6 +230,10 @@ class DecodeGraphs:
         if self._model.is_first_stage:
             self._batch.store_sampled(rows["slots"], token_ids)
         return token_ids
+
+
+def _size_for(num_rows: int, sizes: list[int]) -> int:
+    return next(size for size in sizes if size >= num_rows)
 
 
 def _find_unpack(device: torch.device) -> Callable[..., None]:

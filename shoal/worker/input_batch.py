@@ -78,6 +78,27 @@ class DecodeRows:
         self.packed[:, _SAMPLING] = parameters
 
 
+@dataclasses.dataclass(slots=True)
+class TokenRows:
+    """A step as rows for a graph, one for each of its T tokens. packed [T, ROW_WIDTH]: as in DecodeRows.
+
+    reading_slots: slots that read the token they sampled last. sample_slots, sample_ends: of the requests that sample,
+    and the positions of their next tokens; last_rows [len(sample_slots)]: their last tokens' rows, int64.
+    """
+
+    step_id: int
+    generation: int
+    reading_slots: np.ndarray
+    sample_slots: np.ndarray
+    sample_ends: np.ndarray
+    last_rows: torch.Tensor
+    packed: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.packed)
+
+
 class InputBatch:
     """Per-slot state: ids that the host gave, the block table, and on the device the token sampled last.
 
@@ -196,6 +217,38 @@ class InputBatch:
                     packed[row_of_slot[slot], _UPDATE] = slot * width + first, blocks[0]
             self._upload_blocks([each for each in taken if len(each[2]) > 1])
         return DecodeRows(batch.step_id, batch.generation, slots, starts + 1, packed)
+
+    def token_rows(self, batch: ScheduledBatch, most_tokens: int, most_context: int) -> TokenRows | None:
+        """The step as a row a token, its new blocks entered. None where there is no table on the device, for a step of
+        more tokens, or one whose tokens see more than `most_context` positions together."""
+        num_tokens = sum(item.num_new_tokens for item in batch.work)
+        if self.device_table is None or num_tokens > most_tokens:
+            return None
+        counts = np.array([item.num_new_tokens for item in batch.work], _INT)
+        starts = np.array([item.num_computed_tokens for item in batch.work], _INT)
+        ends = np.cumsum(counts)
+        row_of_token = np.repeat(np.arange(len(counts)), counts)
+        positions = np.arange(num_tokens) - (ends - counts - starts)[row_of_token]
+        if int(positions.sum()) + num_tokens > most_context:
+            return None
+        slots = np.array([item.slot for item in batch.work], _INT)
+        packed = self.padding_rows(num_tokens)
+        packed[:, _SLOT], packed[:, _POSITION] = slots[row_of_token], positions
+        for row in np.flatnonzero(starts < self._num_given[slots]):
+            given = self._given_ids[slots[row]][starts[row] : starts[row] + counts[row]]
+            first = ends[row] - counts[row]
+            packed[first : first + len(given), _TOKEN] = given
+        self._upload_blocks(self._take_blocks(batch))
+        samples = np.flatnonzero(np.array([item.sample for item in batch.work]))
+        return TokenRows(
+            step_id=batch.step_id,
+            generation=batch.generation,
+            reading_slots=slots[starts + counts > self._num_given[slots]],
+            sample_slots=slots[samples],
+            sample_ends=(starts + counts)[samples],
+            last_rows=self._to_device(ends[samples] - 1),
+            packed=packed,
+        )
 
     def padding_rows(self, count: int) -> np.ndarray:
         """Rows [count, ROW_WIDTH] that write to the null block and store their token where nobody reads it."""

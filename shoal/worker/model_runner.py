@@ -25,8 +25,8 @@ from shoal.sampling.sampler import SampledTokens, Sampler
 from shoal.sampling.state import SamplingState
 from shoal.types.outputs import TokenLogprobs
 from shoal.worker.clock import BUSY, MESSAGES, StageClock
-from shoal.worker.graphs import DecodeGraphs, graph_sizes
-from shoal.worker.input_batch import DecodeRows, InputBatch, StepInputs
+from shoal.worker.graphs import MOST_CONTEXT, StepGraphs, graph_sizes, token_graph_sizes
+from shoal.worker.input_batch import DecodeRows, InputBatch, StepInputs, TokenRows
 from shoal.worker.layer_status import LayerStatus
 from shoal.worker.stage import PipelineStage
 
@@ -42,7 +42,8 @@ class _Executed:
     """A step whose forward pass is under way: what sampling it needs.
 
     slots, ends: of the rows that sample, and the positions of their next tokens. hidden [T or R, H]: None before the
-    last stage. inputs: of a step that ran without a graph. by_graph: its tokens can be chosen by one too.
+    last stage. last_rows: where in `hidden` their last tokens are; None: row for row. inputs: of a step that ran
+    without a graph. by_graph: its tokens can be chosen by one too.
     """
 
     step_id: int
@@ -50,6 +51,7 @@ class _Executed:
     slots: list[int]
     ends: list[int]
     hidden: torch.Tensor | None
+    last_rows: torch.Tensor | None = None
     inputs: StepInputs | None = None
     by_graph: bool = False
 
@@ -86,7 +88,7 @@ class ModelRunner:
         self.hooks = hooks if groups.world.world_size == 1 else LayerStatus(groups.status, hooks)
         # A connector's hooks act between layers, which a graph knows nothing of.
         self._captures = device.type == "cuda" and not config.enforce_eager and backend.follows_device and hooks is None
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         self.batch = InputBatch(
             config.max_num_seqs,
             config.max_model_len,
@@ -121,10 +123,7 @@ class ModelRunner:
         self.clock.begin_step()
         self.clock.enter(BUSY)
         self._change_slots(batch)
-        rows = None
-        if self.graphs is not None and len(batch.work) <= self.graphs.largest:
-            rows = self.batch.decode_rows(batch)
-        self._executed[batch.step_id] = self._run_eagerly(batch) if rows is None else self._run_by_graph(batch, rows)
+        self._executed[batch.step_id] = self._run_by_graph(batch) or self._run_eagerly(batch)
         self.clock.enter(MESSAGES)
 
     def _run_eagerly(self, batch: ScheduledBatch) -> _Executed:
@@ -139,12 +138,43 @@ class ModelRunner:
             inputs.sample_slots.tolist(),
             (inputs.starts + inputs.counts)[inputs.sample_rows].tolist(),
             hidden if self.stage.is_last else None,
+            inputs.last_tokens,
             inputs,
         )
 
-    def _run_by_graph(self, batch: ScheduledBatch, rows: DecodeRows) -> _Executed:
+    def _run_by_graph(self, batch: ScheduledBatch) -> _Executed | None:
+        """None where no graph fits."""
+        graphs = self.graphs
+        if graphs is None:
+            return None
+        if len(batch.work) <= graphs.largest and (rows := self.batch.decode_rows(batch)) is not None:
+            return self._run_decodes(graphs, batch, rows)
+        if any(self._wants_prompt_logprobs(item.slot) for item in batch.work):
+            return None
+        tokens = self.batch.token_rows(batch, graphs.most_tokens, MOST_CONTEXT)
+        return None if tokens is None else self._run_tokens(graphs, batch, tokens)
+
+    def _run_tokens(self, graphs: StepGraphs, batch: ScheduledBatch, rows: TokenRows) -> _Executed:
+        """Few tokens, of prompts too: the layers are a graph."""
+        if self.backend.reads_past_end:
+            self._clear(batch)
+        if self.stage.is_first and not self.stage.is_last:
+            self.stage.fetch_tokens(rows.reading_slots, self.batch.store_sampled)
+        hidden = graphs.forward_tokens(rows, self.stage.receive(rows.num_tokens))
+        if not self.stage.is_last:
+            hidden = hidden.clone()  # on its way while the next replay begins
+        self._pass_on(batch.step_id, rows.sample_slots, hidden)
+        return _Executed(
+            batch.step_id,
+            batch.generation,
+            rows.sample_slots.tolist(),
+            rows.sample_ends.tolist(),
+            hidden if self.stage.is_last else None,
+            rows.last_rows,
+        )
+
+    def _run_decodes(self, graphs: StepGraphs, batch: ScheduledBatch, rows: DecodeRows) -> _Executed:
         """One token a request: everything between the upload and the tokens is a graph, or two."""
-        assert self.graphs is not None
         if self.backend.reads_past_end:
             self._clear(batch)
         if self.stage.is_first and not self.stage.is_last:
@@ -156,7 +186,7 @@ class ModelRunner:
             by_graph = parameters is not None
             if parameters is not None:
                 rows.put_sampling(parameters)
-        hidden = self.graphs.forward(rows, self.stage.receive(len(slots)))
+        hidden = graphs.forward(rows, self.stage.receive(len(slots)))
         if not self.stage.is_last:
             hidden = hidden.clone()  # on its way while the next replay begins
         self._pass_on(batch.step_id, rows.slots, hidden)
@@ -248,8 +278,8 @@ class ModelRunner:
         assert self.sampling is not None
         slots = executed.slots
         metadata = self.sampling.prepare(slots, executed.ends)
-        if executed.inputs is not None and len(slots) != hidden.shape[0]:
-            hidden = hidden.index_select(0, executed.inputs.last_tokens)
+        if executed.last_rows is not None and len(slots) != hidden.shape[0]:
+            hidden = hidden.index_select(0, executed.last_rows)
         mask = self._grammar_mask(slots, grammar_masks) if grammar_masks else None
         sampled = self.sampler.sample(self.model.project_logits(hidden), metadata, mask)
         if self.stage.is_first:
@@ -281,6 +311,10 @@ class ModelRunner:
                 entries += [entry for entry in to_host(tensors) if entry is not None]
             results[int(inputs.slots[rows.row])] = entries
         return results
+
+    def _wants_prompt_logprobs(self, slot: int) -> bool:
+        assignment = self.batch.assignments[slot]
+        return assignment is not None and assignment.sampling.prompt_logprobs is not None
 
     def _prompt_rows(self, inputs: StepInputs) -> list[_PromptRows]:
         rows, first_token = [], 0
@@ -336,21 +370,24 @@ class ModelRunner:
         scratch = self.backend.scratch_bytes(
             model.num_heads // dims.tensor_size, kv_heads.stop - kv_heads.start, model.head_dim, config.max_model_len
         )
-        num_graphs = 2 * len(graph_sizes(config.max_num_seqs))
-        return config.max_num_seqs * widest * 4 + scratch + num_graphs * _BYTES_A_GRAPH + _GRAPH_OVERHEAD_BYTES
+        token_sizes = token_graph_sizes(config.max_num_batched_tokens)
+        num_graphs = 2 * len(graph_sizes(config.max_num_seqs)) + len(token_sizes)
+        num_rows = max([config.max_num_seqs, *token_sizes])
+        return num_rows * widest * 4 + scratch + num_graphs * _BYTES_A_GRAPH + _GRAPH_OVERHEAD_BYTES
 
     def capture(self, on_progress: Callable[[int, int], None] | None = None, local_size: int = 1) -> float:
-        """Capture decode steps as graphs, where this device and backend can. Returns seconds."""
+        """Capture steps as graphs, where this device and backend can. Returns seconds."""
         if not self._captures:
             return 0.0
         config = self.config
-        self.graphs = DecodeGraphs(
+        self.graphs = StepGraphs(
             self.model,
             self.batch,
             self.kv_caches,
             self.backend.prepare,
             TokenChoice(self.model.vocabulary, self.device) if self.stage.is_last else None,
             sizes=graph_sizes(config.max_num_seqs),
+            token_sizes=token_graph_sizes(config.max_num_batched_tokens),
             hidden_size=config.model.hidden_size,
             dtype=getattr(torch, config.dtype),
         )

@@ -101,8 +101,6 @@ def plain_transform(projected: torch.Tensor, positions: torch.Tensor, transform:
 @pytest.mark.parametrize("follow", [False, True])
 def test_projected_heads(case: str, norm: bool, dtype: torch.dtype, follow: bool) -> None:
     query_lens, seq_lens = STEPS[case]
-    if follow and max(query_lens) > 1:
-        pytest.skip("rows on the device have one token each")
     num_heads, num_kv_heads, head_dim = 6, 2, 64
     step = make_step(query_lens, seq_lens, (num_heads, num_kv_heads, head_dim), 16, dtype)
     pairs = zip(query_lens, seq_lens, strict=True)
@@ -117,11 +115,14 @@ def test_projected_heads(case: str, norm: bool, dtype: torch.dtype, follow: bool
     expected = ReferenceAttention().forward(*heads, plain, step.metadata, scale=0.1)
 
     metadata = on_device(step.metadata)
-    if follow:  # tables of all slots, in another order than the sequences
+    if follow:  # tables of all slots, in another order than the sequences, and a row for each token
         order = torch.randperm(len(seq_lens), generator=generator)
         tables = torch.zeros_like(metadata.block_tables)
         tables[order] = metadata.block_tables
-        rows = DeviceRows(order.to(DEVICE, torch.int32), torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE))
+        per_token = order.repeat_interleave(torch.tensor(query_lens))
+        rows = DeviceRows(
+            per_token.to(DEVICE, torch.int32), (positions + 1).to(DEVICE, torch.int32), are_tokens=max(query_lens) > 1
+        )
         metadata = AttentionMetadata([], [], tables, metadata.slot_mapping, 16, device_rows=rows)
     backend = TritonPagedAttention()
     moved = HeadTransform(

@@ -12,7 +12,7 @@ from shoal.layers.attention import Attention
 from shoal.messages import ScheduledBatch, SlotAssignment, SlotWork
 from shoal.sampling.choice import TokenChoice
 from shoal.types import SamplingParams
-from shoal.worker.graphs import DecodeGraphs, graph_sizes, unpack_rows
+from shoal.worker.graphs import StepGraphs, graph_sizes, unpack_rows
 from shoal.worker.input_batch import InputBatch
 from tests.checkpoints import make_checkpoint
 from tests.worker.test_pipeline import NUM_SLOTS, Alone, make_config, make_requests, serve
@@ -31,7 +31,7 @@ def test_sizes() -> None:
 class Laid(Alone):
     """A worker on a CPU whose decode steps are laid out as for graphs of few sizes, and run anew each time."""
 
-    def __init__(self, config) -> None:  # type: ignore[no-untyped-def]
+    def __init__(self, config, token_sizes=()) -> None:  # type: ignore[no-untyped-def]
         super().__init__(config)
         runner = self.worker.runner
         backend = create_attention_backend("reference")
@@ -46,39 +46,46 @@ class Laid(Alone):
         runner.batch = InputBatch(
             config.max_num_seqs, config.max_model_len, config.block_size, CPU, keeps_device_table=True
         )
-        self.num_laid = 0
-        runner.graphs = DecodeGraphs(
+        self.num_laid, self.num_laid_tokens = 0, 0
+        runner.graphs = StepGraphs(
             runner.model,
             runner.batch,
             runner.kv_caches,
             backend.prepare,
             TokenChoice(runner.model.vocabulary, CPU),
             sizes=[1, 3, NUM_SLOTS],
+            token_sizes=[*token_sizes],
             hidden_size=config.model.hidden_size,
             dtype=torch.float32,
         )
-        forward = runner.graphs.forward
+        forward, forward_tokens = runner.graphs.forward, runner.graphs.forward_tokens
 
         def count(*arguments):  # type: ignore[no-untyped-def]
             self.num_laid += 1
             return forward(*arguments)
 
+        def count_tokens(*arguments):  # type: ignore[no-untyped-def]
+            self.num_laid_tokens += 1
+            return forward_tokens(*arguments)
+
         runner.graphs.forward = count  # type: ignore[method-assign]
+        runner.graphs.forward_tokens = count_tokens  # type: ignore[method-assign]
 
     @property
     def facts_blocks(self) -> int:
         return int(self.worker.config.num_blocks_override or 0)
 
 
-def test_tokens_are_those_of_steps_without(tmp_path: Path) -> None:
+@pytest.mark.parametrize("token_sizes", [(), (4, 20), (8, 32, 64)])
+def test_tokens_are_those_of_steps_without(tmp_path: Path, token_sizes: tuple[int, ...]) -> None:
     """Greedy and drawn, with penalties, log-probabilities and masks beside; chunks, preemptions, early ends."""
     path = make_checkpoint(tmp_path, "qwen3", num_hidden_layers=3)
     for seed in range(3):
         config = make_config(path, 1, 1, deterministic=False)
         expected = serve(Alone(config), make_requests(seed), in_flight=1, seed=seed)
-        laid = Laid(config)
+        laid = Laid(config, token_sizes)
         requests = serve(laid, make_requests(seed), in_flight=2, seed=seed + 50)
-        assert laid.num_laid > 3
+        assert laid.num_laid > 3 and bool(laid.num_laid_tokens) == bool(token_sizes)
         assert [each.token_ids for each in requests] == [each.token_ids for each in expected]
 
 
