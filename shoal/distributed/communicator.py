@@ -30,10 +30,27 @@ class Transfer:
             self._finish = None
 
 
+class PendingSum:
+    """A sum over ranks that may be under way while this rank computes something else."""
+
+    def __init__(self, result: torch.Tensor, finish: Callable[[], object] | None = None) -> None:
+        self._result = result
+        self._finish = finish
+
+    def wait(self) -> torch.Tensor:
+        """The sum. On a GPU the current stream waits for it, not the host."""
+        if self._finish is not None:
+            self._finish()
+            self._finish = None
+        return self._result
+
+
 class DeviceCommunicator(abc.ABC):
     """names: how errors call the ranks of the group. Any method may raise CollectiveError; the group is broken then."""
 
     kind: str
+    # Whether a sum goes on beside this rank's own computation (`start_all_reduce`).
+    overlaps: bool = False
 
     def __init__(self, rank: int, names: Sequence[str], device: torch.device, timeout: float) -> None:
         """timeout: seconds that one operation may take."""
@@ -46,6 +63,10 @@ class DeviceCommunicator(abc.ABC):
     @abc.abstractmethod
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks, in x where x is contiguous. Half-precision types are summed in fp32 on the CPU."""
+
+    def start_all_reduce(self, x: torch.Tensor) -> PendingSum:
+        """As `all_reduce`; x must not be touched until the sum has been waited for."""
+        return PendingSum(self.all_reduce(x))
 
     @abc.abstractmethod
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from shoal.distributed.communicator import DeviceCommunicator, SmallReducer, Transfer, tree_sum
+from shoal.distributed.communicator import DeviceCommunicator, PendingSum, SmallReducer, Transfer, tree_sum
 from shoal.distributed.status import GROUPS, OPERATIONS, StatusBoard, StatusRecord, describe_stall
 from shoal.distributed.symmetric_memory import PeerMemory
 from shoal.distributed.tensor_dict import FIRST_BYTES, DictSpec, describe, pack, rest_bytes, unpack
@@ -116,6 +116,23 @@ class GroupCoordinator:
         except CollectiveError as error:
             raise self._explained(error) from error
         return self._leave(x)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether a sum that `start_all_reduce` began goes on while this rank computes."""
+        return self.communicator is not None and self.communicator.overlaps
+
+    def start_all_reduce(self, x: torch.Tensor) -> PendingSum:
+        """As `all_reduce`, by the communicator and beside what this rank does next: leave x alone until `wait` of what
+        is returned. Sums are waited for in the order in which they were begun."""
+        if self.communicator is None:
+            return PendingSum(x)
+        self._enter(_ALL_REDUCE)
+        try:
+            pending = self.communicator.start_all_reduce(x)
+        except CollectiveError as error:
+            raise self._explained(error) from error
+        return self._leave(pending)
 
     def all_reduce_add_norm(
         self,

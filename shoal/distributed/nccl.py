@@ -17,7 +17,7 @@ import torch
 from torch.distributed import distributed_c10d as c10d
 
 from shoal import env
-from shoal.distributed.communicator import DeviceCommunicator, Transfer
+from shoal.distributed.communicator import DeviceCommunicator, PendingSum, Transfer
 from shoal.errors import CollectiveError, StartupError
 
 _TAG = 0
@@ -36,6 +36,7 @@ class NcclCommunicator(DeviceCommunicator):
     """
 
     kind = "NCCL"
+    overlaps = True
 
     def __init__(
         self,
@@ -101,6 +102,16 @@ class NcclCommunicator(DeviceCommunicator):
             options.asyncOp = False
             self._wait("all_reduce", self._group.allreduce, [x], options)
         return x
+
+    def start_all_reduce(self, x: torch.Tensor) -> PendingSum:
+        """On NCCL's own stream, after what is queued on the current one."""
+        x = x.contiguous()
+        if not x.numel():
+            return PendingSum(x)
+        options = c10d.AllreduceOptions()
+        options.asyncOp = True
+        work = self._call("all_reduce", self._group.allreduce, [x], options)
+        return PendingSum(x, work.wait)
 
     def all_gather(self, x: torch.Tensor) -> torch.Tensor:
         output = x.new_empty((self.size, *x.shape))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from shoal.config.parallel import virtual_shards
+from shoal.distributed.communicator import PendingSum
 from shoal.errors import ConfigError
 from shoal.layers.activation import GatedActivation
 from shoal.layers.checkpoint import CheckpointTensor, whole
@@ -230,6 +231,15 @@ class RowLinear(Linear):
         if not self.deterministic:
             return self.group.all_reduce(summand).add_(self.bias)
         return self.group.all_reduce_tree(summand.unsqueeze(0)).add_(self.bias).to(self.dtype)
+
+    @property
+    def can_start_sum(self) -> bool:
+        """Whether `start_sum` gives the sum, and other work can be done meanwhile."""
+        return self.leaves_sum and self.is_split and not self.deterministic and self.group.overlaps
+
+    def start_sum(self, x: torch.Tensor) -> PendingSum:
+        """As `forward`, where `can_start_sum`: the sum over the ranks, under way."""
+        return self.group.start_all_reduce(self.method.apply(x))
 
     def sum_ranks(self, summand: torch.Tensor) -> torch.Tensor:
         """What is left to do with what `forward` gave [T, all outputs]: the sum, of a layer that `leaves_sum`."""

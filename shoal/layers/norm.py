@@ -41,12 +41,15 @@ class RMSNorm(nn.Module):
             return self._kernels.rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self._shape, self.weight, self.eps)
 
-    def add_and_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def add_and_norm(
+        self, x: torch.Tensor, residual: torch.Tensor | None, *, is_summed: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residual stream after adding x to it, normalised and as it is: (norm(x + residual), x + residual).
 
-        Without a residual x [T, H] is the stream itself; else it is summed over the ranks first if `sums_ranks`.
+        Without a residual x [T, H] is the stream itself; else it is summed over the ranks first if `sums_ranks`, unless
+        it is so already.
         """
-        if residual is not None and self.group is not None:
+        if residual is not None and self.group is not None and not is_summed:
             if not self.deterministic:
                 return self.group.all_reduce_add_norm(x, residual, self.weight, self.eps, self._add_and_norm)
             x = sum_over_ranks(self.group, x, self.weight.dtype, deterministic=True)

@@ -6,12 +6,14 @@ T tokens, H hidden size, Hq query heads, Hk KV heads, D head size.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
 from shoal.attention.base import AttentionMetadata
 from shoal.config.model_config import ModelConfig
+from shoal.distributed.communicator import PendingSum
 from shoal.layers.activation import GatedActivation
 from shoal.layers.attention import RotaryAttention
 from shoal.layers.context import BuildContext
@@ -20,6 +22,13 @@ from shoal.layers.linear import GateUpLinear, QKVLinear, RowLinear
 from shoal.layers.norm import RMSNorm
 from shoal.layers.rotary import Angles, RotaryEmbedding
 from shoal.models.base import CausalLM, LayerObserver
+
+# Tokens of a step from which ranks sum one half of them while they compute the other.
+OVERLAP_TOKENS = 4096
+
+# One half of a step's tokens between layers: the sum that is still to be added to its residual stream, and that.
+# Without a stream the sum is the stream.
+_Half = tuple[PendingSum, torch.Tensor | None]
 
 
 class LlamaAttention(nn.Module):
@@ -122,6 +131,32 @@ class LlamaLayer(nn.Module):
         hidden, residual = self.post_attention_layernorm.add_and_norm(hidden, residual)
         return self.mlp(hidden), residual
 
+    def forward_halves(
+        self, halves: Sequence[_Half], angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> list[_Half]:
+        """The same for a step of many tokens on several ranks, in two halves: while the ranks sum one of them, they
+        compute the other. Attention takes both at once, since tokens of one see keys of the other."""
+        attention, mlp = self.self_attn, self.mlp
+        residuals, projected = [], []
+        for pending, residual in halves:
+            hidden, residual = self.input_layernorm.add_and_norm(pending.wait(), residual, is_summed=True)
+            projected.append(attention.qkv_proj(hidden))
+            residuals.append(residual)
+        heads = attention.attention.forward_projected(torch.cat(projected), angles, kv_cache, metadata)
+        sizes = [part.shape[0] for part in projected]
+        pendings = [attention.o_proj.start_sum(part) for part in heads.split(sizes)]
+        result: list[_Half] = []
+        for pending, residual in zip(pendings, residuals, strict=True):
+            hidden, residual = self.post_attention_layernorm.add_and_norm(pending.wait(), residual, is_summed=True)
+            gated = mlp.gate_up_proj.gated(hidden, mlp.activation)
+            result.append((mlp.down_proj.start_sum(gated), residual))
+        return result
+
+    @property
+    def takes_halves(self) -> bool:
+        """Whether the ranks can sum and compute at the same time."""
+        return self.self_attn.o_proj.can_start_sum and self.mlp.down_proj.can_start_sum
+
     def forward_few(
         self, stream: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
@@ -183,18 +218,37 @@ class LlamaForCausalLM(CausalLM):
         residual = None
         angles = self.rotary.lookup(positions)
         few = hidden.shape[0] <= self.layers[0].few_rows
+        halves: list[_Half] = []
+        if hidden.shape[0] >= OVERLAP_TOKENS and self.layers[0].takes_halves:
+            halves = [(PendingSum(half), None) for half in hidden.chunk(2)]
         for index, layer, kv_cache in zip(self.layer_range, self.layers, kv_caches, strict=True):
             if hooks is not None:
                 hooks.before_layer(index, kv_cache, metadata)
             if few:
                 hidden = layer.forward_few(hidden, angles, kv_cache, metadata)
+            elif halves:
+                halves = layer.forward_halves(halves, angles, kv_cache, metadata)
             else:
                 hidden, residual = layer(hidden, residual, angles, kv_cache, metadata)
             if hooks is not None:
                 hooks.after_layer(index, kv_cache, metadata)
+        if halves:
+            return self._join(halves)
         if not self.is_last_stage:
             return hidden if few else self.layers[-1].mlp.down_proj.sum_ranks(hidden) + residual
         return self.norm.add_and_norm(hidden, residual)[0]
+
+    def _join(self, halves: Sequence[_Half]) -> torch.Tensor:
+        """[T, H], as `forward` returns it."""
+        rows = []
+        for pending, residual in halves:
+            hidden = pending.wait()
+            assert residual is not None, "a layer leaves a residual stream"
+            if self.is_last_stage:
+                rows.append(self.norm.add_and_norm(hidden, residual, is_summed=True)[0])
+            else:
+                rows.append(hidden + residual)
+        return torch.cat(rows)
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)

@@ -130,6 +130,22 @@ def check_collectives(group: GroupCoordinator, kind: str) -> None:
     # What is not contiguous comes out the same.
     everyone = inputs(99, size, (6, 4), torch.float32)
     close(group.all_reduce(everyone[rank].to(device).t()), tree_sum(everyone).t(), "transposed")
+    check_started_sums(group, kind)
+
+
+def check_started_sums(group: GroupCoordinator, kind: str) -> None:
+    """Two at a time, with work of this rank's own between them."""
+    rank, size = group.rank_in_group, group.world_size
+    assert group.overlaps == (kind == "nccl")
+    device = torch.device("cuda", rank) if kind == "nccl" else torch.device("cpu")
+    for seed in range(4):
+        both = [inputs(seed + half, size, (300, 64 + half), torch.float32) for half in range(2)]
+        started = [group.start_all_reduce(everyone[rank].to(device, copy=True)) for everyone in both]
+        own = both[0][rank].to(device)
+        product = own @ own.t()
+        for pending, everyone in zip(started, both, strict=True):
+            close(pending.wait() * 2, tree_sum(everyone) * 2, "a sum that was started")
+        close(product, both[0][rank] @ both[0][rank].t(), "what was computed meanwhile")
 
 
 def check_tensor_dicts(group: GroupCoordinator, kind: str) -> None:

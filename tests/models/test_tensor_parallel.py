@@ -11,7 +11,7 @@ from shoal.config.model_path import embedded_model_path
 from shoal.distributed.group import GroupCoordinator
 from tests.checkpoints import VARIANTS, make_checkpoint, make_variant
 from tests.models.paged import PagedModel, Sequence, random_tokens
-from tests.rank_threads import on_ranks
+from tests.rank_threads import ThreadCommunicator, on_ranks
 
 # Eight heads, so that up to eight ranks share them; widths and vocabularies that do not divide evenly.
 WIDE = {"num_attention_heads": 8, "hidden_size": 128}
@@ -39,6 +39,16 @@ def logits_at(path: Path, size: int, backend: str, dtype: torch.dtype = torch.fl
     return on_ranks(size, lambda group: run(PagedModel(path, backend, dtype=dtype, group=group)))
 
 
+def through_stages(path: Path, group: GroupCoordinator, tokens: list[int]) -> torch.Tensor:
+    """Logits of a prompt that goes through two stages of a model of three layers."""
+    hidden = None
+    for layers in (range(0, 2), range(2, 3)):
+        stage = PagedModel(path, group=group, layer_range=layers)
+        hidden = stage.hidden([(Sequence(tokens), len(tokens))], hidden)
+    with torch.inference_mode():
+        return stage.model.compute_full_logits(hidden)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_and_four_ranks_compute_what_one_does(tmp_path: Path, variant: str) -> None:
     path = make_variant(tmp_path, variant)
@@ -47,6 +57,36 @@ def test_two_and_four_ranks_compute_what_one_does(tmp_path: Path, variant: str) 
         ranks = logits_at(path, size, "torch_paged")
         torch.testing.assert_close(ranks[0], expected, atol=1e-4, rtol=1e-5)
         assert all(torch.equal(rank, ranks[0]) for rank in ranks)
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_halves_that_are_summed_while_the_others_are_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str
+) -> None:
+    path = make_checkpoint(tmp_path, variant)
+    (expected,) = logits_at(path, 1, "torch_paged")
+    monkeypatch.setattr("shoal.models.llama.OVERLAP_TOKENS", 2)
+    monkeypatch.setattr(ThreadCommunicator, "overlaps", True)
+    started = []
+    start = ThreadCommunicator.start_all_reduce
+    monkeypatch.setattr(
+        ThreadCommunicator, "start_all_reduce", lambda self, x: (started.append(len(x)), start(self, x))[1]
+    )
+    for rank in logits_at(path, 2, "torch_paged"):
+        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
+    assert {22, 21} <= set(started), "the first step has 43 tokens"
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3"])
+def test_halves_of_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str) -> None:
+    """What a stage hands on is summed."""
+    path = make_checkpoint(tmp_path, variant, num_hidden_layers=3)
+    tokens = random_tokens(50, seed=1)
+    expected = PagedModel(path).logits(tokens, 50)
+    monkeypatch.setattr("shoal.models.llama.OVERLAP_TOKENS", 2)
+    monkeypatch.setattr(ThreadCommunicator, "overlaps", True)
+    for rank in on_ranks(2, lambda group: through_stages(path, group, tokens)):
+        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -78,15 +118,7 @@ def test_stages_of_two_ranks(tmp_path: Path, family: str, tied: bool) -> None:
     tokens = random_tokens(50, seed=1)
     expected = PagedModel(path).logits(tokens, 50)
 
-    def work(group: GroupCoordinator) -> torch.Tensor:
-        hidden = None
-        for layers in (range(0, 2), range(2, 3)):
-            stage = PagedModel(path, group=group, layer_range=layers)
-            hidden = stage.hidden([(Sequence(tokens), 50)], hidden)
-        with torch.inference_mode():
-            return stage.model.compute_full_logits(hidden)
-
-    for rank in on_ranks(2, work):
+    for rank in on_ranks(2, lambda group: through_stages(path, group, tokens)):
         torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
 
 
