@@ -111,10 +111,16 @@ class StepGraphs:
     # --- the start ---------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def capture(self, on_progress: Callable[[int, int], None] | None = None, local_size: int = 1) -> float:
+    def capture(
+        self,
+        on_progress: Callable[[int, int], None] | None = None,
+        local_size: int = 1,
+        also_compile: Callable[[], None] = lambda: None,
+    ) -> float:
         """Run and capture every size, the largest first so that the others fit into its memory. Returns seconds.
 
-        local_size: processes of this host that do so at the same time.
+        local_size: processes of this host that do so at the same time. also_compile: other work whose kernels are
+        compiled beside these; it is called where launches do nothing.
         """
         started = time.monotonic()
         self._packed.copy_(torch.from_numpy(self._padding))
@@ -122,7 +128,7 @@ class StepGraphs:
         stream = torch.cuda.Stream(self._batch.device)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            self._compile(local_size)
+            self._compile(local_size, also_compile)
             num_graphs = len(self.sizes) + len(self.token_sizes)
             for index, size in enumerate(reversed(self.token_sizes)):
                 self._forward_tokens[size] = self._capture_one(self._compute_tokens, size, pool)
@@ -138,7 +144,7 @@ class StepGraphs:
         torch.cuda.synchronize()
         return time.monotonic() - started
 
-    def _compile(self, local_size: int) -> None:
+    def _compile(self, local_size: int, also_compile: Callable[[], None]) -> None:
         """The kernels of all sizes, side by side; sizes between those here need no others."""
         with compile_ahead(local_size):
             for size in self.sizes:
@@ -148,6 +154,7 @@ class StepGraphs:
                         self._compute_choice(size)
             for size in {self.token_sizes[0], self.token_sizes[-1]} if self.token_sizes else ():
                 self._compute_tokens(size)
+            also_compile()
         self._batch.last_token.zero_()  # what was chosen there is no token
 
     def _capture_one(self, compute: _Compute, size: int, pool: tuple[int, int]) -> _Graph:

@@ -20,6 +20,7 @@ from shoal.messages import BatchResult, ScheduledBatch, SlotResult
 from shoal.models.base import CausalLM
 from shoal.sampling.choice import TokenChoice
 from shoal.sampling.logprobs import prompt_logprobs, to_host
+from shoal.sampling.rehearse import rehearse_sampling
 from shoal.sampling.rows import upload
 from shoal.sampling.sampler import SampledTokens, Sampler
 from shoal.sampling.state import SamplingState
@@ -391,7 +392,19 @@ class ModelRunner:
             hidden_size=config.model.hidden_size,
             dtype=getattr(torch, config.dtype),
         )
-        return self.graphs.capture(on_progress, local_size)
+        return self.graphs.capture(on_progress, local_size, self._rehearse_sampling)
+
+    def _rehearse_sampling(self) -> None:
+        if self.sampling is None:
+            return
+        shape, dtype = self.config.model.hidden_size, getattr(torch, self.config.dtype)
+        hidden = torch.zeros((self.config.max_num_seqs, shape), dtype=dtype, device=self.device)
+        rehearse_sampling(
+            self.sampler,
+            self.sampling,
+            self.config.max_num_seqs,
+            lambda num_rows: self.model.project_logits(hidden[:num_rows]),
+        )
 
     @torch.inference_mode()
     def warm_up(self, num_tokens: int) -> None:
