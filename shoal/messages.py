@@ -66,6 +66,21 @@ class TokenDelta(msgspec.Struct, omit_defaults=True):
     lost: bool = False
 
 
+class RankStats(msgspec.Struct, array_like=True):
+    """One rank at one moment: since its start, and seconds since it went from one step or collective to the next.
+
+    collective_seconds_total: its host's time inside of collectives. *_bytes: memory that its process holds.
+    """
+
+    rank: int
+    num_steps_total: int
+    num_collectives_total: int
+    seconds_since_progress: float
+    collective_seconds_total: float
+    host_bytes: int
+    device_bytes: int
+
+
 class EngineStats(msgspec.Struct):
     """Numbers of one moment, and counters since the start (`*_total`)."""
 
@@ -84,6 +99,7 @@ class EngineStats(msgspec.Struct):
     seconds_since_last_step: float = 0.0
     # Of each pipeline stage, the share of the last seconds with steps in flight in which it computed nothing.
     stage_bubbles: list[float] = []
+    ranks: list[RankStats] = []
 
 
 class CoreReady(msgspec.Struct, tag="ready"):

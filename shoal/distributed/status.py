@@ -36,12 +36,14 @@ _STEP = struct.Struct("<QQIid")  # generation, step, phase, layer, since
 _LAYER = struct.Struct("<i")  # within it
 _GROUP = struct.Struct("<QIIid")  # collectives entered, operation, inside, peer, since
 _BUSY = struct.Struct("<d")  # seconds
+_USE = struct.Struct("<dQQ")  # seconds in collectives, bytes of the process in memory, bytes of the device
 _STEP_AT = _HEAD.size
 _LAYER_AT = _STEP_AT + struct.calcsize("<QQI")
 _GROUPS_AT = _STEP_AT + _STEP.size
 _BUSY_AT = _GROUPS_AT + _GROUP.size * len(GROUPS)
+_USE_AT = _BUSY_AT + _BUSY.size
 RECORD_BYTES = 256
-assert _BUSY_AT + _BUSY.size <= RECORD_BYTES
+assert _USE_AT + _USE.size <= RECORD_BYTES
 
 
 class GroupStatus(msgspec.Struct, frozen=True):
@@ -58,7 +60,9 @@ class GroupStatus(msgspec.Struct, frozen=True):
 class RankStatus(msgspec.Struct, frozen=True):
     """What one rank was doing when it was read. Times are seconds of this host's monotonic clock.
 
-    busy_seconds: how long it has computed steps since its start, without waiting for other stages.
+    busy_seconds: how long it has computed steps since its start, without waiting for other stages. collective_seconds:
+    how long its host was inside of collectives (on a GPU they are queued there, which takes no time). host_bytes,
+    device_bytes: memory that the process holds.
     """
 
     rank: int
@@ -74,6 +78,19 @@ class RankStatus(msgspec.Struct, frozen=True):
     groups: dict[str, GroupStatus]
     busy_seconds: float
     read_at: float
+    collective_seconds: float = 0.0
+    host_bytes: int = 0
+    device_bytes: int = 0
+
+    @property
+    def seconds_since_progress(self) -> float:
+        """Since it went from one step, phase or collective to the next."""
+        return self.read_at - max([self.since, *(group.since for group in self.groups.values())])
+
+    @property
+    def num_collectives(self) -> int:
+        """That it has entered, in all groups."""
+        return sum(group.number for group in self.groups.values())
 
 
 class StatusRecord:
@@ -86,6 +103,9 @@ class StatusRecord:
         self._step = (0, 0, 0)
         self._layer = -1
         self._busy_seconds = 0.0
+        self._entered = 0.0
+        self._collective_seconds = 0.0
+        self._memory_bytes = (0, 0)
         _HEAD.pack_into(
             self._memory,
             self._start,
@@ -128,6 +148,7 @@ class StatusRecord:
         """This rank enters `operation` (an index of OPERATIONS) of `group` (of GROUPS). A peer means send or recv."""
         if peer < 0:
             self._numbers[group] += 1
+        self._entered = time.monotonic()
         _GROUP.pack_into(
             self._memory,
             self._start + _GROUPS_AT + group * _GROUP.size,
@@ -135,7 +156,7 @@ class StatusRecord:
             operation,
             1,
             peer,
-            time.monotonic(),
+            self._entered,
         )
 
     def raw(self) -> bytes:
@@ -145,6 +166,13 @@ class StatusRecord:
     def leave(self, group: int) -> None:
         """The operation that this rank entered last in `group` is done."""
         self._memory[self._start + _GROUPS_AT + group * _GROUP.size + 12] = 0
+        self._collective_seconds += time.monotonic() - self._entered
+        _USE.pack_into(self._memory, self._start + _USE_AT, self._collective_seconds, *self._memory_bytes)
+
+    def set_memory(self, host_bytes: int, device_bytes: int) -> None:
+        """What this process holds."""
+        self._memory_bytes = host_bytes, device_bytes
+        _USE.pack_into(self._memory, self._start + _USE_AT, self._collective_seconds, *self._memory_bytes)
 
 
 class StatusBoard:
@@ -198,6 +226,7 @@ def _read(memory: mmap.mmap | bytes, start: int) -> RankStatus | None:
         number, operation, inside, peer, entered = _GROUP.unpack_from(memory, start + _GROUPS_AT + index * _GROUP.size)
         if operation:
             groups[name] = GroupStatus(number, OPERATIONS[operation], bool(inside), peer, entered)
+    collective_seconds, host_bytes, device_bytes = _USE.unpack_from(memory, start + _USE_AT)
     return RankStatus(
         rank=rank - 1,
         pid=pid,
@@ -212,6 +241,9 @@ def _read(memory: mmap.mmap | bytes, start: int) -> RankStatus | None:
         groups=groups,
         busy_seconds=_BUSY.unpack_from(memory, start + _BUSY_AT)[0],
         read_at=time.monotonic(),
+        collective_seconds=collective_seconds,
+        host_bytes=host_bytes,
+        device_bytes=device_bytes,
     )
 
 

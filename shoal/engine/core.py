@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any, Protocol
 
 from shoal.config.engine_config import EngineConfig
+from shoal.distributed.status import RankStatus
 from shoal.engine.bubbles import BubbleMeter
 from shoal.errors import ConfigError
 from shoal.executor.base import Executor
@@ -24,6 +25,7 @@ from shoal.messages import (
     CoreOutputs,
     CoreReady,
     EngineStats,
+    RankStats,
     Shutdown,
     TokenDelta,
     Utility,
@@ -198,7 +200,20 @@ class EngineCore:
             prefix_cache_hits_total=counters.prefix_cache_hits,
             seconds_since_last_step=time.monotonic() - self._last_step_time,
             stage_bubbles=self._bubbles.shares,
+            ranks=[_rank_stats(status) for status in self._executor.rank_statuses()],
         )
+
+
+def _rank_stats(status: RankStatus) -> RankStats:
+    return RankStats(
+        status.rank,
+        status.step,
+        status.num_collectives,
+        max(status.seconds_since_progress, 0.0),
+        status.collective_seconds,
+        status.host_bytes,
+        status.device_bytes,
+    )
 
 
 def _how_to_hold_more(config: EngineConfig) -> str:

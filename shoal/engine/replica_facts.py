@@ -12,12 +12,12 @@ from shoal.messages import CoreReady, EngineStats, StartupProgress
 # Facts of CoreReady.info that add up over the replicas, and those of which the largest counts.
 _SUMS = ("num_blocks", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_full_requests", "ranks")
 _LARGEST = ("load_seconds", "startup_seconds")
-_NO_SUMS = ("kv_cache_usage", "seconds_since_last_step", "stage_bubbles")
+_NO_SUMS = ("kv_cache_usage", "seconds_since_last_step", "stage_bubbles", "ranks")
 
 
 def combine_stats(several: Iterable[EngineStats]) -> EngineStats:
     """Counts and counters add up; the usage is that of all blocks, the last step that of the slowest, a stage's bubble
-    the mean of the replicas that told theirs."""
+    the mean of the replicas that told theirs. Ranks are told for each replica alone."""
     all_stats = list(several)
     sums = {
         name: sum(getattr(stats, name) for stats in all_stats)
@@ -42,7 +42,9 @@ def stats_of_the_lost(last: EngineStats) -> EngineStats:
         kv_cache_usage=0.0,
         num_blocks=0,
         num_free_blocks=0,
+        seconds_since_last_step=0.0,
         stage_bubbles=[],
+        ranks=[],
     )
 
 

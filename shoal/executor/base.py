@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+from shoal.distributed.status import RankStatus
 from shoal.errors import EngineDeadError
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
 
@@ -37,6 +38,10 @@ class Executor(ABC):
     def stage_busy_seconds(self) -> list[float]:
         """How long each pipeline stage has computed since the start; none where there is one stage. Called several
         times a second, so from what the workers' status records say, without asking them."""
+        return []
+
+    def rank_statuses(self) -> list[RankStatus]:
+        """What every rank of this engine did last, by rank. Called several times a second, from any thread."""
         return []
 
     def watch(self, on_failure: Callable[[EngineDeadError], None]) -> None:  # noqa: B027

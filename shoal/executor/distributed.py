@@ -262,6 +262,9 @@ class DistributedExecutor(Executor):
             records |= {record.rank: record for record in self._board.read()}
         return records
 
+    def rank_statuses(self) -> list[RankStatus]:
+        return [record for _, record in sorted(self._records().items())]
+
     def stage_busy_seconds(self) -> list[float]:
         parallel = self._config.parallel
         if parallel.pipeline_size == 1:

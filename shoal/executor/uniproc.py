@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from shoal.config.engine_config import EngineConfig
 from shoal.distributed import set_parallel_groups
 from shoal.distributed.rendezvous import single_rank_groups
+from shoal.distributed.status import RankStatus, read_record
 from shoal.executor.base import Executor
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
 from shoal.worker.worker import Worker
@@ -51,6 +53,10 @@ class UniprocExecutor(Executor):
 
         launched = self._launch.submit(launch)
         return self._collect.submit(lambda: launched.result()())
+
+    def rank_statuses(self) -> list[RankStatus]:
+        record = read_record(self._worker.groups.status.raw(), time.monotonic())
+        return [] if record is None else [record]
 
     def shutdown(self) -> None:
         self._launch.shutdown(wait=True, cancel_futures=True)

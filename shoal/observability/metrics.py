@@ -1,10 +1,12 @@
 """The engine's numbers for Prometheus: counted in plain Python while it works, rendered when somebody asks.
 
-Names are those that dashboards of vLLM know, with the prefix `shoal:`. The server feeds it and serves /metrics.
+Names are those that dashboards of vLLM know, with the prefix `shoal:` or, so that such dashboards work as they are,
+`vllm:` (--metrics-prefix). The server feeds it and serves /metrics.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -51,12 +53,14 @@ _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 5
 class EngineMetrics:
     """Counts what happens to requests.
 
-    stats: the newest report of each engine core, by replica. replicas_up: whether each is there.
+    stats: the newest report of each engine core, by replica (`take_stats`). replicas_up: whether each is there.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, prefix: str = "shoal") -> None:
         self.model_name = model_name
+        self.prefix = prefix
         self.stats: dict[int, EngineStats] = {}
+        self._stats_times: dict[int, float] = {}
         self.replicas_up: dict[int, bool] = {0: True}
         self.time_to_first_token = Histogram(_FIRST_TOKEN_SECONDS)
         self.inter_token_latency = Histogram(_BETWEEN_TOKENS_SECONDS)
@@ -67,6 +71,15 @@ class EngineMetrics:
         self._registry = CollectorRegistry(auto_describe=False)
         self._registry.register(_EngineCollector(self))
         ProcessCollector(registry=self._registry)
+
+    def take_stats(self, stats: EngineStats, replica: int) -> None:
+        """A core has told its numbers."""
+        self.stats[replica] = stats
+        self._stats_times[replica] = time.monotonic()
+
+    def stats_age(self, replica: int) -> float:
+        """Seconds since a core told its numbers; 0 while it never has."""
+        return time.monotonic() - self._stats_times.get(replica, time.monotonic())
 
     def request_finished(
         self, reason: FinishReason, num_prompt_tokens: int, num_generation_tokens: int, seconds: float
@@ -108,6 +121,7 @@ class _EngineCollector(Collector):
         ):
             yield self._counter(name, text, {replica: getattr(own, field) for replica, own in stats.items()})
         yield self._bubbles(stats)
+        yield from self._ranks(stats)
         yield self._successes()
         metrics = self._metrics
         for name, text, histogram in (
@@ -120,20 +134,20 @@ class _EngineCollector(Collector):
             yield self._histogram(name, text, histogram)
 
     def _gauge(self, name: str, text: str, values: Mapping[int, float]) -> Metric:
-        family = GaugeMetricFamily(f"shoal:{name}", text, labels=["model_name", "replica"])
+        family = GaugeMetricFamily(f"{self._metrics.prefix}:{name}", text, labels=["model_name", "replica"])
         for replica, value in values.items():
             family.add_metric([self._metrics.model_name, str(replica)], value)
         return family
 
     def _counter(self, name: str, text: str, values: Mapping[int, float]) -> Metric:
-        family = CounterMetricFamily(f"shoal:{name}", text, labels=["model_name", "replica"])
+        family = CounterMetricFamily(f"{self._metrics.prefix}:{name}", text, labels=["model_name", "replica"])
         for replica, value in values.items():
             family.add_metric([self._metrics.model_name, str(replica)], value)
         return family
 
     def _bubbles(self, stats: Mapping[int, EngineStats]) -> Metric:
         family = GaugeMetricFamily(
-            "shoal:pipeline_bubble_perc",
+            f"{self._metrics.prefix}:pipeline_bubble_perc",
             "Share of the time with steps in flight in which a pipeline stage computed nothing; 1 is all of it.",
             labels=["model_name", "replica", "stage"],
         )
@@ -142,16 +156,49 @@ class _EngineCollector(Collector):
                 family.add_metric([self._metrics.model_name, str(replica), str(stage)], share)
         return family
 
+    def _ranks(self, stats: Mapping[int, EngineStats]) -> Iterator[Metric]:
+        """What a dashboard needs to find the rank that holds up all others."""
+        prefix, labels = self._metrics.prefix, ["model_name", "replica", "rank"]
+        since = GaugeMetricFamily(
+            f"{prefix}:rank_seconds_since_progress",
+            "Since the rank went from one step or collective to the next, as far as is known.",
+            labels=labels,
+        )
+        steps = CounterMetricFamily(f"{prefix}:rank_steps", "Steps that the rank has begun.", labels=labels)
+        collectives = CounterMetricFamily(f"{prefix}:rank_collectives", "Collectives that it entered.", labels=labels)
+        seconds = CounterMetricFamily(
+            f"{prefix}:rank_collective_seconds",
+            "Time of the rank's host inside of collectives (on a GPU they are queued there, which takes none).",
+            labels=labels,
+        )
+        memory = GaugeMetricFamily(
+            f"{prefix}:rank_memory_bytes", "Memory that the rank's process holds.", labels=[*labels, "kind"]
+        )
+        for replica, own in stats.items():
+            # A core that is stuck tells nothing: what it told last grows older.
+            age = self._metrics.stats_age(replica) if own.num_requests_running + own.num_requests_waiting else 0.0
+            for rank in own.ranks:
+                values = [self._metrics.model_name, str(replica), str(rank.rank)]
+                since.add_metric(values, rank.seconds_since_progress + age)
+                steps.add_metric(values, rank.num_steps_total)
+                collectives.add_metric(values, rank.num_collectives_total)
+                seconds.add_metric(values, rank.collective_seconds_total)
+                for kind, num_bytes in (("host", rank.host_bytes), ("device", rank.device_bytes)):
+                    memory.add_metric([*values, kind], num_bytes)
+        yield from (since, steps, collectives, seconds, memory)
+
     def _successes(self) -> Metric:
         family = CounterMetricFamily(
-            "shoal:request_success", "Requests that ended, by reason.", labels=["model_name", "finished_reason"]
+            f"{self._metrics.prefix}:request_success",
+            "Requests that ended, by reason.",
+            labels=["model_name", "finished_reason"],
         )
         for reason in FinishReason:
             family.add_metric([self._metrics.model_name, str(reason)], self._metrics.finished[reason])
         return family
 
     def _histogram(self, name: str, text: str, histogram: Histogram) -> Metric:
-        family = HistogramMetricFamily(f"shoal:{name}", text, labels=["model_name"])
+        family = HistogramMetricFamily(f"{self._metrics.prefix}:{name}", text, labels=["model_name"])
         family.add_metric([self._metrics.model_name], list(_cumulative(histogram)), histogram.total)
         return family
 

@@ -27,4 +27,4 @@ class MetricsObserver(EngineObserver):
         self.metrics.request_finished(reason, request.num_prompt_tokens, num_tokens, seconds)
 
     def stats(self, stats: EngineStats, replica: int) -> None:
-        self.metrics.stats[replica] = stats
+        self.metrics.take_stats(stats, replica)

@@ -37,6 +37,7 @@ from shoal.worker.model_runner import ModelRunner
 logger = get_logger(__name__)
 
 _WARM_UP_TOKENS = (1, 2, 4, 8, 16, 64)
+_MEMORY_SECONDS = 1.0
 OnProgress = Callable[[StartupProgress], None]
 
 
@@ -64,6 +65,8 @@ class Worker:
         self._local_size = local_size
         self._host_bytes = psutil.virtual_memory().available // local_size
         self._runner: ModelRunner | None = None
+        self._process = psutil.Process()
+        self._memory_noted = 0.0
 
     @property
     def runner(self) -> ModelRunner:
@@ -167,6 +170,7 @@ class Worker:
             lambda done, total: on_progress(StartupProgress("capture CUDA graphs", done, total)), self._local_size
         )
         self.groups.status.update(phase="idle")
+        self._note_memory()
         return {
             "num_blocks": num_blocks,
             "capture_seconds": round(capture_seconds, 2),
@@ -194,6 +198,7 @@ class Worker:
     def execute(self, batch: ScheduledBatch) -> None:
         """Start the forward pass of a step."""
         self.groups.status.update(step=batch.step_id, phase="forward")
+        self._note_memory()
         self.runner.execute(batch)
 
     def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Callable[[], BatchResult]:
@@ -202,6 +207,15 @@ class Worker:
         collect = self.runner.sample(step_id, grammar_masks)
         self.groups.status.update(phase="idle")
         return collect
+
+    def _note_memory(self) -> None:
+        """Once a second, what this process holds."""
+        now = time.monotonic()
+        if now - self._memory_noted >= _MEMORY_SECONDS:
+            self._memory_noted = now
+            device = self.runner.device
+            device_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
+            self.groups.status.set_memory(self._process.memory_info().rss, device_bytes)
 
     def idle(self) -> None:
         """Meet all ranks, on the host and on the device, and wait until they have come: when the results of all steps

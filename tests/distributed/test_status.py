@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from hypothesis import given
@@ -36,6 +37,21 @@ def test_what_is_written_is_read(generation: int, step: int, phase: str, layer: 
     assert (second.generation, second.step, second.phase, second.layer) == (generation, step, phase, layer)
     assert second.pid == os.getpid() and second.tensor_size == 2
     assert (first.busy_seconds, second.busy_seconds) == (0.0, 0.75)
+
+
+def test_time_in_collectives_and_memory_add_up() -> None:
+    board, records = board_of(1)
+    assert (board.read()[0].collective_seconds, board.read()[0].host_bytes) == (0.0, 0)
+    records[0].set_memory(1 << 40, 2 << 40)
+    for group in (TENSOR, PIPELINE, TENSOR):
+        records[0].enter(group, ALL_REDUCE)
+        time.sleep(0.002)
+        records[0].leave(group)
+    (found,) = board.read()
+    assert (found.host_bytes, found.device_bytes, found.num_collectives) == (1 << 40, 2 << 40, 3)
+    assert 0.006 <= found.collective_seconds < 60 and 0 <= found.seconds_since_progress < 60
+    records[0].set_memory(5, 6)
+    assert board.read()[0].collective_seconds == found.collective_seconds
 
 
 def test_another_process_reads_it_and_ranks_that_never_came_have_none() -> None:

@@ -8,11 +8,12 @@ import signal
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from shoal.engine.client import SubprocessClient
 from shoal.errors import EngineDeadError, StartupError
-from shoal.messages import AddRequest
+from shoal.messages import AddRequest, EngineStats
 from shoal.types import EngineRequest, SamplingParams
 from tests.executor.engines import is_running, make_config, pids
 
@@ -55,6 +56,10 @@ async def test_requests_are_served_and_the_end_is_clean(tmp_path):
     while len(token_ids) < 50:
         for delta in (await client.receive()).deltas:
             token_ids += delta.token_ids
+    stats = msgspec.convert(await client.utility("stats"), EngineStats)
+    assert [rank.rank for rank in stats.ranks] == [0, 1, 2]
+    assert all(rank.num_steps_total >= 45 and rank.num_collectives_total >= 45 for rank in stats.ranks)
+    assert all(rank.collective_seconds_total > 0 and rank.seconds_since_progress < 60 for rank in stats.ranks)
     await client.close()
     await all_gone(tmp_path, client)
     assert len(list(tmp_path.glob("ended-*"))) == 3

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from shoal.messages import EngineStats
+from shoal.messages import EngineStats, RankStats
 from shoal.observability.metrics import EngineMetrics
 from shoal.types import FinishReason
 
@@ -49,6 +50,34 @@ def test_bubbles_are_told_for_each_stage() -> None:
         f'shoal:pipeline_bubble_perc{{model_name="tiny",replica="1",stage="{stage}"}} {share}'
         for stage, share in enumerate((0.25, 0.125))
     ]
+
+
+def test_ranks_are_told_each_and_grow_older_while_their_core_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("shoal.observability.metrics.time.monotonic", lambda: now)
+    metrics = EngineMetrics("tiny", "vllm")
+    ranks = [RankStats(0, 7, 50, 0.25, 1.5, 1000, 2000), RankStats(1, 6, 49, 3.0, 9.5, 1001, 0)]
+    metrics.take_stats(EngineStats(num_requests_running=1, ranks=ranks), 0)
+
+    def told() -> list[str]:
+        lines = metrics.render().decode().splitlines()
+        return [line.partition("rank_")[2] for line in lines if line.startswith("vllm:rank_")]
+
+    labels = [f'{{model_name="tiny",rank="{rank}",replica="0"' for rank in (0, 1)]
+    assert f"seconds_since_progress{labels[1]}}} 3.0" in told()
+    assert f"steps_total{labels[1]}}} 6.0" in told() and f"collectives_total{labels[0]}}} 50.0" in told()
+    assert f"collective_seconds_total{labels[1]}}} 9.5" in told()
+    assert sorted(line for line in told() if line.startswith("memory_bytes")) == [
+        'memory_bytes{kind="device",model_name="tiny",rank="0",replica="0"} 2000.0',
+        'memory_bytes{kind="device",model_name="tiny",rank="1",replica="0"} 0.0',
+        'memory_bytes{kind="host",model_name="tiny",rank="0",replica="0"} 1000.0',
+        'memory_bytes{kind="host",model_name="tiny",rank="1",replica="0"} 1001.0',
+    ]
+    now = 104.0
+    assert f"seconds_since_progress{labels[1]}}} 7.0" in told()
+    metrics.take_stats(EngineStats(ranks=ranks), 0)
+    now = 200.0
+    assert f"seconds_since_progress{labels[1]}}} 3.0" in told(), "without work nothing is late"
 
 
 def test_histograms_are_cumulative() -> None:
