@@ -19,7 +19,8 @@ class ParallelConfig:
     data_rank: which replica this engine is; its ranks are 0 … world_size − 1 whatever the replica.
     layer_partition: layers of each pipeline stage. backend: "uni", "mp" (subprocesses; with num_nodes above 1 the same
     command on each of them) or "ray". master_address, master_port: where node 0 takes the other nodes' workers in.
-    startup_timeout, step_timeout: seconds for each phase of the start, and for one step.
+    startup_timeout, step_timeout: seconds for each phase of the start, and for one step. stall_timeout: seconds without
+    a sign of any rank within a step; 0: never.
     """
 
     tensor_size: int = 1
@@ -35,6 +36,7 @@ class ParallelConfig:
     token_file: str | None = None
     startup_timeout: float = 600.0
     step_timeout: float = 300.0
+    stall_timeout: float = 0.0
 
     @property
     def world_size(self) -> int:

@@ -97,6 +97,7 @@ def _resolve_parallel(
         token_file=options.token_file,
         startup_timeout=options.startup_timeout or env.startup_timeout() or _STARTUP_TIMEOUT,
         step_timeout=options.step_timeout or env.step_timeout() or _STEP_TIMEOUT,
+        stall_timeout=options.stall_timeout,
     )
     check_degrees(model, config, deterministic=deterministic)
     if config.backend == "uni" and num_ranks > 1:

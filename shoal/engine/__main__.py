@@ -6,6 +6,7 @@ The first line of standard input is the EngineConfig as JSON; its end means that
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -60,8 +61,9 @@ class SocketChannel:
                 break
         return messages
 
-    def wait(self) -> None:
-        if any(ready == self._wake for ready, _ in self._poller.poll()):
+    def wait(self, seconds: float | None = None) -> None:
+        milliseconds = None if seconds is None else math.ceil(seconds * 1000)
+        if any(ready == self._wake for ready, _ in self._poller.poll(milliseconds)):
             os.eventfd_read(self._wake)
 
     def wake(self) -> None:

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from shoal.config.engine_config import EngineConfig
 from shoal.distributed.status import RankStatus
 from shoal.engine.bubbles import BubbleMeter
-from shoal.errors import ConfigError
+from shoal.engine.stall import StallWatch, stall_limit
+from shoal.errors import ConfigError, EngineDeadError
 from shoal.executor.base import Executor
 from shoal.log import get_logger
 from shoal.messages import (
@@ -35,6 +36,9 @@ from shoal.scheduling import Scheduler, SchedulerConfig
 
 _STATS_INTERVAL_SECONDS = 0.2
 _WAITING_SECONDS = 0.001
+# How long a step is waited for before somebody looks after its ranks.
+_LOOK_SECONDS = 0.25
+_MOST_SECONDS_A_LOOK = 1.0
 
 logger = get_logger(__name__)
 
@@ -46,8 +50,8 @@ class CoreChannel(Protocol):
         """All messages that have come; with `block` at least one."""
         ...
 
-    def wait(self) -> None:
-        """Return when a message has come or `wake` has been called."""
+    def wait(self, seconds: float) -> None:
+        """Return when a message has come or `wake` has been called, or after so long."""
         ...
 
     def wake(self) -> None:
@@ -72,6 +76,8 @@ class EngineCore:
         self._last_step_time = time.monotonic()
         self._last_stats_time = 0.0
         self._stop_at: float | None = None
+        self._looked_at = 0.0
+        self._stall: StallWatch
         self._scheduler: Scheduler
         self._bubbles: BubbleMeter
 
@@ -80,6 +86,8 @@ class EngineCore:
         started = time.monotonic()
         info = self._executor.start(self._channel.send)
         num_blocks = info["num_blocks"]
+        limit = stall_limit(self.config.parallel.stall_timeout, info.get("full_step_seconds", 0.0))
+        self._stall = StallWatch(limit, _MOST_SECONDS_A_LOOK)
         self._scheduler = Scheduler(make_scheduler_config(self.config, num_blocks))
         self._bubbles = BubbleMeter(self._executor.stage_busy_seconds)
         info["startup_seconds"] = round(time.monotonic() - started, 2)
@@ -141,12 +149,47 @@ class EngineCore:
         if oldest is not self._awaited:
             self._awaited = oldest
             oldest.add_done_callback(lambda _: self._channel.wake())
-        self._channel.wait()
+            self._begin_waiting()
+        self._channel.wait(_LOOK_SECONDS)
         if oldest.done():
             self._take_result()
+        else:
+            self._look_at_ranks()
+
+    def _await_oldest(self) -> BatchResult:
+        oldest = self._in_flight[0]
+        if not oldest.done() and oldest is not self._awaited:
+            self._begin_waiting()
+        while True:
+            try:
+                return oldest.result(_LOOK_SECONDS)
+            except TimeoutError:
+                if oldest.done():  # the step's own error
+                    raise
+                self._look_at_ranks()
+
+    def _begin_waiting(self) -> None:
+        self._stall.begin()
+        self._looked_at = time.monotonic()
+
+    def _look_at_ranks(self) -> None:
+        """A step takes long: say that this process is there, and see whether the ranks get on, twice a second at most.
+
+        Raises EngineDeadError where they do not.
+        """
+        now = time.monotonic()
+        if now - self._looked_at < _LOOK_SECONDS / 2:
+            return
+        elapsed, self._looked_at = now - self._looked_at, now
+        if self._stall.look(self._executor.rank_statuses(), elapsed):
+            explanation = self._executor.explain_stall()
+            self._executor.give_up()
+            raise EngineDeadError(f"no rank has got on for {self._stall.limit:g} s (--stall-timeout): {explanation}")
+        self._send([])
 
     def _take_result(self) -> None:
-        result = self._in_flight.popleft().result()
+        result = self._await_oldest()
+        self._in_flight.popleft()
         if not self._in_flight:
             self._bubbles.end()
         self._num_steps += 1

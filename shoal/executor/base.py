@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-from shoal.distributed.status import RankStatus
+from shoal.distributed.status import RankStatus, describe_stall
 from shoal.errors import EngineDeadError
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
 
@@ -43,6 +43,13 @@ class Executor(ABC):
     def rank_statuses(self) -> list[RankStatus]:
         """What every rank of this engine did last, by rank. Called several times a second, from any thread."""
         return []
+
+    def explain_stall(self) -> str:
+        """One line for a step that does not end: which rank is where."""
+        return describe_stall(self.rank_statuses())
+
+    def give_up(self) -> None:  # noqa: B027
+        """A step never ends: `shutdown` must not wait for it."""
 
     def watch(self, on_failure: Callable[[EngineDeadError], None]) -> None:  # noqa: B027
         """Call `on_failure`, once and from any thread, when the engine is lost, also while no step runs.

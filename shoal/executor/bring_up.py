@@ -259,6 +259,7 @@ class BringUp:
             **per_rank[0],
             **{name: sum(facts.get(name, 0) for facts in per_rank) for name in sums},
             "load_seconds": max(facts.get("load_seconds", 0.0) for facts in per_rank),
+            "full_step_seconds": max(facts.get("full_step_seconds", 0.0) for facts in per_rank),
             "num_blocks": num_blocks,
             "ranks": len(self.states),
             "hosts": list(dict.fromkeys(hello.hostname for hello in hellos.values())),

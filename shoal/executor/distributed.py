@@ -236,11 +236,11 @@ class DistributedExecutor(Executor):
             pending = self._pending[0] if self._pending else None
         if pending is not None and elapsed > self._step_timeout:
             what = f"step {pending.number}" if pending.future is not None else "the idle check of all ranks"
-            self._fail(f"{what} did not end within {self._step_timeout:g} s (--step-timeout): {self._explain()}")
+            self._fail(f"{what} did not end within {self._step_timeout:g} s (--step-timeout): {self.explain_stall()}")
         elif pending is None and elapsed > _IDLE_SECONDS and self._config.parallel.world_size > 1:
             self._check_idle_ranks()
 
-    def _explain(self) -> str:
+    def explain_stall(self) -> str:
         assert self._bring_up is not None and self._hub is not None
         pids_here = {
             state.rank: state.hello.pid

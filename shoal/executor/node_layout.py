@@ -26,6 +26,7 @@ _OWN = {
     "parallel.master_address",
     "parallel.startup_timeout",
     "parallel.step_timeout",
+    "parallel.stall_timeout",
 }
 # How a user calls what the config calls otherwise.
 _FLAGS = {

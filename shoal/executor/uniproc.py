@@ -32,6 +32,7 @@ class UniprocExecutor(Executor):
         self._launch = ThreadPoolExecutor(1, thread_name_prefix="worker-launch")
         self._collect = ThreadPoolExecutor(1, thread_name_prefix="worker-collect")
         self._executed: Future[None] | None = None
+        self._waits = True
 
     def start(self, on_progress: Callable[[StartupProgress], None]) -> dict[str, Any]:
         return self._launch.submit(self._start, on_progress).result()
@@ -58,8 +59,12 @@ class UniprocExecutor(Executor):
         record = read_record(self._worker.groups.status.raw(), time.monotonic())
         return [] if record is None else [record]
 
+    def give_up(self) -> None:
+        self._waits = False
+
     def shutdown(self) -> None:
-        self._launch.shutdown(wait=True, cancel_futures=True)
-        self._collect.shutdown(wait=True, cancel_futures=True)
-        self._worker.shutdown()
+        self._launch.shutdown(wait=self._waits, cancel_futures=True)
+        self._collect.shutdown(wait=self._waits, cancel_futures=True)
+        if self._waits:
+            self._worker.shutdown()
         set_parallel_groups(None)

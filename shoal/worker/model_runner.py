@@ -85,8 +85,7 @@ class ModelRunner:
         self.device = device
         self._status = groups.status
         self._dims = groups.dims
-        # Nobody asks a rank alone what it waits for.
-        self.hooks = hooks if groups.world.world_size == 1 else LayerStatus(groups.status, hooks)
+        self.hooks = LayerStatus(groups.status, hooks)
         # A connector's hooks act between layers, which a graph knows nothing of.
         self._captures = device.type == "cuda" and not config.enforce_eager and backend.follows_device and hooks is None
         self.graphs: StepGraphs | None = None

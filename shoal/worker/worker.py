@@ -67,6 +67,8 @@ class Worker:
         self._runner: ModelRunner | None = None
         self._process = psutil.Process()
         self._memory_noted = 0.0
+        # Of a step that shows no layers while it is computed: its kernels are queued at once.
+        self._full_step_seconds = 0.0
 
     @property
     def runner(self) -> ModelRunner:
@@ -109,7 +111,9 @@ class Worker:
         self.groups.meet("loaded")
         on_progress(StartupProgress("size the KV cache"))
         self.groups.status.update(phase="size")
-        return self._count_blocks(weight_bytes), facts | {
+        num_blocks = self._count_blocks(weight_bytes)
+        return num_blocks, facts | {
+            "full_step_seconds": round(self._full_step_seconds, 3),
             "device": describe_device(device),
             "dtype": config.dtype,
             "deterministic": config.deterministic,
@@ -142,8 +146,12 @@ class Worker:
             runner.set_kv_caches(self._make_kv_caches(2))
             with compile_ahead(self._local_size):
                 runner.warm_up(self.config.max_num_batched_tokens)
+            runner.warm_up(self.config.max_num_batched_tokens)  # libraries set themselves up
+            torch.cuda.synchronize(runner.device)
+            started = time.monotonic()
             runner.warm_up(self.config.max_num_batched_tokens)
             torch.cuda.synchronize(runner.device)
+            self._full_step_seconds = time.monotonic() - started
             runner.set_kv_caches([])
         return num_blocks_for(
             self.config,

@@ -74,9 +74,8 @@ class InMemoryChannel:
         messages, self.incoming = self.incoming, []
         return messages
 
-    def wait(self) -> None:
-        if not self.incoming:
-            self.woken.wait()
+    def wait(self, seconds: float) -> None:
+        if not self.incoming and self.woken.wait(seconds):
             self.woken.clear()
 
     def wake(self) -> None:

@@ -118,7 +118,7 @@ class TimedChannel(InMemoryChannel):
             messages.append(AddRequest(self.arrivals.pop(0)[1]))
         return messages
 
-    def wait(self) -> None:
+    def wait(self, seconds: float) -> None:
         self.executor.clock.advance(min(self._next_arrival(), self.executor.pending[0].due))
 
     def send(self, message: CoreMessage) -> None:

@@ -90,6 +90,32 @@ async def test_a_stopped_worker_is_named(tmp_path):
     await client.close()
 
 
+async def test_a_step_in_which_no_rank_gets_on_ends_the_engine_long_before_the_step_may_take(tmp_path):
+    client = make_client(tmp_path, "stops@1", stall_timeout=1.0)
+    await client.start()
+    await client.send(request())
+    text = await next_death(client)
+    assert "no rank has got on for 1 s (--stall-timeout): rank 1 (" in text
+    assert "is stopped" in text and "rank 1 never entered it" in text
+    await all_gone(tmp_path, client)
+    await client.close()
+
+
+async def test_a_core_that_waits_for_a_step_goes_on_telling_its_numbers(tmp_path):
+    client = make_client(tmp_path, "stops@1", step_timeout=2.0)
+    await client.start()
+    await client.send(request())
+    seen = []
+    with pytest.raises(EngineDeadError):
+        while True:
+            outputs = await client.receive()
+            if outputs.stats is not None and not outputs.deltas:
+                seen.append(max(rank.seconds_since_progress for rank in outputs.stats.ranks))
+    assert len(seen) >= 3 and seen[-1] > 1.0 and seen == sorted(seen)
+    await all_gone(tmp_path, client)
+    await client.close()
+
+
 async def test_nothing_is_left_of_a_core_that_was_killed(tmp_path):
     client = make_client(tmp_path)
     await client.start()
