@@ -41,8 +41,23 @@ class RequestTooLargeError(ShoalError):
     """The body is larger than the server takes (HTTP 413)."""
 
 
+class RateLimitedError(ShoalError):
+    """An API key has used up its limit (HTTP 429). `retry_after`: seconds after which to try again, where known."""
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class UnavailableError(ShoalError):
-    """The server does not admit requests now: starting, draining or overloaded (HTTP 503)."""
+    """The server does not admit requests now: starting, draining or overloaded (HTTP 503).
+
+    `retry_after`: seconds after which to try again, where known.
+    """
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class EngineError(ShoalError):

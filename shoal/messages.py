@@ -100,6 +100,8 @@ class EngineStats(msgspec.Struct):
     # Of each pipeline stage, the share of the last seconds with steps in flight in which it computed nothing.
     stage_bubbles: list[float] = []
     ranks: list[RankStats] = []
+    # While a step is awaited: since any rank showed a sign, in whatever layer or collective.
+    seconds_without_progress: float = 0.0
 
 
 class CoreReady(msgspec.Struct, tag="ready"):

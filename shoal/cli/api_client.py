@@ -15,6 +15,7 @@ from shoal.errors import (
     EngineError,
     InvalidRequestError,
     NotFoundError,
+    RateLimitedError,
     RequestTooLargeError,
     ShoalError,
     UnavailableError,
@@ -27,6 +28,7 @@ _ERRORS: dict[int, type[ShoalError]] = {
     401: AuthenticationError,
     404: NotFoundError,
     413: RequestTooLargeError,
+    429: RateLimitedError,
     503: UnavailableError,
 }
 

@@ -100,6 +100,21 @@ class ClusterOptions:
     )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterClientOptions:
+    """The router."""
+
+    router: str = option("http://127.0.0.1:9000", "Address of the router.")
+    admin_key: str | None = option(None, "Its admin key, where it has one.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterTargetOptions:
+    """The server."""
+
+    backend_url: str | None = option(None, "Its URL, as the router was given it.")
+
+
 CLIENT_SECTIONS = (
     ConnectionOptions,
     SamplingOptions,
@@ -109,5 +124,7 @@ CLIENT_SECTIONS = (
     CollectEnvOptions,
     NodeStartOptions,
     ClusterOptions,
+    RouterClientOptions,
+    RouterTargetOptions,
     *BENCH_SECTIONS,
 )

@@ -1,6 +1,7 @@
 """The `shoal` command: finds the subcommand, loads its module, and turns our errors into one line and an exit code.
 
-Exit codes: 0 done, 1 an error, 2 wrong usage or configuration, 130 Ctrl-C; for `serve` Ctrl-C is the end in order: 0.
+Exit codes: 0 done, 1 an error, 2 wrong usage or configuration, 130 Ctrl-C; for `serve` and `router` Ctrl-C is the end
+in order: 0.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from shoal.version import __version__
 # Command -> (module with a COMMAND, summary). Modules load when they are used: `shoal version` needs none of them.
 COMMANDS = {
     "serve": ("shoal.cli.serve", "serve a model behind the OpenAI API"),
+    "router": ("shoal.cli.router", "one entrance to several servers: router, router status, router drain"),
     "chat": ("shoal.cli.chat", "talk to a server in the terminal"),
     "complete": ("shoal.cli.complete", "let a server continue one prompt"),
     "demo": ("shoal.cli.demo", "serve the embedded model, ask it a question, and go on serving"),
@@ -35,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and return the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        with ends_at_once() if given[:1] == ["serve"] else contextlib.nullcontext():
+        with ends_at_once() if given[:1] in (["serve"], ["router"]) else contextlib.nullcontext():
             return _dispatch(given)
     except ShoalError as error:
         return _report(error, given)

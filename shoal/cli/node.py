@@ -12,6 +12,7 @@ from shoal import env, network
 from shoal.cli.client_options import CLIENT_SECTIONS, NodeStartOptions
 from shoal.cli.command import Command, CommandGroup
 from shoal.cluster.node import NodePlan, join_command, start_node, stop_node, watch
+from shoal.config.options import RouterOptions
 from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
 from shoal.errors import ConfigError
 from shoal.log import get_logger
@@ -28,7 +29,7 @@ def _start(options: NodeStartOptions) -> int:
             "say which: `shoal node start --head` begins a cluster, `shoal node start --address HEAD:PORT` joins one"
         )
     _check_resources(options.resources)
-    warn_about_environment((*SERVE_SECTIONS, *CLIENT_SECTIONS))
+    warn_about_environment((*SERVE_SECTIONS, RouterOptions, *CLIENT_SECTIONS))
     token = _make_token(options.token_file) if options.head else network.load_token(options.token_file)
     plan = NodePlan(
         head=options.address,

@@ -7,7 +7,14 @@ import importlib.util
 from shoal import env, log
 from shoal.cli.client_options import CLIENT_SECTIONS
 from shoal.cli.command import Command
-from shoal.config.options import CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions, ServerOptions
+from shoal.config.options import (
+    CacheOptions,
+    ModelOptions,
+    ParallelOptions,
+    RouterOptions,
+    SchedulerOptions,
+    ServerOptions,
+)
 from shoal.config.resolve import resolve
 from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
 from shoal.errors import ConfigError
@@ -24,7 +31,7 @@ def _run(
 ) -> int:
     log.configure(server.log_level)
     env.export_log_level(server.log_level)
-    warn_about_environment((*SERVE_SECTIONS, *CLIENT_SECTIONS))
+    warn_about_environment((*SERVE_SECTIONS, RouterOptions, *CLIENT_SECTIONS))
     engine_config = resolve(model, cache, scheduler, parallel, is_node=is_node())
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:

@@ -143,7 +143,8 @@ def _plain(value: Any) -> str:
 
 def _placeholder(knob: Knob) -> str:
     if knob.is_list:
-        return f"{knob.name.rsplit('_', 1)[-1].rstrip('s').upper()} …"
+        word = knob.name.rsplit("_", 1)[-1]
+        return f"{(word if word.endswith('ias') else word.rstrip('s')).upper()} …"
     if knob.types == (int,):
         return "N"
     if knob.types == (float,):

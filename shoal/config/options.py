@@ -141,6 +141,12 @@ class ParallelOptions:
     step_timeout: float | None = option(
         None, "Seconds that one step may take; default 300, or NCCL_TIMEOUT, or GLOO_TIMEOUT.", minimum=1
     )
+    stall_timeout: float = option(
+        5.0,
+        "Seconds without a sign of any rank within a step, beyond what full steps take on a GPU, after which the engine "
+        "is ended, and the server starts it again; 0: only --step-timeout counts.",
+        minimum=0,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,7 +170,62 @@ class ServerOptions:
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests have to finish after Ctrl-C or SIGTERM.", minimum=0
     )
+    max_engine_restarts: int = option(
+        5,
+        "How often a lost engine core is started again within --engine-restart-window, while requests wait; 0: never. "
+        "With --nnodes it is not: all nodes end.",
+        minimum=0,
+    )
+    engine_restart_window: float = option(
+        600.0, "Seconds of work after which a restart counts no more for --max-engine-restarts.", minimum=1
+    )
     log_level: str = option(
         "info", "How much is logged.", choices=("debug", "info", "warning", "error"), aliases=("uvicorn_log_level",)
     )
+    metrics_prefix: str = option(
+        "shoal", "First word of the names in /metrics; vllm fits dashboards made for it.", choices=("shoal", "vllm")
+    )
+    disable_log_requests: bool = option(False, "Do not log a line for each request.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterOptions:
+    """The router. A config file holds these names too, and the lists backends, keys, aliases and golden."""
+
+    backend: list[str] = option([], "Servers to route to, each as URL or URL=WEIGHT.")
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(9000, "Port to listen on; 0 takes any free one.", minimum=0, maximum=65535)
+    policy: str = option(
+        "least-outstanding-tokens",
+        "How a server is chosen for a request: round-robin, weighted-round-robin, least-connections, "
+        "least-outstanding-tokens, power-of-two, prefix-aware or session-affinity.",
+    )
+    by_speed: bool = option(False, "Policies with weights: multiply them by the measured speed.")
+    load_factor: float | None = option(
+        None, "prefix-aware, session-affinity: how far above the mean the preferred server's load may be.", minimum=1
+    )
+    max_blocks: int | None = option(None, "prefix-aware: blocks of prompts remembered of each server.", minimum=1)
+    alias: list[str] = option([], "Further names of models, each as NAME=MODEL.")
+    api_key: list[str] = option([], "Keys that clients may present; default: none is asked for (or SHOAL_API_KEY).")
+    admin_key: str | None = option(
+        None, "Key for /router/…; default: without one, only this machine may use these endpoints."
+    )
+    backend_api_key: str | None = option(None, "Key that is presented to servers that have none of their own.")
+    deadline: float = option(
+        60.0, "Seconds that a request may be without progress; requests set theirs by x-shoal-deadline.", minimum=0.1
+    )
+    stall_timeout: float = option(
+        5.0, "Seconds without a sign or without progress after which a server is left out.", minimum=0.1
+    )
+    probe_interval: float = option(1.0, "Seconds between two looks at a server's health.", minimum=0.01)
+    golden_prompt: str = option(
+        "on", "Whether a server must answer a fixed prompt as the others do before it enters.", choices=("on", "off")
+    )
+    max_running: int = option(1024, "Most requests forwarded at a time; others wait.", minimum=1)
+    max_num_waiting: int = option(4096, "Most requests that wait; above, new ones get 503.", minimum=1)
+    max_request_bytes: int = option(16 * 1024 * 1024, "Largest request body.", minimum=1)
+    shutdown_timeout: float = option(
+        30.0, "Seconds that running requests have to finish after Ctrl-C or SIGTERM.", minimum=0
+    )
+    log_level: str = option("info", "How much is logged.", choices=("debug", "info", "warning", "error"))
     disable_log_requests: bool = option(False, "Do not log a line for each request.")

@@ -26,9 +26,9 @@ def options_from_arguments(
 ) -> list[Any]:
     """One instance per section from a command line, the YAML file that its --config names, and the environment."""
     table = KnobTable(sections)
-    rest, file = _split_config(arguments) if takes_config else (arguments, None)
+    rest, file = split_config(arguments) if takes_config else (arguments, None)
     flags = parse_flags(rest, table, positional)
-    values = _from_environment(table) | (read_yaml(file, table) if file else {}) | flags
+    values = values_from_environment(table) | (read_yaml(file, table) if file else {}) | flags
     if positional and positional not in values:
         _refuse_swallowed_positional(positional, table, flags)
     return table.build(values)
@@ -40,7 +40,7 @@ def options_from_kwargs(kwargs: Mapping[str, Any], sections: Sequence[type] = EN
     Raises ConfigError for an unknown name, with the nearest right one, and for a wrong type.
     """
     table = KnobTable(sections)
-    values = _from_environment(table)
+    values = values_from_environment(table)
     given: dict[str, Any] = {}
     for name, value in kwargs.items():
         knob = table.find(name, str)
@@ -57,7 +57,8 @@ def warn_about_environment(sections: Sequence[type] = SERVE_SECTIONS) -> None:
         _logger.warning("%s", warning)
 
 
-def _from_environment(table: KnobTable) -> dict[str, Any]:
+def values_from_environment(table: KnobTable) -> dict[str, Any]:
+    """What SHOAL_* variables set of these options, by field name."""
     texts = env.option_values()
     values = {}
     for knob in table.knobs:
@@ -67,7 +68,7 @@ def _from_environment(table: KnobTable) -> dict[str, Any]:
     return values
 
 
-def _split_config(arguments: Sequence[str]) -> tuple[list[str], str | None]:
+def split_config(arguments: Sequence[str]) -> tuple[list[str], str | None]:
     """Take `--config FILE` or `--config=FILE` out: it is no option, since a file cannot name itself."""
     rest: list[str] = []
     file = None

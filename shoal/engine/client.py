@@ -19,17 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import psutil
 import zmq
 import zmq.asyncio
 
 from shoal import errors
 from shoal.config.engine_config import EngineConfig
+from shoal.engine.leftovers import descendants, end_leftovers
 from shoal.engine.parent import GOODBYE, LAST_WORDS_SECONDS
 from shoal.errors import EngineDeadError, EngineError, ShoalError, StartupError
 from shoal.executor.failure import is_stopped
 from shoal.executor.launcher import describe_exit
 from shoal.log import get_logger
 from shoal.messages import (
+    AddRequest,
     ClientMessage,
     CoreFailed,
     CoreMessage,
@@ -48,6 +51,7 @@ EXECUTORS_OWN_SECONDS = 15.0
 
 ProgressCallback = Callable[[StartupProgress], None]
 _LAST_MESSAGES_SECONDS = 0.5
+_LAST_OUTPUTS_SECONDS = 0.05  # of a core that was killed: it had no last words
 _KILL_AFTER_SECONDS = 10.0
 
 
@@ -56,16 +60,39 @@ class ReplicaStatus:
     """How one engine core does, seen from outside.
 
     failure: why it is gone, None while it is there. seconds_without_progress: since it last did something although it
-    has work; 0 without work.
+    has work; seconds_unheard: since it last said anything; both 0 without work.
     """
 
     index: int
     failure: str | None
     seconds_without_progress: float
+    seconds_unheard: float = 0.0
+
+
+class CoreRestarting(EngineDeadError):
+    """The core is gone, with all that ran in it, and another one comes up in its place."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RestartStatus:
+    """A core is away. attempt, limit: the number of this attempt to start it again, and of the last one. reason: why
+    it is gone, or why the attempt before failed."""
+
+    attempt: int
+    limit: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"the engine is restarting (attempt {self.attempt} of {self.limit}): {self.reason}"
 
 
 class EngineClient(ABC):
-    """Sends messages to an engine core, or to several, and hands out what comes back. Used from one event loop."""
+    """Sends messages to an engine core, or to several, and hands out what comes back. Used from one event loop.
+
+    One that `recovers` starts a lost core again. `send` raises CoreRestarting while no core is there; `receive` raises
+    it once for each loss and goes on afterwards, first with empty outputs when the core is back. One over several cores
+    tells the loss of one by a TokenDelta with `lost` for each of its requests instead.
+    """
 
     @property
     @abstractmethod
@@ -101,6 +128,51 @@ class EngineClient(ABC):
         """Each core's own state where there are several behind this client."""
         return ()
 
+    # --- recovery: nothing of it in a client whose core, once lost, stays so ---
+
+    @property
+    def recovers(self) -> bool:
+        """Whether what a lost core worked on can go on here."""
+        return False
+
+    @property
+    def restart(self) -> RestartStatus | None:
+        """While no core is there, and one comes up."""
+        return None
+
+    @property
+    def num_restarts(self) -> int:
+        """How often a core came back."""
+        return 0
+
+    @property
+    def num_there(self) -> int:
+        """How many cores take requests now."""
+        return 1
+
+    @property
+    def num_returning(self) -> int:
+        """How many cores are being started again."""
+        return 0
+
+    # --- a request that must run alone: of several cores, one is set apart for it ---
+
+    def set_apart(self) -> int:
+        """Send nothing but what `send_apart` brings to one of the cores. Returns which; what runs there is the caller's
+        to end."""
+        return 0
+
+    def rejoin(self) -> None:  # noqa: B027 - a client of one core has nothing to do
+        """The core that was set apart takes what comes again."""
+
+    async def send_apart(self, message: AddRequest) -> None:
+        """Like `send`, to the core that was set apart."""
+        await self.send(message)
+
+    def replica_of(self, request_id: str) -> int:
+        """The index of the core that has this request; -1 when none has."""
+        return 0
+
 
 class SubprocessClient(EngineClient):
     """The core as a subprocess of this process; it ends when this process ends, however that happens."""
@@ -132,6 +204,7 @@ class SubprocessClient(EngineClient):
         self._unsent: set[asyncio.Future[Any]] = set()
         self._call_ids = itertools.count()
         self._tasks: list[asyncio.Task[None]] = []
+        self._descendants: Sequence[psutil.Process] = ()
         self._closing = False
 
     @property
@@ -234,6 +307,8 @@ class SubprocessClient(EngineClient):
                 return
             case CoreReady():
                 self._ready = message
+                assert self._process is not None
+                self._descendants = descendants(self._process.pid)
             case CoreFailed(kind, text):
                 self._fail(_make_error(kind, text, started=self._ready is not None))
         self._news.set()
@@ -241,10 +316,12 @@ class SubprocessClient(EngineClient):
     async def _report_exit(self) -> None:
         """When the process has ended, say so after the last messages that it may have sent."""
         await self._exited.wait()
-        deadline = asyncio.get_running_loop().time() + _LAST_MESSAGES_SECONDS
+        assert self._process is not None
+        was_killed = self._process.returncode < 0
+        seconds = _LAST_OUTPUTS_SECONDS if was_killed else _LAST_MESSAGES_SECONDS
+        deadline = asyncio.get_running_loop().time() + seconds
         while self._failure is None and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.02)
-        assert self._process is not None
         how = describe_exit(self._process.returncode)
         self._fail(EngineDeadError(f"the engine core {how}") if self._ready else StartupError(f"the engine core {how}"))
 
@@ -338,6 +415,8 @@ class SubprocessClient(EngineClient):
         if process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
+        if killed := await end_leftovers(self._descendants):
+            logger.warning("processes that the engine core left behind were killed: %s", ", ".join(map(str, killed)))
 
 
 def _make_error(kind: str, text: str, *, started: bool) -> ShoalError:

@@ -142,6 +142,7 @@ class EngineCore:
             self._take_result_or_news()
         elif batch is None and self._scheduler.has_work():
             time.sleep(_WAITING_SECONDS)  # all there is waits for KV from outside
+            self._send([])
 
     def _take_result_or_news(self) -> None:
         """Wait for the oldest result, or for a message: it may bring a request for which the pipeline has room."""
@@ -190,6 +191,7 @@ class EngineCore:
     def _take_result(self) -> None:
         result = self._await_oldest()
         self._in_flight.popleft()
+        self._stall.begin()
         if not self._in_flight:
             self._bubbles.end()
         self._num_steps += 1
@@ -244,6 +246,7 @@ class EngineCore:
             seconds_since_last_step=time.monotonic() - self._last_step_time,
             stage_bubbles=self._bubbles.shares,
             ranks=[_rank_stats(status) for status in self._executor.rank_statuses()],
+            seconds_without_progress=self._stall.seconds,
         )
 
 

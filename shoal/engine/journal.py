@@ -50,6 +50,19 @@ class RequestJournal(msgspec.Struct, kw_only=True):
             arrival_time=self.arrival_time,
         )
 
+    def end_by_engine(self) -> tuple[FinishReason | None, int | None]:
+        """How an engine ends the answer with the last of the emitted ids, if it does, and the stop token id."""
+        sampling, num_tokens = self.sampling, len(self.emitted_token_ids)
+        if num_tokens > sampling.min_tokens:
+            last = self.emitted_token_ids[-1]
+            if last in sampling.eos_token_ids:
+                return FinishReason.STOP, None
+            if last in (sampling.stop_token_ids or ()):
+                return FinishReason.STOP, last
+        if sampling.max_tokens is not None and num_tokens >= sampling.max_tokens:
+            return FinishReason.LENGTH, None
+        return None, None
+
 
 class Folded(msgspec.Struct):
     """What a push settled: new text, how many of the ids belong to the answer, and how it ended, if it did."""
@@ -58,6 +71,12 @@ class Folded(msgspec.Struct):
     num_tokens: int
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+
+
+class Replayed(Folded):
+    """What a replay settled beyond what was delivered, and the text that was."""
+
+    delivered_text: str = ""
 
 
 class Fold:
@@ -84,24 +103,32 @@ class Fold:
         self._num_tokens = 0
 
     @classmethod
-    def replay(cls, journal: RequestJournal, tokenizer: Tokenizer | None) -> tuple[Fold, Folded]:
+    def replay(
+        cls,
+        journal: RequestJournal,
+        tokenizer: Tokenizer | None,
+        finish_reason: FinishReason | None = None,
+        stop_reason: int | str | None = None,
+    ) -> tuple[Fold, Replayed]:
         """The fold of a request that went on elsewhere until now, and what was folded there but not delivered.
 
-        Raises ValueError when the journal claims more delivered text than its ids make.
+        With `finish_reason` the engine ended it with these ids. Raises ValueError when the journal claims more
+        delivered text than its ids make, or ids beyond the answer's end.
         """
         emitted = journal.emitted_token_ids
         journal.emitted_token_ids = []
         fold = cls(journal, tokenizer)
-        folded = fold.push(emitted)
-        if journal.delivered_characters > len(folded.text) or journal.delivered_tokens > len(emitted):
+        folded = fold.push(emitted, finish_reason, stop_reason)
+        num_characters, num_tokens = journal.delivered_characters, journal.delivered_tokens
+        if num_characters > len(folded.text) or num_tokens > folded.num_tokens:
             raise ValueError(
-                f"journal of {journal.request_id}: {journal.delivered_characters} characters and "
-                f"{journal.delivered_tokens} tokens delivered, but its {len(emitted)} tokens make "
-                f"{len(folded.text)} characters"
+                f"journal of {journal.request_id}: {num_characters} characters and {num_tokens} tokens delivered, but "
+                f"{folded.num_tokens} of its {len(emitted)} tokens are the answer's, and they make {len(folded.text)} "
+                "characters"
             )
-        folded.text = folded.text[journal.delivered_characters :]
-        folded.num_tokens -= journal.delivered_tokens
-        return fold, folded
+        delivered, rest = folded.text[:num_characters], folded.text[num_characters:]
+        replayed = Replayed(rest, folded.num_tokens - num_tokens, folded.finish_reason, folded.stop_reason, delivered)
+        return fold, replayed
 
     def push(
         self, token_ids: Sequence[int], finish_reason: FinishReason | None = None, stop_reason: int | str | None = None

@@ -11,7 +11,7 @@ class EngineObserver:
     """Called on the engine's event loop, between tokens: return at once. The base ignores everything.
 
     Every request_started(request) is followed by exactly one finished(request, index, …) for each of its
-    `request.params.n` answers.
+    `request.params.n` answers, but for those of a continuation that had ended elsewhere.
     """
 
     def request_started(self, request: PreparedRequest) -> None:

@@ -9,11 +9,12 @@ import dataclasses
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shoal.config.engine_config import EngineConfig
-from shoal.engine.journal import RequestJournal
+from shoal.engine.answer_so_far import AnswerSoFar
+from shoal.engine.journal import DEFAULT_DEADLINE_SECONDS, RequestJournal
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import InvalidRequestError
 from shoal.types.sampling_params import SamplingParams
@@ -30,6 +31,9 @@ class PreparedRequest:
 
     prompt: the text where there was one. params: resolved (seed drawn, max_tokens set, end tokens known).
     stop_token_strings: stop strings that are special tokens, by token id. arrival_time: time.time().
+    begun: of a continuation, the answers of which a part was delivered elsewhere. num_crashes: how many engines ended
+    while they worked on it. deadline_seconds: how long it may go without progress. alone: no other request may run
+    beside it. held: it waits here for the engine's restart when that is lost, instead of ending as `lost`.
     """
 
     request_id: str
@@ -39,6 +43,11 @@ class PreparedRequest:
     priority: int
     arrival_time: float
     stop_token_strings: dict[int, str]
+    begun: Mapping[int, AnswerSoFar] = dataclasses.field(default_factory=dict)
+    num_crashes: int = 0
+    deadline_seconds: float = DEFAULT_DEADLINE_SECONDS
+    alone: bool = False
+    held: bool = True
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -47,8 +56,9 @@ class PreparedRequest:
     def journal(self, index: int) -> RequestJournal:
         """The journal of answer `index`, which draws from a seed of its own."""
         assert self.params.seed is not None, "prepare draws a seed"
+        begun = self.begun.get(index, AnswerSoFar())
         changes: dict[str, Any] = {"n": 1, "seed": derive_seed(self.params.seed, index)}
-        if index > 0:
+        if index > 0 or begun.prompt_logprobs is not None:
             changes["prompt_logprobs"] = None  # the same for every answer: computed once
         return RequestJournal(
             request_id=f"{self.request_id}-{index}",
@@ -57,7 +67,23 @@ class PreparedRequest:
             stop_token_strings=self.stop_token_strings,
             priority=self.priority,
             arrival_time=self.arrival_time,
+            emitted_token_ids=list(begun.token_ids),
+            delivered_characters=begun.num_characters,
+            delivered_tokens=len(begun.token_ids),
+            deadline_seconds=self.deadline_seconds,
         )
+
+    def carry_on(self, begun: Mapping[int, AnswerSoFar], vocab_size: int, *, first_index: int = 0) -> None:
+        """Let the answers go on where others left them.
+
+        first_index: what errors call answer 0. Raises InvalidRequestError for what can be none of these answers; that
+        the text fits the ids is found out by whoever replays them.
+        """
+        for index, answer in begun.items():
+            if not 0 <= index < self.params.n:
+                raise InvalidRequestError(f"the journal has an answer {index}; the request has {self.params.n}")
+            answer.check(f"answer {first_index + index}", index, self.params, self.num_prompt_tokens, vocab_size)
+        self.begun = begun
 
 
 class RequestPreparer:

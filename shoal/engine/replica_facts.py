@@ -12,7 +12,7 @@ from shoal.messages import CoreReady, EngineStats, StartupProgress
 # Facts of CoreReady.info that add up over the replicas, and those of which the largest counts.
 _SUMS = ("num_blocks", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_full_requests", "ranks")
 _LARGEST = ("load_seconds", "startup_seconds")
-_NO_SUMS = ("kv_cache_usage", "seconds_since_last_step", "stage_bubbles", "ranks")
+_NO_SUMS = ("kv_cache_usage", "seconds_since_last_step", "stage_bubbles", "ranks", "seconds_without_progress")
 
 
 def combine_stats(several: Iterable[EngineStats]) -> EngineStats:
@@ -28,9 +28,16 @@ def combine_stats(several: Iterable[EngineStats]) -> EngineStats:
     if combined.num_blocks:
         combined.kv_cache_usage = 1.0 - combined.num_free_blocks / combined.num_blocks
     combined.seconds_since_last_step = max((stats.seconds_since_last_step for stats in all_stats), default=0.0)
+    combined.seconds_without_progress = max((stats.seconds_without_progress for stats in all_stats), default=0.0)
     bubbles = [stats.stage_bubbles for stats in all_stats if stats.stage_bubbles]
     combined.stage_bubbles = [sum(shares) / len(bubbles) for shares in zip(*bubbles, strict=True)]
     return combined
+
+
+def with_counters(stats: EngineStats, earlier: EngineStats) -> EngineStats:
+    """These stats, with what was counted earlier: counters do not go back when a core is replaced."""
+    names = [name for name in EngineStats.__struct_fields__ if name.endswith("_total")]
+    return msgspec.structs.replace(stats, **{name: getattr(stats, name) + getattr(earlier, name) for name in names})
 
 
 def stats_of_the_lost(last: EngineStats) -> EngineStats:
@@ -45,6 +52,7 @@ def stats_of_the_lost(last: EngineStats) -> EngineStats:
         seconds_since_last_step=0.0,
         stage_bubbles=[],
         ranks=[],
+        seconds_without_progress=0.0,
     )
 
 

@@ -1,12 +1,12 @@
-"""ReplicatedClient: several engine cores as one. A request goes to the core with the least to do; the end of a core is
-the end of its own requests only. Made by `make_client`, for the server and for LLM.
+"""ReplicatedClient: several engine cores as one. A request goes to the core with the least to do; the end of a core
+touches its own requests only, and one that is started again takes part as soon as it is back. Made by `make_client`,
+for the server and for LLM.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
@@ -14,8 +14,18 @@ from typing import Any
 import msgspec
 
 from shoal.config.engine_config import EngineConfig
-from shoal.engine.client import EngineClient, ProgressCallback, ReplicaStatus, SubprocessClient
+from shoal.engine.client import (
+    CoreRestarting,
+    EngineClient,
+    ProgressCallback,
+    ReplicaStatus,
+    RestartStatus,
+    SubprocessClient,
+)
+from shoal.engine.pulse import Pulse
+from shoal.engine.recovery import RestartingClient
 from shoal.engine.replica_facts import CombinedProgress, combine_ready, combine_stats, stats_of_the_lost
+from shoal.engine.restart_budget import RestartLimits
 from shoal.engine.workload import Workload
 from shoal.errors import EngineDeadError, ShoalError
 from shoal.log import get_logger
@@ -36,13 +46,22 @@ logger = get_logger(__name__)
 _AVOID_AFTER_SECONDS = 10.0
 
 
-def make_client(config: EngineConfig, one: Callable[[EngineConfig], EngineClient] = SubprocessClient) -> EngineClient:
-    """The client of the cores that `config` asks for. one: makes the client of a single core."""
+def make_client(
+    config: EngineConfig,
+    one: Callable[[EngineConfig], EngineClient] = SubprocessClient,
+    restarts: RestartLimits | None = None,
+) -> EngineClient:
+    """The client of the cores that `config` asks for. one: makes the client of a single core. restarts: how often a
+    core that is lost is started again; None: never."""
+
+    def make(config: EngineConfig) -> EngineClient:
+        return one(config) if not restarts or not restarts.max_restarts else RestartingClient(config, one, restarts)
+
     parallel = config.parallel
     if parallel.data_size == 1:
-        return one(config)
+        return make(config)
     ranks = [dataclasses.replace(parallel, data_rank=rank) for rank in range(parallel.data_size)]
-    return ReplicatedClient([one(dataclasses.replace(config, parallel=rank)) for rank in ranks])
+    return ReplicatedClient([make(dataclasses.replace(config, parallel=rank)) for rank in ranks])
 
 
 class _Replica:
@@ -55,12 +74,14 @@ class _Replica:
         # Requests on their way to it: should it be gone when they arrive, another replica gets them.
         self.sending: set[str] = set()
         self.failure: str | None = None
+        self.returning = False  # while it is gone: whether it is being started again
+        self.num_losses = 0
         self.stats = EngineStats()
-        self._last_progress = time.monotonic()
+        self.pulse = Pulse()
 
     def add(self, message: AddRequest) -> None:
         if not self.workload:
-            self._last_progress = time.monotonic()
+            self.pulse.begin()
         self.workload.add(message.request)
         self.sending.add(message.request.request_id)
 
@@ -72,15 +93,24 @@ class _Replica:
         """Note what came, and take out what is of no request here any more."""
         outputs.replica = self.index
         outputs.deltas = [delta for delta in outputs.deltas if self.workload.take(delta)]
-        stats = outputs.stats
-        if outputs.deltas or (stats is not None and stats.num_steps_total != self.stats.num_steps_total):
-            self._last_progress = time.monotonic()
-        if stats is not None:
-            self.stats = stats
+        self.pulse.take(outputs)
+        if outputs.stats is not None:
+            self.stats = outputs.stats
 
     @property
-    def seconds_without_progress(self) -> float:
-        return time.monotonic() - self._last_progress if self.workload and self.failure is None else 0.0
+    def is_there(self) -> bool:
+        return self.failure is None and self.client.num_there > 0
+
+    @property
+    def is_gone(self) -> bool:
+        """For good."""
+        return self.failure is not None and not self.returning
+
+    @property
+    def status(self) -> ReplicaStatus:
+        if not self.workload or self.failure is not None:
+            return ReplicaStatus(self.index, self.failure, 0.0, 0.0)
+        return ReplicaStatus(self.index, self.failure, self.pulse.seconds_without_progress, self.pulse.seconds_unheard)
 
 
 class ReplicatedClient(EngineClient):
@@ -93,6 +123,7 @@ class ReplicatedClient(EngineClient):
         self._replicas = [_Replica(index, client) for index, client in enumerate(clients)]
         self._owners: dict[str, _Replica] = {}
         self._next = 0
+        self._apart: _Replica | None = None
         self._ready: CoreReady | None = None
         self._outputs: deque[CoreOutputs] = deque()
         self._news = asyncio.Event()
@@ -107,10 +138,29 @@ class ReplicatedClient(EngineClient):
 
     @property
     def replicas(self) -> Sequence[ReplicaStatus]:
-        return [
-            ReplicaStatus(replica.index, replica.failure, replica.seconds_without_progress)
-            for replica in self._replicas
-        ]
+        return [replica.status for replica in self._replicas]
+
+    @property
+    def recovers(self) -> bool:
+        return any(replica.client.recovers for replica in self._replicas)
+
+    @property
+    def restart(self) -> RestartStatus | None:
+        if self.num_there:
+            return None
+        return next((status for replica in self._replicas if (status := replica.client.restart) is not None), None)
+
+    @property
+    def num_restarts(self) -> int:
+        return sum(replica.client.num_restarts for replica in self._replicas)
+
+    @property
+    def num_there(self) -> int:
+        return sum(replica.is_there for replica in self._replicas)
+
+    @property
+    def num_returning(self) -> int:
+        return sum(not replica.is_there and not replica.is_gone for replica in self._replicas)
 
     # --- coming up and ending --------------------------------------------------------------------------------------
 
@@ -167,32 +217,58 @@ class ReplicatedClient(EngineClient):
                 await self._ask_all(lambda client: client.send(message))
 
     async def _add(self, message: AddRequest) -> None:
+        while not await self._add_to(self._least_busy(), message):
+            pass
+
+    async def send_apart(self, message: AddRequest) -> None:
+        replica = self._apart
+        if replica is None or not replica.is_there or not await self._add_to(replica, message):
+            raise CoreRestarting("the replica that was set apart is gone")
+
+    async def _add_to(self, replica: _Replica, message: AddRequest) -> bool:
+        """False when the replica is gone and the request has to go to another one."""
         request_id = message.request.request_id
-        while True:
-            replica = self._least_busy()
-            replica.add(message)
-            self._owners[request_id] = replica
-            try:
-                await replica.client.send(message)
-                return
-            except EngineDeadError as error:
-                wanted = request_id in replica.sending
-                self._lose(replica, error)
-                if not wanted:  # it was ended meanwhile
-                    return
-            finally:
-                replica.sending.discard(request_id)
+        num_losses = replica.num_losses
+        replica.add(message)
+        self._owners[request_id] = replica
+        try:
+            await replica.client.send(message)
+            if replica.num_losses == num_losses:
+                return True
+        except EngineDeadError as error:
+            self._note(replica, error)
+        finally:
+            wanted = request_id in replica.sending
+            replica.sending.discard(request_id)
+        if wanted:
+            replica.drop(request_id)
+            self._owners.pop(request_id, None)
+        return not wanted  # it was ended meanwhile
 
     def _least_busy(self) -> _Replica:
         self._check_alive()
-        alive = [replica for replica in self._replicas if replica.failure is None]
-        moving = [replica for replica in alive if replica.seconds_without_progress < self._avoid_after]
+        alive = [replica for replica in self._replicas if replica.is_there and replica is not self._apart]
+        if not alive:
+            raise CoreRestarting("the replica that is left works on one request alone")
+        moving = [replica for replica in alive if replica.status.seconds_without_progress < self._avoid_after]
         total = len(self._replicas)
         chosen = min(
             moving or alive, key=lambda replica: (*replica.workload.cost, (replica.index - self._next) % total)
         )
         self._next = (chosen.index + 1) % total
         return chosen
+
+    def set_apart(self) -> int:
+        self._apart = None
+        self._apart = self._least_busy()
+        return self._apart.index
+
+    def rejoin(self) -> None:
+        self._apart = None
+
+    def replica_of(self, request_id: str) -> int:
+        owner = self._owners.get(request_id)
+        return -1 if owner is None else owner.index
 
     async def _abort(self, request_ids: Sequence[str], silent: bool) -> None:
         by_replica: dict[int, list[str]] = {}
@@ -213,7 +289,7 @@ class ReplicatedClient(EngineClient):
             try:
                 await replica.client.send(AbortRequests(own, silent))
             except EngineDeadError as error:
-                self._lose(replica, error)
+                self._note(replica, error)
 
     async def utility(self, call: str) -> Any:
         self._check_alive()
@@ -224,11 +300,11 @@ class ReplicatedClient(EngineClient):
 
     async def _ask_all(self, ask: Callable[[EngineClient], Coroutine[Any, Any, Any]]) -> list[Any]:
         """What each core answers; one that is lost meanwhile is left out. Raises EngineDeadError when all are."""
-        alive = [replica for replica in self._replicas if replica.failure is None]
+        alive = [replica for replica in self._replicas if replica.is_there]
         results = await asyncio.gather(*(ask(replica.client) for replica in alive), return_exceptions=True)
         for replica, result in zip(alive, results, strict=True):
             if isinstance(result, EngineDeadError):
-                self._lose(replica, result)
+                self._note(replica, result)
             elif isinstance(result, BaseException):
                 raise result
         self._check_alive()
@@ -238,16 +314,23 @@ class ReplicatedClient(EngineClient):
 
     async def receive(self) -> CoreOutputs:
         while not self._outputs:
-            self._check_alive()
+            if self._closing or all(replica.is_gone for replica in self._replicas):
+                self._check_alive()
             await self._news.wait()
             self._news.clear()
         return self._outputs.popleft()
 
     async def _read(self, replica: _Replica) -> None:
         try:
-            while replica.failure is None:
-                outputs = await replica.client.receive()
-                if replica.failure is None and outputs.generation == self.ready.generation:
+            while replica.failure is None or replica.returning:
+                try:
+                    outputs = await replica.client.receive()
+                except CoreRestarting as error:
+                    self._lose(replica, error)
+                    continue
+                if replica.returning:
+                    self._take_back(replica)
+                if replica.failure is None and outputs.generation == replica.client.ready.generation:
                     replica.take(outputs)
                     self._hand_out(outputs)
         except EngineDeadError as error:
@@ -256,6 +339,10 @@ class ReplicatedClient(EngineClient):
             logger.exception("what replica %d sends cannot be taken in", replica.index)
             self._lose(replica, EngineDeadError(f"its outputs cannot be taken in: {type(error).__name__}: {error}"))
 
+    def _take_back(self, replica: _Replica) -> None:
+        replica.failure, replica.returning = None, False
+        logger.warning("replica %d is there again: %d of %d", replica.index, self.num_there, len(self._replicas))
+
     def _hand_out(self, outputs: CoreOutputs) -> None:
         for delta in outputs.deltas:
             if delta.finish_reason is not None:
@@ -263,31 +350,50 @@ class ReplicatedClient(EngineClient):
         self._outputs.append(outputs)
         self._news.set()
 
+    def _note(self, replica: _Replica, error: EngineDeadError) -> None:
+        """A message did not reach this core. Where another one comes up in its place, `_read` hears of it in order."""
+        if not isinstance(error, CoreRestarting):
+            self._lose(replica, error)
+
     def _lose(self, replica: _Replica, error: EngineDeadError) -> None:
-        """This core is gone: its requests get their endings, the others never notice."""
-        if replica.failure is not None or self._closing:
+        """This core is gone: its requests are told so, the others never notice."""
+        if self._closing:
             return
-        replica.failure = str(error)
+        returning = isinstance(error, CoreRestarting)
+        if replica.failure is None:
+            self._drop(replica, str(error))
+        elif returning or not replica.returning:  # known already
+            return
+        replica.failure, replica.returning = str(error), returning
+        self._news.set()
+        if not returning:
+            # Whatever it left (other ranks, sockets, a process that still hangs on to memory) goes too.
+            task = asyncio.create_task(replica.client.close())
+            self._ending.add(task)
+            task.add_done_callback(self._ending.discard)
+
+    def _drop(self, replica: _Replica, reason: str) -> None:
+        replica.failure = reason
+        replica.num_losses += 1
         lost = [request_id for request_id in replica.workload.drop_all() if request_id not in replica.sending]
-        num_alive = sum(other.failure is None for other in self._replicas)
         logger.error(
-            "replica %d is gone (%s): %d of its requests end with an error; %d of %d replicas go on",
-            replica.index, error, len(lost), num_alive, len(self._replicas),
+            "replica %d is gone (%s): %d of its requests %s; %d of %d replicas go on",
+            replica.index, reason, len(lost), "are moved" if self.recovers else "end with an error",
+            self.num_there, len(self._replicas),
         )  # fmt: skip
-        message = f"replica {replica.index} is gone: {error}"
+        message = f"replica {replica.index} is gone: {reason}"
         deltas = [
             TokenDelta(request_id, finish_reason=FinishReason.ERROR, error=message, lost=True) for request_id in lost
         ]
         replica.stats = stats_of_the_lost(replica.stats)
         self._hand_out(CoreOutputs(self.ready.generation, deltas, replica.stats, replica.index))
-        # Whatever it left (other ranks, sockets, a process that still hangs on to memory) goes too.
-        task = asyncio.create_task(replica.client.close())
-        self._ending.add(task)
-        task.add_done_callback(self._ending.discard)
 
     def _check_alive(self) -> None:
         if self._closing:
             raise EngineDeadError("the engine has been shut down")
-        if all(replica.failure is not None for replica in self._replicas):
-            causes = "; ".join(f"replica {replica.index}: {replica.failure}" for replica in self._replicas)
-            raise EngineDeadError(f"all {len(self._replicas)} replicas are gone: {causes}")
+        if self.num_there:
+            return
+        if not all(replica.is_gone for replica in self._replicas):
+            raise CoreRestarting(str(self.restart or "no replica is there for the moment"))
+        causes = "; ".join(f"replica {replica.index}: {replica.failure}" for replica in self._replicas)
+        raise EngineDeadError(f"all {len(self._replicas)} replicas are gone: {causes}")

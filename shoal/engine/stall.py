@@ -34,6 +34,11 @@ class StallWatch:
         self._marks = []
         self._seconds = 0.0
 
+    @property
+    def seconds(self) -> float:
+        """Since a rank showed a sign, as far as anybody looked."""
+        return self._seconds
+
     def look(self, statuses: Sequence[RankStatus], elapsed: float) -> bool:
         """Whether the ranks have stood still for the limit. elapsed: seconds since the last look, or since `begin`."""
         marks: list[tuple[object, ...]] = [

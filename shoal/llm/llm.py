@@ -31,7 +31,10 @@ _DRAW_SECONDS = 0.1
 
 class LLM:
     """One model, ready to generate. The engine runs in a subprocess that ends with `shutdown`, with this object, or
-    with the program. Usable as a context manager, from several threads, and where an event loop runs already."""
+    with the program. Usable as a context manager, from several threads, and where an event loop runs already.
+
+    When the engine dies, calls raise EngineDeadError with the reason, then and later: it is not started again.
+    """
 
     def __init__(self, model: str = EMBEDDED_MODEL, **options: Any) -> None:
         """Load `model`; returns when it is ready.

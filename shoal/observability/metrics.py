@@ -54,6 +54,7 @@ class EngineMetrics:
     """Counts what happens to requests.
 
     stats: the newest report of each engine core, by replica (`take_stats`). replicas_up: whether each is there.
+    num_restarts, num_requests_continued, num_tokens_replayed: of engine cores that were lost, and what went on after it.
     """
 
     def __init__(self, model_name: str, prefix: str = "shoal") -> None:
@@ -62,6 +63,9 @@ class EngineMetrics:
         self.stats: dict[int, EngineStats] = {}
         self._stats_times: dict[int, float] = {}
         self.replicas_up: dict[int, bool] = {0: True}
+        self.num_restarts = 0
+        self.num_requests_continued = 0
+        self.num_tokens_replayed = 0
         self.time_to_first_token = Histogram(_FIRST_TOKEN_SECONDS)
         self.inter_token_latency = Histogram(_BETWEEN_TOKENS_SECONDS)
         self.request_latency = Histogram(_REQUEST_SECONDS)
@@ -123,6 +127,14 @@ class _EngineCollector(Collector):
         yield self._bubbles(stats)
         yield from self._ranks(stats)
         yield self._successes()
+        for name, value, text in (
+            ("engine_restarts", self._metrics.num_restarts, "Engine cores that were lost and came back."),
+            ("requests_continued", self._metrics.num_requests_continued, "Answers that went on after such a loss."),
+            ("tokens_replayed", self._metrics.num_tokens_replayed, "Tokens that were told again for them."),
+        ):
+            family = CounterMetricFamily(f"{self._metrics.prefix}:{name}", text, labels=["model_name"])
+            family.add_metric([self._metrics.model_name], value)
+            yield family
         metrics = self._metrics
         for name, text, histogram in (
             ("time_to_first_token_seconds", "From queueing to the first token.", metrics.time_to_first_token),

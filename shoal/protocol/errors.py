@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from shoal import errors
@@ -14,6 +16,7 @@ _STATUS: dict[type[ShoalError], int] = {
     errors.AuthenticationError: 401,
     errors.NotFoundError: 404,
     errors.RequestTooLargeError: 413,
+    errors.RateLimitedError: 429,
     errors.UnavailableError: 503,
     errors.EngineError: 500,
     errors.EngineDeadError: 503,
@@ -21,11 +24,12 @@ _STATUS: dict[type[ShoalError], int] = {
 _CODES: dict[type[ShoalError], str] = {
     errors.AuthenticationError: "invalid_api_key",
     errors.RequestTooLargeError: "request_too_large",
+    errors.RateLimitedError: "rate_limit_exceeded",
     errors.UnavailableError: "unavailable",
     errors.EngineDeadError: "engine_lost",
     errors.EngineError: "engine_error",
 }
-# Seconds after which a client may try again.
+# Seconds after which a client may try again, where an error does not say.
 RETRY_AFTER = 1
 
 
@@ -62,13 +66,13 @@ def error_body(error: ShoalError) -> ErrorBody:
     return ErrorBody(ErrorDetail(str(error), error_type(status_of(error)), getattr(error, "param", None), code))
 
 
-def error_headers(status: int) -> dict[str, str]:
-    """Headers that a status asks for."""
+def error_headers(status: int, retry_after: float | None = None) -> dict[str, str]:
+    """Headers that a status asks for. retry_after: seconds, as an error carries them; whole ones are sent."""
     match status:
         case 401:
             return {"www-authenticate": "Bearer"}
         case 413:
             return {"connection": "close"}  # what is left of the body is not read
-        case 503:
-            return {"retry-after": str(RETRY_AFTER)}
+        case 429 | 503:
+            return {"retry-after": str(RETRY_AFTER if retry_after is None else max(math.ceil(retry_after), 1))}
     return {}

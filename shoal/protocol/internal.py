@@ -26,6 +26,8 @@ CAPABILITY = f"continue/{VERSION}"
 # The server says at least this often that it is there, so that silence means something.
 BEAT_SECONDS = 0.5
 MAX_FRAME_BYTES = 256 * 1024 * 1024
+# What a request may bring beside the client's body: ids of prompts and answers, log-probabilities.
+MAX_JOURNAL_BYTES = 64 * 1024 * 1024
 
 _LENGTH = struct.Struct(">I")
 
@@ -60,6 +62,12 @@ class AnswerJournal(msgspec.Struct, kw_only=True, omit_defaults=True):
         self.num_cached_tokens = max(self.num_cached_tokens, progress.num_cached_tokens)
         self.finish_reason = progress.finish_reason
         self.stop_reason = progress.stop_reason
+
+
+class _Versioned(msgspec.Struct):
+    """What every version of a request has."""
+
+    version: int
 
 
 class ContinueRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -141,11 +149,17 @@ InternalEvent = Accepted | Progress | Beat | Finished | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[InternalEvent] = msgspec.msgpack.Decoder(InternalEvent)
+_version_decoder = msgspec.msgpack.Decoder(_Versioned)
 _request_decoder = msgspec.msgpack.Decoder(ContinueRequest)
 
 
 def encode_request(request: ContinueRequest) -> bytes:
     return _encoder.encode(request)
+
+
+def version_of(data: bytes) -> int:
+    """The version of a request, whatever else that version holds. Raises msgspec.DecodeError for what is none."""
+    return _version_decoder.decode(data).version
 
 
 def decode_request(data: bytes) -> ContinueRequest:

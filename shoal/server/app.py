@@ -17,6 +17,7 @@ from shoal.server.completions import completions_router
 from shoal.server.documentation import complete_openapi
 from shoal.server.error_handlers import install_error_handlers
 from shoal.server.health import health_router
+from shoal.server.internal import internal_router
 from shoal.server.middleware import STATIC_PATH, Authentication, RequestContext
 from shoal.server.models import models_router
 from shoal.server.state import ServerState
@@ -47,7 +48,9 @@ def create_app(
         redoc_url=None,
         static_url=STATIC_PATH,
     )
-    for make_router in (chat_router, completions_router, tokenization_router, models_router, health_router):
+    for make_router in (
+        chat_router, completions_router, tokenization_router, models_router, health_router, internal_router
+    ):  # fmt: skip
         app.include_router(make_router(state))
     complete_openapi(app)
     install_error_handlers(app)

@@ -15,10 +15,11 @@ async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
     # Strictly, because what browsers send from any page without asking (forms, plain text) shall not get in.
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise HTTPException(415, f"the body is {media_type[:100] or 'of no type'}; send Content-Type: application/json")
-    return parse_body(kind, await _read(request, max_bytes))
+    return parse_body(kind, await read_bytes(request, max_bytes))
 
 
-async def _read(request: Request, max_bytes: int) -> bytes:
+async def read_bytes(request: Request, max_bytes: int) -> bytes:
+    """Raises RequestTooLargeError or ClientDisconnect."""
     announced = request.headers.get("content-length", "")
     if announced.isdecimal() and int(announced) > max_bytes:
         raise _too_large(announced, max_bytes)
@@ -35,6 +36,12 @@ async def _read(request: Request, max_bytes: int) -> bytes:
         parts.append(part)
         if not message.get("more_body", False):
             return b"".join(parts)
+
+
+def check_size(num_bytes: int, max_bytes: int) -> None:
+    """Raise RequestTooLargeError for a body of too many bytes that came within another one."""
+    if num_bytes > max_bytes:
+        raise _too_large(str(num_bytes), max_bytes)
 
 
 def _too_large(found: str, max_bytes: int) -> RequestTooLargeError:

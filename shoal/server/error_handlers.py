@@ -18,7 +18,8 @@ _CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_t
 
 def error_response(error: ShoalError) -> Response:
     """What a client gets for one of our errors."""
-    return _respond(status_of(error), error_body(error))
+    status = status_of(error)
+    return _respond(status, error_body(error), error_headers(status, getattr(error, "retry_after", None)))
 
 
 def internal_error_response(request_id: str) -> Response:

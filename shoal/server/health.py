@@ -2,9 +2,9 @@
 
 | path | 200 when |
 |---|---|
-| /livez | the engine core is there, of several replicas one at least; restart the server when it is not |
-| /readyz | new requests are taken; send none while they are not |
-| /health, /ping | new requests are taken, and those that run get their tokens, on every replica that is there |
+| /livez | the engine core is there or comes back, of several replicas one at least; else restart the server |
+| /readyz | new requests are taken; send none while they are not, or while the engine is restarting |
+| /health, /ping | as /readyz, and those that run get their tokens, on every replica that is there |
 
 With several replicas the answer says how many are there ("replicas": "1 of 2").
 """
@@ -62,6 +62,8 @@ def _not_alive(engine: AsyncEngine) -> ShoalError | None:
 def _not_ready(engine: AsyncEngine) -> ShoalError | None:
     if engine.alive and not engine.admitting:
         return UnavailableError("the server is shutting down and takes no new requests")
+    if engine.restarting:
+        return UnavailableError(engine.why_restarting)
     return _not_alive(engine)
 
 

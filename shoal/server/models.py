@@ -7,6 +7,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from shoal.observability.metrics import CONTENT_TYPE
+from shoal.protocol.internal import CAPABILITY
 from shoal.protocol.responses import ModelCard, ModelList
 from shoal.server.generation import json_response
 from shoal.server.state import ServerState
@@ -31,19 +32,24 @@ def models_router(state: ServerState) -> APIRouter:
 
     @router.get("/version")
     async def get_version(request: Request) -> Response:
-        """The version of Shoal, and facts about the running engine."""
+        """The version of Shoal, what it offers to routers, and facts about the running engine."""
         parallel = state.engine.config.parallel
         degrees = {
             "tensor_parallel_size": parallel.tensor_size,
             "pipeline_parallel_size": parallel.pipeline_size,
             "data_parallel_size": parallel.data_size,
         }
-        return json_response({"version": __version__, "engine": {**degrees, **state.facts}})
+        engine = {**degrees, **state.facts}
+        return json_response({"version": __version__, "internal": [CAPABILITY], "engine": engine})
 
     @router.get("/metrics")
     async def get_metrics(request: Request) -> Response:
         """Prometheus metrics."""
-        state.metrics.replicas_up = {replica.index: replica.failure is None for replica in state.engine.replicas}
+        engine, metrics = state.engine, state.metrics
+        metrics.replicas_up = {replica.index: replica.failure is None for replica in engine.replicas}
+        metrics.num_restarts = engine.num_restarts
+        metrics.num_requests_continued = engine.num_requests_continued
+        metrics.num_tokens_replayed = engine.num_tokens_replayed
         return Response(state.metrics.render(), media_type=CONTENT_TYPE)
 
     return router

@@ -8,41 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
-import importlib.util
-import logging
 import signal
 import socket
 import ssl
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-
-import uvicorn
 
 from shoal.config.engine_config import EngineConfig
 from shoal.config.model_path import resolve_model_path
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.engine.async_engine import AsyncEngine
-from shoal.engine.client import EngineClient
+from shoal.engine.client import EngineClient, SubprocessClient
 from shoal.engine.replicas import make_client
+from shoal.engine.restart_budget import RestartLimits
 from shoal.engine.tokenizer import Tokenizer, load_tokenizer
 from shoal.errors import ConfigError, EngineDeadError
 from shoal.log import get_logger
 from shoal.messages import CoreReady
 from shoal.network import format_url, listen, port_of
+from shoal.network.http_server import HttpServer, http_config, loop_factory
 from shoal.observability.metrics import EngineMetrics
 from shoal.server.app import create_app
 from shoal.server.observer import MetricsObserver
 from shoal.server.startup import Gate, StartupDisplay, describe_address, describe_engine
 from shoal.server.state import served_names
 
-ClientMaker = Callable[[EngineConfig], EngineClient]
+CoreMaker = Callable[[EngineConfig], EngineClient]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# Longer than the clients' own keep-alive, so that it is they who close an idle connection, never in mid-request.
-_KEEP_ALIVE_SECONDS = 75
-_LAST_BYTES_SECONDS = 5
 _HURRIED_SECONDS = 1.0
 _WATCH_SECONDS = 0.2
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -51,19 +45,20 @@ logger = get_logger(__name__)
 
 
 def serve(
-    config: EngineConfig, options: ServerOptions, model: ModelOptions, *, make_client: ClientMaker = make_client
+    config: EngineConfig, options: ServerOptions, model: ModelOptions, *, make_core: CoreMaker = SubprocessClient
 ) -> None:
     """Serve until Ctrl-C, SIGTERM or the end of the terminal (SIGHUP), then return.
 
-    Raises ConfigError (TLS files, chat template, host), StartupError (port taken, the engine does not come up),
-    ModelError, or EngineDeadError when the engine core died.
+    make_core: the client of one engine core. Raises ConfigError (TLS files, chat template, host), StartupError (port
+    taken, the engine does not come up), ModelError, or EngineDeadError when the engine core died and is not started
+    again.
     """
     check_tls(options)
     served_names(options, model)
     chat_template = read_chat_template(options)
     with contextlib.closing(listen(options.host, options.port)) as listener:
-        service = _Service(config, options, model, chat_template, listener, make_client)
-        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        service = _Service(config, options, model, chat_template, listener, make_core)
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(service.run())
 
 
@@ -90,12 +85,12 @@ def read_chat_template(options: ServerOptions) -> str | None:
         raise ConfigError(f"cannot read the chat template {options.chat_template}: {error}") from error
 
 
-class _Server(uvicorn.Server):
-    """uvicorn without its own idea of signals: the service decides what they mean."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
-        yield
+def restart_limits(config: EngineConfig, options: ServerOptions) -> RestartLimits:
+    """How often a lost core is started again. Never with --nnodes: the other nodes end with their engine, and whoever
+    started them starts all again."""
+    if config.parallel.num_nodes > 1:
+        return RestartLimits(max_restarts=0)
+    return RestartLimits(options.max_engine_restarts, options.engine_restart_window)
 
 
 class _Service:
@@ -108,35 +103,20 @@ class _Service:
         model: ModelOptions,
         chat_template: str | None,
         listener: socket.socket,
-        make_client: ClientMaker,
+        make_core: CoreMaker,
     ) -> None:
         self.config = config
         self.options = options
         self.model = model
         self.chat_template = chat_template
         self.listener = listener
-        self.client = make_client(config)
+        self.client = make_client(config, make_core, restart_limits(config, options))
         self.gate = Gate()
-        self.http = _Server(self._http_config())
+        self.http = HttpServer(
+            http_config(self.gate, ssl_keyfile=options.ssl_keyfile, ssl_certfile=options.ssl_certfile)
+        )
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
-
-    def _http_config(self) -> uvicorn.Config:
-        options = self.options
-        logging.getLogger("uvicorn").setLevel(logging.WARNING)
-        return uvicorn.Config(
-            self.gate,
-            http="httptools" if importlib.util.find_spec("httptools") else "h11",
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            ssl_keyfile=options.ssl_keyfile,
-            ssl_certfile=options.ssl_certfile or None,
-            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
-        )
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
@@ -201,7 +181,7 @@ class _Service:
                 await asyncio.gather(core, tokenizer, return_exceptions=True)
                 await self.client.close()
                 raise
-        metrics = EngineMetrics(served_names(self.options, self.model)[0])
+        metrics = EngineMetrics(served_names(self.options, self.model)[0], self.options.metrics_prefix)
         engine = AsyncEngine(
             self.client,
             self.config,
@@ -279,11 +259,3 @@ class _Service:
         await asyncio.gather(drained, hurry, return_exceptions=True)
         if engine.num_unfinished:
             logger.warning("%d requests were ended before they were finished", engine.num_unfinished)
-
-
-def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    if importlib.util.find_spec("uvloop") is None:
-        return asyncio.new_event_loop
-    import uvloop
-
-    return functools.partial(uvloop.new_event_loop)

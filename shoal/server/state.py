@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
-
-from starlette.requests import Request
 
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.engine.async_engine import AsyncEngine
@@ -54,7 +51,7 @@ class ServerState:
             engine=engine,
             options=options,
             model_names=names,
-            metrics=metrics or EngineMetrics(names[0]),
+            metrics=metrics or EngineMetrics(names[0], options.metrics_prefix),
             model_defaults=defaults,
             facts=facts or {},
             template=str(chat_template or own_template or ""),
@@ -102,9 +99,9 @@ class ServerState:
         special = tokenizer.special_token_ids if tokenizer is not None and skip_special_tokens else frozenset()
         return CompletionLogprobsBuilder(self.token_bytes, lambda token_id: token_id not in special, num_top)
 
-    def answer_ids(self, request: Request, prefix: str) -> tuple[str, str]:
-        """The id in the answer, made of the x-request-id, and one for the engine that no other request has."""
-        shown = f"{prefix}-{request.scope.get('shoal.request_id') or uuid.uuid4().hex}"
+    def answer_ids(self, request_id: str, prefix: str) -> tuple[str, str]:
+        """The id in the answer, made of the request's, and one for the engine that no other request has."""
+        shown = f"{prefix}-{request_id}"
         return shown, f"{shown}-{next(self._counter)}"
 
 

@@ -32,6 +32,7 @@ def say(ids: list[int], end: int) -> Script:
 class _Running:
     request: EngineRequest
     num_emitted: int = 0
+    token_ids: list[int] = dataclasses.field(default_factory=list)  # of the answer so far
 
 
 class FakeClient(EngineClient):
@@ -71,7 +72,8 @@ class FakeClient(EngineClient):
         self.sent.append(message)
         match message:
             case AddRequest(request):
-                self.running[request.request_id] = _Running(request, len(request.emitted_token_ids))
+                emitted = list(request.emitted_token_ids)
+                self.running[request.request_id] = _Running(request, len(emitted), emitted)
             case AbortRequests(request_ids, silent):
                 for request_id in request_ids:
                     if self.running.pop(request_id, None) is not None and not silent:
@@ -93,16 +95,20 @@ class FakeClient(EngineClient):
         stats = EngineStats(num_requests_running=len(self.running), num_steps_total=self.num_steps)
         return CoreOutputs(self.config.generation, deltas, stats)
 
+    def _next_token(self, running: _Running) -> int:
+        return self.script(running.request, running.num_emitted)
+
     def _step(self, running: _Running) -> TokenDelta:
         request, sampling = running.request, running.request.sampling
         delta = TokenDelta(request.request_id, [])
         stops = {*sampling.eos_token_ids, *(sampling.stop_token_ids or ())}
-        if running.num_emitted == 0 and sampling.prompt_logprobs is not None:
+        if len(running.token_ids) == len(request.emitted_token_ids) and sampling.prompt_logprobs is not None:
             ids = request.prompt_token_ids
             delta.prompt_logprobs = [None, *(TokenLogprobs([id_], [-1.0], 1) for id_ in ids[1:])]
         for _ in range(self.tokens_per_step):
-            token_id = self.script(request, running.num_emitted)
+            token_id = self._next_token(running)
             running.num_emitted += 1
+            running.token_ids.append(token_id)
             delta.token_ids.append(token_id)
             if sampling.logprobs is not None:
                 top = [token_id, *range(sampling.logprobs)]

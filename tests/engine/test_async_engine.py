@@ -344,7 +344,7 @@ async def test_a_full_queue_refuses() -> None:
 async def test_a_core_of_several_ranks_that_hangs_gets_longer_and_both_times_are_told(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("shoal.engine.async_engine.EXECUTORS_OWN_SECONDS", 0.3)
+    monkeypatch.setattr("shoal.engine.watch.EXECUTORS_OWN_SECONDS", 0.3)
     parallel = ParallelConfig(tensor_size=2, backend="mp", step_timeout=0.2)
     async with running(config={"parallel": parallel}) as (engine, client):
         client.gate.clear()

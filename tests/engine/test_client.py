@@ -198,14 +198,21 @@ sys.stdin.buffer.read()
     await client.close()
 
 
-async def test_a_core_that_is_stopped_is_ended_after_the_time_of_a_step(checkpoint: Path) -> None:
-    client = make_client(checkpoint, step_timeout=2, skip_tokenizer_init=True)
+@pytest.mark.parametrize(
+    ("timeouts", "why"),
+    [
+        ({"step_timeout": 2, "stall_timeout": 0}, "made no step for 2 s although it has work .--step-timeout"),
+        ({"stall_timeout": 1}, "said nothing for 1 s although it has work .--stall-timeout"),
+    ],
+)
+async def test_a_core_that_is_stopped_is_ended(checkpoint: Path, timeouts: dict[str, float], why: str) -> None:
+    client = make_client(checkpoint, skip_tokenizer_init=True, **timeouts)
     await client.start()
     engine = AsyncEngine(client, client._config, None)
     await engine.start()
     assert client.process_id is not None
     os.kill(client.process_id, signal.SIGSTOP)
-    with pytest.raises(EngineDeadError, match="made no step for 2 s although it has work .--step-timeout.*was stopped"):
+    with pytest.raises(EngineDeadError, match=f"{why}.*was stopped"):
         await asyncio.wait_for(engine.collect(engine.prepare([1, 2, 3], SamplingParams(max_tokens=5))), 30)
     assert not engine.alive
     await asyncio.wait_for(engine.close(), 10)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from shoal.engine.replica_facts import CombinedProgress, combine_ready, combine_stats, stats_of_the_lost
-from shoal.messages import CoreReady, EngineStats, StartupProgress
+from shoal.engine.replica_facts import (
+    CombinedProgress,
+    combine_ready,
+    combine_stats,
+    stats_of_the_lost,
+    with_counters,
+)
+from shoal.messages import CoreReady, EngineStats, RankStats, StartupProgress
 
 
 def test_stats_add_up_and_the_usage_is_that_of_all_blocks() -> None:
@@ -11,7 +17,7 @@ def test_stats_add_up_and_the_usage_is_that_of_all_blocks() -> None:
         num_requests_running=1, num_requests_waiting=2, kv_cache_usage=0.9, num_blocks=100, num_free_blocks=10,
         num_steps_total=5, num_preemptions_total=1, prompt_tokens_total=7, generation_tokens_total=8,
         prefix_cache_queries_total=9, prefix_cache_hits_total=3, seconds_since_last_step=0.5,
-        stage_bubbles=[0.25, 0.5],
+        stage_bubbles=[0.25, 0.5], ranks=[RankStats(0, 5, 9, 0.1, 0.2, 1000, 2000)], seconds_without_progress=1.5,
     )  # fmt: skip
     other = EngineStats(num_requests_running=3, num_blocks=300, num_free_blocks=290, seconds_since_last_step=2.0)
     for name in EngineStats.__struct_fields__:
@@ -19,11 +25,13 @@ def test_stats_add_up_and_the_usage_is_that_of_all_blocks() -> None:
     combined = combine_stats([one, other])
     assert (combined.num_requests_running, combined.num_requests_waiting, combined.num_steps_total) == (4, 2, 5)
     assert combined.kv_cache_usage == 0.25
-    assert combined.seconds_since_last_step == 2.0
+    assert combined.seconds_since_last_step == 2.0 and combined.seconds_without_progress == 1.5
     assert (combined.prompt_tokens_total, combined.generation_tokens_total) == (7, 8)
     assert combined.stage_bubbles == [0.25, 0.5]
     other.stage_bubbles = [0.75, 1.0]
     assert combine_stats([one, other]).stage_bubbles == [0.5, 0.75]
+    assert combined.ranks == [], "they are told for each replica alone"
+    one.ranks = []
     assert combine_stats([one]) == one
     assert combine_stats([]) == EngineStats()
 
@@ -32,8 +40,18 @@ def test_a_lost_core_keeps_its_counters_only() -> None:
     last = EngineStats(
         num_requests_running=1, num_requests_waiting=2, kv_cache_usage=0.9, num_blocks=10, num_free_blocks=1,
         num_steps_total=5, generation_tokens_total=8, stage_bubbles=[0.5],
+        seconds_since_last_step=3.0, seconds_without_progress=3.0, ranks=[RankStats(0, 5, 9, 0.1, 0.2, 1000, 2000)],
     )  # fmt: skip
     assert stats_of_the_lost(last) == EngineStats(num_steps_total=5, generation_tokens_total=8)
+
+
+def test_counters_go_on_where_an_earlier_core_left_them() -> None:
+    now = EngineStats(num_requests_running=1, num_steps_total=5, generation_tokens_total=8, kv_cache_usage=0.5)
+    earlier = EngineStats(num_requests_running=7, num_steps_total=10, num_preemptions_total=2, kv_cache_usage=0.9)
+    assert with_counters(now, earlier) == EngineStats(
+        num_requests_running=1, num_steps_total=15, num_preemptions_total=2, generation_tokens_total=8,
+        kv_cache_usage=0.5,
+    )  # fmt: skip
 
 
 def test_ready_is_what_all_of_them_can_do() -> None:

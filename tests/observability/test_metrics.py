@@ -105,6 +105,14 @@ def test_endings_are_counted_by_reason() -> None:
     assert found["shoal:request_generation_tokens_sum", ""] == 5
 
 
+def test_restarts_and_what_went_on_are_counted() -> None:
+    metrics = EngineMetrics("tiny")
+    metrics.num_restarts, metrics.num_requests_continued, metrics.num_tokens_replayed = 1, 20, 300
+    found = samples(metrics)
+    names = ("engine_restarts", "requests_continued", "tokens_replayed")
+    assert [found[f"shoal:{name}_total", ""] for name in names] == [1, 20, 300]
+
+
 def test_two_engines_in_one_process_do_not_meet() -> None:
     one, other = EngineMetrics("tiny"), EngineMetrics("tiny")
     one.request_finished(FinishReason.STOP, 1, 1, 1.0)

@@ -15,7 +15,7 @@ STATUS = {
     "ShoalError": 500, "ConfigError": 500, "ModelError": 500, "StartupError": 500, "EngineError": 500,
     "CollectiveError": 500,
     "InvalidRequestError": 400, "AuthenticationError": 401, "NotFoundError": 404, "RequestTooLargeError": 413,
-    "UnavailableError": 503, "EngineDeadError": 503,
+    "RateLimitedError": 429, "UnavailableError": 503, "EngineDeadError": 503,
 }  # fmt: skip
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, ShoalError)]
 
@@ -40,6 +40,8 @@ def test_param_and_code_come_along() -> None:
 
 def test_headers() -> None:
     assert "retry-after" in error_headers(503)
+    assert error_headers(429, 2.01) == error_headers(503, 2.01) == {"retry-after": "3"}
+    assert error_headers(429, 0.0) == {"retry-after": "1"}
     assert error_headers(401)["www-authenticate"] == "Bearer"
     assert error_headers(413)["connection"] == "close"
     assert error_headers(400) == {}

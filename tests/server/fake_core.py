@@ -57,7 +57,7 @@ def main() -> None:
         while receiver.poll(0 if running else 50):
             match decoder.decode(receiver.recv()):
                 case AddRequest(request):
-                    running[request.request_id] = [0, request.sampling.max_tokens or 1]
+                    running[request.request_id] = [len(request.emitted_token_ids), request.sampling.max_tokens or 1]
                 case AbortRequests(request_ids):
                     for request_id in request_ids:
                         running.pop(request_id, None)

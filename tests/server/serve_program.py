@@ -13,7 +13,6 @@ from shoal import log
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.config.resolve import make_engine_config
 from shoal.engine.client import SubprocessClient
-from shoal.engine.replicas import make_client
 from shoal.errors import ShoalError
 from shoal.server.run import serve
 
@@ -30,7 +29,7 @@ def main() -> int:
     log.configure("info")
     try:
         config = make_engine_config(model=model.model, device="cpu", max_model_len=512, data_parallel_size=num_replicas)
-        serve(config, options, model, make_client=lambda config: make_client(config, FakeCoreClient))
+        serve(config, options, model, make_core=FakeCoreClient)
     except ShoalError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

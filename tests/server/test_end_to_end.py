@@ -10,8 +10,13 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
+
+from shoal.protocol.internal import PATH, REQUEST_MEDIA_TYPE, Finished, encode_request
+from tests.server.in_process import Journal, first_request
+from tests.server.reading import joined
 
 QUESTIONS = ["给我推荐中国适合旅游的地方", "你好", "What is Shoal?", "Tell me about Shanghai", "What is 12 + 30?"]
 
@@ -116,3 +121,27 @@ def test_the_server_lives_on_after_bad_requests(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "hi"}])
     assert ask(client, "What is 12 + 30?", stream=False).strip()
+
+
+def test_a_stream_that_is_cut_off_goes_on_with_the_same_tokens(server: str) -> None:
+    """As a router has it: with the drawn seed, penalties over what was said, and log-probabilities."""
+    body = {
+        "model": "shoal-tiny", "messages": [{"role": "user", "content": QUESTIONS[0]}], "max_tokens": 60, "n": 2,
+        "temperature": 0.9, "frequency_penalty": 0.5, "logprobs": True, "top_logprobs": 2, "stream": True,
+        "stop": ["上海", "北京市"], "return_token_ids": True, "stream_options": {"include_usage": True},
+    }  # fmt: skip
+    with httpx.Client(base_url=server, trust_env=False, timeout=60) as http:
+        expected = http.post("/v1/chat/completions", json={**body, "seed": 7}, headers={"x-request-id": "r"}).content
+        for sizes in ((3000, 6000), (900, 20_000), (1, 11_111, 5000)):
+            journal, limits = Journal(first_request("/v1/chat/completions", body)), [*sizes, 1 << 30]
+            while journal.end is None:
+                limit, data = limits.pop(0), b""
+                request = {"content": encode_request(journal.request), "headers": {"content-type": REQUEST_MEDIA_TYPE}}
+                with http.stream("POST", PATH, **request) as response:
+                    for part in response.iter_raw():
+                        data += part
+                        if len(data) >= limit:
+                            break
+                journal.read(data[:limit])
+            assert isinstance(journal.end, Finished)
+            assert joined(journal.data, cached=False) == joined(expected, cached=False)

@@ -141,7 +141,7 @@ def test_a_second_ctrl_c_does_not_wait(model: Path) -> None:
 
 
 def test_a_core_that_dies_ends_streams_with_an_error_and_the_server_with_a_reason(model: Path) -> None:
-    with serving(model, "--pause", "0.05") as server:
+    with serving(model, "--pause", "0.05", max_engine_restarts=0) as server:
         server.until_ready()
         with streaming(server, 500) as stream:
             server.core().kill()

@@ -53,7 +53,7 @@ def tokens_and_end(text: str) -> tuple[int, str]:
 
 
 def test_one_of_two_dies_and_the_other_goes_on_until_it_dies_too(model: Path) -> None:
-    with serving(model, "--pause", "0.02", num_replicas=2) as server:
+    with serving(model, "--pause", "0.02", num_replicas=2, max_engine_restarts=0) as server:
         server.until_ready()
         assert "2 replicas in float32 on no device" in server.output
         assert "KV cache: 2,048 tokens (2 MiB), 4.0 requests of the full 512 tokens" in server.output

@@ -1,0 +1,247 @@
+"""The processes of a chaos run: replicas, fake or real, and the router. Known by HTTP, pids and metrics alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import psutil
+
+from shoal.network import free_port
+from tests.chaos.link import Link
+
+ROOT = Path(__file__).parents[2]
+_KV_USAGE = re.compile(r"^\w+:kv_cache_usage_perc\S* (\S+)$", re.MULTILINE)
+_RUNNING = re.compile(r"^\w+:num_requests_(?:running|waiting)\S* (\S+)$", re.MULTILINE)
+# Faults that follow each other within seconds are no loop of a broken engine: none counts a second later.
+RESTARTS = ("--max-engine-restarts", "100", "--engine-restart-window", "1")
+
+
+class Program:
+    """A process with its output in a file. environment: what marks all processes of the run."""
+
+    def __init__(self, name: str, command: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        self.name, self._command, self._log_path, self._environment = name, command, log, environment
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        log: IO[bytes] = open(self._log_path, "ab")  # noqa: SIM115 - the process's own from here on
+        with log:
+            environment = {**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", **self._environment}
+            self.process = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
+            )
+
+    @property
+    def output(self) -> str:
+        return self._log_path.read_text(errors="replace") if self._log_path.exists() else ""
+
+    def psutil(self) -> psutil.Process:
+        assert self.process is not None
+        return psutil.Process(self.process.pid)
+
+    def descendants(self, module: str = "") -> list[psutil.Process]:
+        """Children and theirs, of which the command line names `module`."""
+        found = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in self.psutil().children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+                    if not module or module in child.cmdline():
+                        found.append(child)
+        return found
+
+    def kill_all(self) -> None:
+        """The process and all its descendants at once, as when a machine fails."""
+        assert self.process is not None
+        victims = self.descendants()
+        self.process.kill()
+        for victim in victims:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                victim.kill()
+        self.process.wait(20)
+
+    def terminate(self) -> None:
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    async def until_ended(self, timeout: float) -> int:
+        assert self.process is not None
+        deadline = time.monotonic() + timeout
+        while (code := self.process.poll()) is None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} did not end within {timeout:g} s:\n{self.output[-3000:]}")
+            await asyncio.sleep(0.02)
+        return code
+
+    async def end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for one in (self.psutil(), *self.descendants()):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.resume()
+            self.terminate()
+            try:
+                await self.until_ended(20)
+            except TimeoutError:
+                self.kill_all()
+
+    async def until_answers(self, url: str, timeout: float) -> None:
+        """Wait for 200 at this address."""
+        deadline = time.monotonic() + timeout
+        async with httpx.AsyncClient(verify=False, trust_env=False, timeout=2) as http:
+            while True:
+                assert self.process is not None
+                if (code := self.process.poll()) is not None:
+                    raise RuntimeError(f"{self.name} ended with {code}:\n{self.output[-3000:]}")
+                with contextlib.suppress(httpx.HTTPError):
+                    if (await http.get(url)).status_code == 200:
+                        return
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"{self.name} is not up after {timeout:g} s:\n{self.output[-3000:]}")
+                await asyncio.sleep(0.05)
+
+
+class Replica(Program):
+    """A server behind a link. url: its own address; the router is given the link's."""
+
+    model = ""
+    start_seconds = 30.0
+
+    def __init__(self, name: str, directory: Path, environment: dict[str, str]) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.link = Link(self.port)
+        super().__init__(name, self.command(), directory / f"{name}.log", environment)
+
+    def command(self) -> list[str]:
+        raise NotImplementedError
+
+    async def until_up(self) -> None:
+        await self.until_answers(f"{self.url}/readyz", self.start_seconds)
+
+    async def break_engine(self, rng: Any, *, core: bool) -> None:
+        """SIGKILL a worker, or the core."""
+        raise NotImplementedError
+
+    async def stop_engine(self, rng: Any) -> None:
+        """Have the engine make no step any more, without that it ends."""
+        raise NotImplementedError
+
+    async def mend_engine(self) -> None:
+        """Undo `stop_engine` where nobody did so far."""
+        raise NotImplementedError
+
+    async def metrics(self) -> str:
+        async with httpx.AsyncClient(verify=False, trust_env=False, timeout=5) as http:
+            return (await http.get(f"{self.url}/metrics")).text
+
+    async def in_use(self) -> list[str]:
+        """What of requests is left in the engine: nothing, once all have ended."""
+        try:
+            text = await self.metrics()
+        except httpx.HTTPError as error:
+            return [f"{self.name} tells nothing of its engine: {type(error).__name__}"]
+        usage, running = [[float(value) for value in pattern.findall(text)] for pattern in (_KV_USAGE, _RUNNING)]
+        if not usage or not running:
+            return [f"{self.name} has no metrics of its KV cache and requests"]
+        left = [f"{self.name}: {max(usage):.4%} of the KV cache in use"] if max(usage) else []
+        return left + ([f"{self.name}: {sum(running):g} requests run or wait"] if sum(running) else [])
+
+
+class FakeReplica(Replica):
+    """No model and no children: the loss of a worker or a core is told to it."""
+
+    model = "fake"
+
+    def __init__(
+        self, name: str, directory: Path, environment: dict[str, str], *, pace: float = 50.0, kind: str = "native"
+    ) -> None:
+        self.control_port = free_port()
+        self._pace, self._kind = pace, kind
+        super().__init__(name, directory, environment)
+
+    def command(self) -> list[str]:
+        program = [sys.executable, "-m", f"tests.router.fakes.{self._kind}", "--port", str(self.port)]
+        return [
+            *program, "--control-port", str(self.control_port), "--tokens-per-second", str(self._pace),
+            "--log-level", "info", *RESTARTS,
+        ]  # fmt: skip
+
+    async def until_up(self) -> None:
+        await self.until_answers(f"{self.url}/health", self.start_seconds)
+
+    async def break_engine(self, rng: Any, *, core: bool) -> None:
+        await self._control("/fault", {"kind": "lost"})
+
+    async def stop_engine(self, rng: Any) -> None:
+        await self._control("/fault", {"kind": "freeze"})
+
+    async def mend_engine(self) -> None:
+        await self._control("/heal", {})
+
+    async def _control(self, path: str, content: dict[str, Any]) -> None:
+        async with httpx.AsyncClient(verify=False, trust_env=False, timeout=10) as http:
+            (await http.post(f"http://127.0.0.1:{self.control_port}{path}", json=content)).raise_for_status()
+
+
+class RealReplica(Replica):
+    """shoal-tiny with two ranks on the CPU, in the deterministic mode."""
+
+    model = "shoal-tiny"
+    start_seconds = 180.0
+
+    def command(self) -> list[str]:
+        return [
+            sys.executable, "-m", "shoal.cli.main", "serve", "shoal-tiny", "--device", "cpu", "-tp", "2",
+            "--port", str(self.port), "--max-model-len", "512", "--max-num-seqs", "64", "--startup-timeout", "120",
+            "--disable-log-requests", "--kv-cache-memory", "64MiB", *RESTARTS,
+        ]  # fmt: skip
+
+    def workers(self) -> list[psutil.Process]:
+        return self.descendants("shoal.worker")
+
+    async def break_engine(self, rng: Any, *, core: bool) -> None:
+        victims = self.descendants("shoal.engine") if core else self.workers()
+        assert victims, f"{self.name} has no {'core' if core else 'worker'}: {self.output[-2000:]}"
+        rng.choice(victims).kill()
+
+    async def stop_engine(self, rng: Any) -> None:
+        rng.choice(self.workers()).suspend()
+
+    async def mend_engine(self) -> None:
+        for worker in self.workers():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.resume()
+
+
+class Router(Program):
+    """`shoal router` in front of replicas' links."""
+
+    def __init__(self, replicas: Sequence[Replica], directory: Path, environment: dict[str, str], *flags: str) -> None:
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        backends = [argument for replica in replicas for argument in ("--backend", replica.link.url)]
+        program = [sys.executable, "-m", "shoal.cli.main", "router"]
+        command = [*program, "--port", str(self.port), *backends, *flags]
+        super().__init__("router", command, directory / "router.log", environment)
+
+    async def until_up(self) -> None:
+        await self.until_answers(f"{self.url}/health", 60)
+
+    async def drain(self, replica: Replica, *, back: bool = False) -> None:
+        """What `shoal router drain URL` asks for, or its undoing."""
+        verb = "undrain" if back else "drain"
+        async with httpx.AsyncClient(verify=False, trust_env=False, timeout=10) as http:
+            response = await http.post(f"{self.url}/router/{verb}", json={"url": replica.link.url})
+        if response.status_code != 200:
+            raise RuntimeError(f"{verb} of {replica.name}: status {response.status_code}: {response.text}")
