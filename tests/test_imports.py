@@ -16,7 +16,7 @@ ROOT = Path(shoal.__file__).parent
 # As in pyproject.toml, contracts "torch-free" and "client-side".
 WITHOUT_TORCH = (
     "errors", "version", "env", "types", "stats", "log", "messages", "protocol", "config", "network", "scheduling",
-    "observability", "benchmark", "cluster", "server", "llm", "cli", "engine.async_engine", "engine.client",
+    "observability", "benchmark", "router", "cluster", "server", "llm", "cli", "engine.async_engine", "engine.client",
 )  # fmt: skip
 
 

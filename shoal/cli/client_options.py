@@ -115,6 +115,21 @@ class RouterTargetOptions:
     backend_url: str | None = option(None, "Its URL, as the router was given it.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeployOptions:
+    """The deployment."""
+
+    deploy_file: str | None = option(None, "YAML file with the models, their replicas and the router.")
+    wait: bool = option(True, "Return only when all replicas are up, or one does not come up.")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeployStatusOptions:
+    """The answer."""
+
+    json: bool = option(False, "Print JSON instead of lines.")
+
+
 CLIENT_SECTIONS = (
     ConnectionOptions,
     SamplingOptions,
@@ -126,5 +141,7 @@ CLIENT_SECTIONS = (
     ClusterOptions,
     RouterClientOptions,
     RouterTargetOptions,
+    DeployOptions,
+    DeployStatusOptions,
     *BENCH_SECTIONS,
 )

@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": ("shoal.cli.demo", "serve the embedded model, ask it a question, and go on serving"),
     "bench": ("shoal.cli.bench", "measure an engine or a server: bench serve, latency, throughput, startup"),
     "node": ("shoal.cli.node", "make this machine a node of a cluster: node start, node stop"),
+    "deploy": ("shoal.cli.deploy", "keep replicas of models on a cluster: deploy CONFIG, deploy status, deploy stop"),
     "status": ("shoal.cli.status", "show the nodes of the cluster"),
     "collect-env": ("shoal.cli.collect_env", "print versions, CPU, memory, GPUs: what a bug report needs"),
 }

@@ -143,8 +143,8 @@ class ParallelOptions:
     )
     stall_timeout: float = option(
         5.0,
-        "Seconds without a sign of any rank within a step, beyond what full steps take on a GPU, after which the engine "
-        "is ended, and the server starts it again; 0: only --step-timeout counts.",
+        "Seconds without a sign of any rank within a step, beyond what full steps take on a GPU, after which the "
+        "engine is ended, and the server starts it again; 0: only --step-timeout counts.",
         minimum=0,
     )
 

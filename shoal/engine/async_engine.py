@@ -378,6 +378,7 @@ class AsyncEngine:
         """The core is gone: every running request gets its ending."""
         if self._failure is None:
             self._failure = error
+            self._placement.count_crash()
         self._fail(list(self._answers.values()), FinishReason.ERROR, str(self._failure), lost=True)
 
     def _end_overdue(self, now: float) -> None:

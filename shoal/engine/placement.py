@@ -198,6 +198,11 @@ class Placement:
             if not answer.owner.request.held:
                 self._hold(answer)
 
+    def count_crash(self) -> None:
+        """A core died that will not come back, with all that was in it."""
+        for stream in dict.fromkeys(answer.owner for answer in self.in_core.values() if answer.arrived):
+            stream.num_crashes += 1
+
     def lose(self, answers: Iterable[Answer], reason: str) -> None:
         """These were in a core when it died. They go on, in another one or when it is back, as far as they may."""
         lost = sorted(answers, key=lambda answer: (answer.owner.order, answer.index))

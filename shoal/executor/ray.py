@@ -7,11 +7,10 @@ import contextlib
 import os
 import re
 import secrets
-import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from shoal import env, network
@@ -21,6 +20,7 @@ from shoal.errors import ConfigError, StartupError
 from shoal.executor import ray_head
 from shoal.executor.launcher import Launcher, OnExit, WorkerLink
 from shoal.executor.ray_actor import WorkerActor
+from shoal.executor.ray_join import clusters_here, find_token, first_line, join, own_address, translated
 from shoal.executor.ray_placement import NodeRoom, describe_room, place_ranks
 from shoal.log import get_logger
 from shoal.network.node_record import read_record
@@ -68,12 +68,13 @@ class RayLauncher(Launcher):
     def listen_address(self) -> str:
         self._head = self._find_head()
         ray_head.check_installed()
-        self._token = self._find_token()
+        self._token = find_token(self._head, self._parallel.token_file)
         answer = ray_head.ask_head(self._head, self._token)
         ray_head.check_versions(self._head, answer)
-        self._driver = self._own_address(answer)
+        self._driver = own_address(self._head, answer)
         try:
-            self._join()
+            join(self._head, self._token, self._driver, namespace=f"shoal-{secrets.token_hex(8)}")
+            self._joined = True
             self._find_room()
         except BaseException:
             self.stop(0.0)
@@ -100,7 +101,7 @@ class RayLauncher(Launcher):
         if record is not None:
             return record.head
         ray_head.check_installed()
-        found = _clusters_here()
+        found = clusters_here()
         if not found:
             num_here = num_gpus() if self._resource == "GPU" else os.cpu_count()
             raise StartupError(
@@ -112,57 +113,6 @@ class RayLauncher(Launcher):
                 f"several Ray clusters run here: {', '.join(sorted(found))}; RAY_ADDRESS=HEAD:PORT says which"
             )
         return found.pop()
-
-    def _find_token(self) -> str | None:
-        """None for a cluster that somebody else started: what Ray needs then is in Ray's own variables and files."""
-        record = read_record()
-        is_ours = record is not None and record.head == self._head
-        if self._parallel.token_file is None and not is_ours and env.has_ray_authentication():
-            return None
-        try:
-            return network.load_token(self._parallel.token_file)
-        except ConfigError:
-            if is_ours or self._parallel.token_file is not None or env.cluster_token() is not None:
-                raise
-            return None
-
-    def _own_address(self, answer: ray_head.Answer) -> str:
-        """Of the node of the cluster that this machine is."""
-        alive = {node.address for node in answer.nodes if node.alive}
-        record = read_record()
-        if record is not None and record.address in alive:
-            return record.address
-        for interface in network.interfaces():
-            if interface.address in alive:
-                return interface.address
-        raise StartupError(
-            f"this machine ({network.format_interfaces()}) is no node of the cluster {self._head}, whose nodes are "
-            f"{', '.join(sorted(alive)) or 'gone'}; `shoal node start --address {self._head}` makes it one"
-        )
-
-    def _join(self) -> None:
-        variables = ray_head.ray_variables(self._token) if self._token else {}
-        for name, value in variables.items():
-            env.set_default(name, value)
-        # Not before: Ray reads its variables when it is loaded.
-        import ray
-
-        host, port = network.split_endpoint(self._head)
-        endpoint = network.format_endpoint(network.resolve_head(host), port)
-        with _own_signals(), _translated(f"cannot join the cluster {self._head}"):
-            ray.init(
-                address=endpoint,
-                namespace=f"shoal-{secrets.token_hex(8)}",
-                log_to_driver=False,
-                logging_level="error",
-                _node_ip_address=self._driver,
-            )
-        # Ray writes what happens to actors to standard output, whatever the log level; that is told otherwise here.
-        self._joined = True
-        with ray_head.private_names():
-            from ray._private.worker import print_to_stdstream  # noqa: F401  setting it alone would not tell
-
-            ray._private.worker.print_to_stdstream = _log_what_ray_says
 
     # --- room ------------------------------------------------------------------------------------------------------
 
@@ -187,7 +137,7 @@ class RayLauncher(Launcher):
         with ray_head.private_names():
             from ray._private.state import available_resources_per_node
 
-        with _translated(f"the cluster {self._head} does not answer"):
+        with translated(f"the cluster {self._head} does not answer"):
             nodes, free = ray.nodes(), available_resources_per_node()
         return [
             NodeRoom(
@@ -234,7 +184,7 @@ class RayLauncher(Launcher):
         import ray
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        with _translated("Ray cannot start the workers"):
+        with translated("Ray cannot start the workers"):
             self._reserve()
             make = ray.remote(WorkerActor)
             for rank in range(self._parallel.world_size):
@@ -361,52 +311,9 @@ class RayLauncher(Launcher):
         ray.shutdown()
 
 
-def _clusters_here() -> set[str]:
-    """HOST:PORT of the heads that Ray processes of this machine belong to."""
-    with ray_head.private_names():
-        from ray._private.services import find_gcs_addresses
-
-    return set(find_gcs_addresses())
-
-
-def _log_what_ray_says(data: dict[str, Any], ignore_prefix: bool) -> None:
-    for line in data["lines"]:
-        logger.debug("Ray: %s", line)
-
-
-@contextlib.contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray sets handlers of its own for the signals that this process has decided about."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _translated(what: str) -> Iterator[None]:
-    """Ray's errors, and those it passes on from an actor, as StartupError."""
-    import ray
-
-    try:
-        yield
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
-        raise StartupError(f"{what}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def _gist(error: BaseException) -> str:
     """The line that gives the reason, if there is one: Ray's messages begin with the actor's class, id and so on, and
     end with what may have been."""
     lines = [line.strip() for line in str(error).splitlines()]
-    line = next((line for line in lines if "because" in line), _first_line(error))
+    line = next((line for line in lines if "because" in line), first_line(error))
     return re.sub(r" Some common causes include: .*| Node Id: \w+$", "", line).rstrip(".")

@@ -93,11 +93,13 @@ class ContinueRequest(msgspec.Struct, kw_only=True, omit_defaults=True):
 
 
 class Accepted(msgspec.Struct, tag="accepted", omit_defaults=True):
-    """The first frame: the request is valid and queued. prompts: the token ids of each; n: answers to each."""
+    """The first frame: the request is valid and queued. prompts: the token ids of each; n: answers to each. is_running:
+    whether it is in the engine; while it waits for its turn, the engine's end is no fault of its own."""
 
     prompts: list[list[int]]
     n: int = 1
     max_tokens: int = 0
+    is_running: bool = True
 
 
 class Progress(msgspec.Struct, tag="progress", omit_defaults=True):
@@ -118,10 +120,12 @@ class Progress(msgspec.Struct, tag="progress", omit_defaults=True):
 
 
 class Beat(msgspec.Struct, tag="beat", omit_defaults=True):
-    """Nothing new, but the server is there. seconds_without_progress: of the engine, although it has work."""
+    """Nothing new, but the server is there. seconds_without_progress: of the engine, although it has work. is_running:
+    as in Accepted; sent at once when it changes."""
 
     seconds_without_progress: float = 0.0
     restarting: bool = False
+    is_running: bool = True
 
 
 class Finished(msgspec.Struct, tag="finished", omit_defaults=True):
@@ -136,12 +140,14 @@ class Finished(msgspec.Struct, tag="finished", omit_defaults=True):
 class Failed(msgspec.Struct, tag="failed", omit_defaults=True):
     """The last frame otherwise. status, body: as they would be in an answer of their own (body: OpenAI's error object).
 
-    lost: the engine is gone, and another server can go on. moved: this server is shutting down, and another can go on.
+    lost: the engine is gone, and another server can go on. crashed: it was in the engine then. moved: this server is
+    shutting down, and another can go on.
     """
 
     status: int
     body: bytes
     lost: bool = False
+    crashed: bool = False
     moved: bool = False
 
 

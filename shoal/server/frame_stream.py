@@ -31,6 +31,9 @@ from shoal.types.outputs import RequestUpdate
 
 logger = get_logger(__name__)
 
+# How soon it is told that a request that waited runs.
+_TURN_SECONDS = 0.05
+
 _HEADERS = {"content-type": internal.STREAM_MEDIA_TYPE, "cache-control": "no-cache", "x-accel-buffering": "no"}
 
 
@@ -49,6 +52,7 @@ class FrameStream(Response):
         self._generation = generation
         self._num_writing = 0
         self._last_written = 0.0
+        self._was_running = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await while_connected(receive, self._run(send))
@@ -69,14 +73,16 @@ class FrameStream(Response):
         """Everything but the last frame, which is returned."""
         first = self._generation.prepared[0].params
         prompts = [one.prompt_token_ids for one in self._generation.prepared]
-        beats = asyncio.create_task(self._beat())
+        self._was_running = _is_running(streams)
+        beats = asyncio.create_task(self._beat(streams))
         try:
-            await self._write(frame(Accepted(prompts, first.n, first.max_tokens or 0)))
+            await self._write(frame(Accepted(prompts, first.n, first.max_tokens or 0, self._was_running)))
             await self._send_news(streams, rendering)
             return rendering.finish()
         except ShoalError as error:
             lost, moved = isinstance(error, EngineDeadError), isinstance(error, UnavailableError)
-            return Failed(status_of(error), error_body(error).encode(), lost=lost, moved=moved)
+            crashed = lost and any(stream.num_crashes > stream.request.num_crashes for stream in streams)
+            return Failed(status_of(error), error_body(error).encode(), lost=lost, crashed=crashed, moved=moved)
         except Exception:
             logger.exception("a stream of frames failed")
             return Failed(500, ErrorBody(ErrorDetail("internal error of the server", "server_error")).encode())
@@ -114,14 +120,23 @@ class FrameStream(Response):
         self._num_writing -= 1
         self._last_written = time.monotonic()
 
-    async def _beat(self) -> None:
-        """Say that the server is there whenever nothing else was said for a while."""
+    async def _beat(self, streams: Sequence[RequestStream]) -> None:
+        """Say that the server is there whenever nothing else was said for a while, or when the request's turn came."""
         while True:
+            running = _is_running(streams)
             left = self._last_written + internal.BEAT_SECONDS - time.monotonic()
-            if self._num_writing or left > 0:
-                await asyncio.sleep(left if left > 0 else internal.BEAT_SECONDS)
+            if self._num_writing or (left > 0 and running == self._was_running):
+                pause = left if left > 0 else internal.BEAT_SECONDS
+                await asyncio.sleep(pause if running else min(pause, _TURN_SECONDS))
             else:
-                await self._write(frame(Beat(seconds_without_progress(self._engine), self._engine.restarting)))
+                self._was_running = running
+                beat = Beat(seconds_without_progress(self._engine), self._engine.restarting, running)
+                await self._write(frame(beat))
+
+
+def _is_running(streams: Sequence[RequestStream]) -> bool:
+    """Whether something of the request is in an engine core, or has been answered."""
+    return any(answer.engine_id is not None or not answer.open for stream in streams for answer in stream.answers)
 
 
 def seconds_without_progress(engine: AsyncEngine) -> float:

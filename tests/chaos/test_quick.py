@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import shutil
 
 import aiohttp
 import pytest
@@ -34,6 +35,7 @@ async def test_the_harness_finds_what_a_fault_does_without_a_router():
     plan = Plan(num_faults=1, kinds=("link_reset",), num_replicas=1, with_router=False, concurrency=8, num_cases=8)
     result = await run(plan, tell=lines.append)
     assert not result.ok and result.records[0].failures
+    shutil.rmtree(lines[-1].removeprefix("the logs are in "))  # kept only for people to read
 
 
 @pytest.mark.parametrize("seed", [1])

@@ -261,10 +261,10 @@ def test_a_gateway_for_clients_is_no_head(monkeypatch, nothing_is_known):
 
 
 def test_without_a_cluster_the_commands_that_make_one_are_named(monkeypatch, nothing_is_known):
-    monkeypatch.setattr("shoal.executor.ray._clusters_here", set)
+    monkeypatch.setattr("shoal.executor.ray.clusters_here", set)
     with pytest.raises(StartupError, match="shoal node start --head.*shoal node start --address HEAD:PORT"):
         launcher().listen_address()
-    monkeypatch.setattr("shoal.executor.ray._clusters_here", lambda: {"10.0.0.1:6379", "10.0.0.2:6379"})
+    monkeypatch.setattr("shoal.executor.ray.clusters_here", lambda: {"10.0.0.1:6379", "10.0.0.2:6379"})
     with pytest.raises(StartupError, match="several Ray clusters run here: 10.0.0.1:6379, 10.0.0.2:6379"):
         launcher().listen_address()
 

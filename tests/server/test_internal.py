@@ -246,6 +246,26 @@ async def test_beats_while_the_core_is_silent(server: InProcessServer, monkeypat
     server.core.gate.set()
 
 
+async def test_a_request_that_waits_for_another_to_run_alone_says_so(
+    server: InProcessServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no fault of its own should the engine end meanwhile."""
+    monkeypatch.setattr(internal, "BEAT_SECONDS", 0.02)
+    server.core.gate.clear()
+
+    waiting = asyncio.create_task(server.go_on(first_request(COMPLETIONS, BODY)))
+    await server.wait_until(lambda: len(server.core.running) == 1)
+    (first,) = server.core.running
+    alone = asyncio.create_task(server.go_on(first_request(COMPLETIONS, BODY, alone=True)))
+    await server.wait_until(lambda: first not in server.core.running and bool(server.core.running))
+    await asyncio.sleep(0.2)
+    server.core.gate.set()
+    assert isinstance((await alone).events[-1], Finished)
+    accepted, *beats = (await waiting).events
+    assert isinstance(accepted, Accepted) and accepted.is_running
+    assert False in [beat.is_running for beat in beats if isinstance(beat, Beat)]
+
+
 async def test_no_beat_while_there_is_news(server: InProcessServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internal, "BEAT_SECONDS", 30.0)
     reply = await server.go_on(first_request(COMPLETIONS, {**BODY, "max_tokens": 100}))
@@ -290,6 +310,7 @@ async def test_a_server_that_cannot_go_on_says_so_and_another_one_can(stream: bo
         journal.read(reply.data)
         assert isinstance(journal.end, Failed)
         assert (journal.end.lost, journal.end.moved) == (how == "lost", how == "moved")
+        assert journal.end.crashed == (how == "lost")
         assert journal.end.status == 503
         error = json.loads(journal.end.body)["error"]
         assert error["code"] == ("engine_lost" if how == "lost" else "unavailable")

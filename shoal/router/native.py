@@ -1,0 +1,177 @@
+"""One attempt on a server that speaks /internal/v1/continue: its frames into the journal and on to the client.
+
+The frame's way is walked for every token: one decode, one addition to the journal, and one send for all that came in
+one read.
+"""
+
+from __future__ import annotations
+
+import aiohttp
+import msgspec
+
+from shoal.protocol import internal
+from shoal.protocol.internal import (
+    Accepted,
+    AnswerJournal,
+    Beat,
+    ContinueRequest,
+    Failed,
+    Finished,
+    FrameReader,
+    Progress,
+)
+from shoal.router.asgi import Answer
+from shoal.router.flight import Flight
+from shoal.router.outcome import Ended, Lost, Moved, Refused
+from shoal.router.request import GenerationRequest
+from shoal.router.upstream import as_error_object, backend_headers, read_refusal
+
+URL_PATH = internal.PATH
+
+
+class Journal:
+    """What is known of a request's answers: all that the next server needs to go on.
+
+    num_crashes: engines that ended while they worked on it.
+    """
+
+    def __init__(self) -> None:
+        self.prompts: list[list[int]] | None = None
+        self.answers: dict[int, AnswerJournal] = {}
+        self.num_crashes = 0
+        self.num_prompt_tokens = 0
+        self.num_tokens = 0
+
+    def add(self, progress: Progress) -> None:
+        """Raises ValueError for what cannot follow what is there."""
+        answer = self.answers.get(progress.index)
+        if answer is None:
+            answer = self.answers[progress.index] = AnswerJournal(index=progress.index)
+        elif answer.finish_reason is not None:
+            raise ValueError(f"news of answer {progress.index}, which has ended")
+        answer.add(progress)
+        self.num_tokens += len(progress.token_ids)
+
+    def request(self, request: GenerationRequest, alone: bool) -> ContinueRequest:
+        """What to send to the next server."""
+        return ContinueRequest(
+            version=internal.VERSION,
+            path=request.path,
+            body=request.body,
+            request_id=request.request_id,
+            seed=request.seed,
+            created=request.created,
+            prompts=self.prompts,
+            answers=list(self.answers.values()),
+            num_crashes=self.num_crashes,
+            deadline_seconds=request.deadline,
+            alone=alone,
+        )
+
+
+class NativeAttempt:
+    """What it raises is in outcome.py; it returns when all is sent."""
+
+    def __init__(
+        self, request: GenerationRequest, journal: Journal, flight: Flight, answer: Answer, stall_timeout: float
+    ) -> None:
+        self._request = request
+        self._journal = journal
+        self._flight = flight
+        self._answer = answer
+        self._stall_timeout = stall_timeout
+
+    async def run(self, session: aiohttp.ClientSession, alone: bool) -> None:
+        flight, backend = self._flight, self._flight.backend
+        body = internal.encode_request(self._journal.request(self._request, alone))
+        headers = backend_headers(backend.spec, self._request) | {"content-type": internal.REQUEST_MEDIA_TYPE}
+        clock = backend.clock
+        flight.waiting_since = clock()
+        async with session.post(backend.url + URL_PATH, data=body, headers=headers, allow_redirects=False) as response:
+            if response.status != 200:
+                raise await read_refusal(response)
+            if response.content_type != internal.STREAM_MEDIA_TYPE:
+                raise Refused(502, as_error_object(502, b"the server answered with something else than frames"), {})
+            flight.has_beats = True
+            flight.last_sign = clock()
+            reader = FrameReader()
+            read = response.content.readany
+            while True:
+                flight.begin_wait(clock())
+                chunk = await read()
+                flight.waiting_since = None
+                if not chunk:
+                    rest = " within a frame" if reader.partial else ""
+                    raise Lost(f"its answer ended{rest} before it was whole", crashed=self._flight.is_running)
+                now = flight.last_sign = backend.last_sign = clock()
+                if await self._take(reader, chunk, now):
+                    return
+
+    async def _take(self, reader: FrameReader, chunk: bytes, now: float) -> bool:
+        """Deliver the frames of one read. Returns whether the request has ended; raises when that was no good end."""
+        journal, parts = self._journal, []
+        end: Finished | Exception | None = None
+        num_tokens = 0
+        try:
+            for event in reader.feed(chunk):
+                if type(event) is Progress:
+                    journal.add(event)
+                    num_tokens += len(event.token_ids)
+                    if event.num_cached_tokens:
+                        self._flight.num_cached_tokens = event.num_cached_tokens
+                    if event.data:
+                        parts.append(event.data)
+                else:
+                    end = self._control(event, now)
+                    if end is not None:
+                        break
+        except (ValueError, msgspec.DecodeError) as error:
+            end = Lost(f"it sent what is no frame: {error}", crashed=self._flight.is_running)
+        if num_tokens:
+            self._flight.progress(num_tokens, now)
+        if type(end) is Finished:
+            await self._finish(parts, end)
+            return True
+        if parts:
+            await self._answer.data(parts[0] if len(parts) == 1 else b"".join(parts))
+        if isinstance(end, Exception):
+            raise end
+        return False
+
+    def _control(
+        self, event: Accepted | Beat | Finished | Failed | Progress, now: float
+    ) -> Finished | Exception | None:
+        """Everything but progress. Returns what ends the attempt."""
+        match event:
+            case Accepted():
+                self._flight.is_running = event.is_running
+                self._journal.prompts = event.prompts
+                self._journal.num_prompt_tokens = sum(map(len, event.prompts))
+                self._flight.num_prompt_tokens = self._journal.num_prompt_tokens
+            case Beat():
+                self._flight.is_running = event.is_running
+                if event.seconds_without_progress >= self._stall_timeout:
+                    seconds = event.seconds_without_progress
+                    return Lost(
+                        f"its engine makes no progress for {seconds:.1f} s although there is work",
+                        crashed=self._flight.is_running,  # the request may be why
+                        stalled=True,
+                    )
+            case Finished():
+                self._flight.num_cached_tokens = event.num_cached_tokens
+                return event
+            case Failed():
+                if event.lost:
+                    return Lost("its engine is lost", crashed=event.crashed, engine_lost=True)
+                if event.moved:
+                    return Moved("it is shutting down")
+                return Ended(event.status, event.body)
+        return None
+
+    async def _finish(self, parts: list[bytes], end: Finished) -> None:
+        self._journal.num_prompt_tokens = end.num_prompt_tokens or self._journal.num_prompt_tokens
+        self._journal.num_tokens = end.num_tokens or self._journal.num_tokens
+        if self._request.stream:
+            await self._answer.end(b"".join([*parts, end.data]))
+        else:
+            await self._answer.whole(200, end.data)

@@ -1,0 +1,69 @@
+"""How an attempt on one backend can end other than well. Raised by native.py and foreign.py, handled by failover.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from shoal.errors import EngineError, UnavailableError
+
+
+class AttemptError(Exception):
+    """The request is not answered yet, and may go on elsewhere."""
+
+
+class Lost(AttemptError):
+    """The backend did not come to the end. crashed: it ended, or the connection broke, while it worked on the request.
+
+    stalled: it is there, but nothing comes from any of its requests. engine_lost: it says so itself.
+    """
+
+    def __init__(self, reason: str, *, crashed: bool = False, stalled: bool = False, engine_lost: bool = False) -> None:
+        super().__init__(reason)
+        self.crashed = crashed
+        self.stalled = stalled
+        self.engine_lost = engine_lost
+
+
+class Moved(AttemptError):
+    """The backend shuts down in order."""
+
+
+class Refused(AttemptError):
+    """The backend answered with an error before it took the request in. headers: those worth passing on."""
+
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+        self.body = body
+        self.headers = headers
+
+
+class Ended(Exception):
+    """The request's own end is an error: OpenAI's error object, for its client."""
+
+    def __init__(self, status: int, body: bytes) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+        self.body = body
+
+
+class CannotContinue(EngineError):
+    """A stream was cut off that cannot go on by its text."""
+
+    code = "cannot_continue"
+
+
+class DeadlineError(UnavailableError):
+    """The request made no progress for as long as it may."""
+
+    code = "deadline_exceeded"
+
+
+class QueryOfDeathError(EngineError):
+    """Engines ended again and again while they worked on this request."""
+
+    code = "query_of_death"
+
+
+class ClientGone(Exception):
+    """Nobody is there any more to answer to."""
