@@ -10,7 +10,7 @@ import msgspec
 
 from shoal.cli.client_options import CLIENT_SECTIONS, ClusterOptions, DeployOptions, DeployStatusOptions
 from shoal.cli.command import Command, CommandGroup
-from shoal.cluster.deploy.client import Deployer, Target, connect, end_own_node
+from shoal.cluster.deploy.client import Deployer, Target, connect, end_cluster
 from shoal.cluster.deploy.records import DeployStatus, ModelStatus
 from shoal.config.deploy_file import read_deploy_file
 from shoal.config.options import RouterOptions
@@ -41,7 +41,7 @@ def _deploy(options: DeployOptions, cluster: ClusterOptions) -> int:
     warn_about_environment((*SERVE_SECTIONS, RouterOptions, *CLIENT_SECTIONS))
     with connect(Target(cluster.address, cluster.token_file), begin=True) as deployer:
         assert deployer is not None
-        if deployer.owns_node:
+        if deployer.began:
             print(f"No cluster runs here; one of this machine alone was begun ({deployer.head}).", flush=True)
         is_new = deployer.status() is None
         deployer.deploy(plan)
@@ -49,14 +49,15 @@ def _deploy(options: DeployOptions, cluster: ClusterOptions) -> int:
             print("The controller has the deployment; `shoal deploy status` shows how far it is.")
             return 0
         status = _wait(deployer)
-        if failure := _failure(status):
-            if not is_new:
-                raise StartupError(f"{failure}. What ran before stays; `shoal deploy status` shows it")
+        failure = _failure(status)
+        if failure and is_new:
             _stop_all(deployer)
-    if failure:
+    if failure and is_new:
         if status.owns_node:
-            end_own_node()
+            end_cluster(deployer)
         raise StartupError(f"{failure}. Nothing of the deployment is left")
+    if failure:
+        raise StartupError(f"{failure}. What ran before stays; `shoal deploy status` shows it")
     print("\n".join(_describe(status)))
     print("`shoal deploy status` shows it again, `shoal deploy stop` ends it.")
     return 0
@@ -75,12 +76,11 @@ def _status(options: DeployStatusOptions, cluster: ClusterOptions) -> int:
 def _stop(cluster: ClusterOptions) -> int:
     with connect(Target(cluster.address, cluster.token_file)) as deployer:
         status = _stop_all(deployer) if deployer is not None else None
-    if status is None:
+    if deployer is None or status is None:
         print(_NOTHING)
         return 0
-    if status.owns_node:
-        end_own_node()
-    print("The deployment has ended.")
+    ended = end_cluster(deployer) if status.owns_node else False
+    print("The deployment has ended" + (", and the cluster that was begun for it." if ended else "."))
     return 0
 
 

@@ -41,6 +41,8 @@ def show_backends(state: dict[str, Any]) -> str:
         rows.append((one["url"], one["kind"], models, str(one["num_running"]), one["breaker"], condition))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for peer in state.get("peers", ()):
+        lines.append(f"router {peer['url']}: {'is told of requests' if peer['up'] else 'down: ' + peer['why_down']}")
     taking = "takes requests" if state["admitting"] else "is shutting down"
     lines.append(
         f"The router {taking}: {state['num_running']} run, {state['num_waiting']} wait; policy {state['policy']}."

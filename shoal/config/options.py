@@ -210,6 +210,24 @@ class RouterOptions:
     admin_key: str | None = option(
         None, "Key for /router/…; default: without one, only this machine may use these endpoints."
     )
+    peer: list[str] = option(
+        [],
+        "URLs of the other routers, which are told of requests with an Idempotency-Key, to go on when this one ends.",
+    )
+    peer_key: str | None = option(None, "Key that these routers show each other; default: the admin key.")
+    replicate_sync: bool = option(
+        False, "Tell the other routers of each event before its client gets it, not within 50 ms of it."
+    )
+    resume_seconds: float = option(
+        30.0,
+        "Seconds that a request with an Idempotency-Key is kept while its client is away; 0: it is like any other.",
+        minimum=0,
+    )
+    resume_buffer_bytes: int = option(
+        256 * 1024, "Bytes of each such stream that are kept to be read again.", minimum=1024
+    )
+    resume_max_requests: int = option(4096, "Most such requests that are kept.", minimum=1)
+    resume_max_bytes: int = option(256 * 1024 * 1024, "Most memory for them (an estimate).", minimum=1)
     backend_api_key: str | None = option(None, "Key that is presented to servers that have none of their own.")
     deadline: float = option(
         60.0, "Seconds that a request may be without progress; requests set theirs by x-shoal-deadline.", minimum=0.1

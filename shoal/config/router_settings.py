@@ -20,7 +20,7 @@ from shoal.errors import ConfigError
 
 KINDS = ("auto", "shoal", "openai")
 # What a change of the file cannot change: it is in use already.
-_FIXED = ("host", "port", "log_level", "shutdown_timeout")
+_FIXED = ("host", "port", "log_level", "shutdown_timeout", "peer", "peer_key", "replicate_sync")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,10 @@ class GoldenSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterSettings:
-    """keys: entries as the file has them, which the router's admission reads; None when the file has no list."""
+    """keys: entries as the file has them, which the router's admission reads; None when the file has no list.
+
+    peers: URLs of the other routers.
+    """
 
     options: RouterOptions
     backends: tuple[BackendSpec, ...]
@@ -55,6 +58,7 @@ class RouterSettings:
     golden: GoldenSpec
     keys: Any = None
     keys_source: str = ""
+    peers: tuple[str, ...] = ()
 
     def differences_that_wait(self, new: RouterSettings) -> list[str]:
         """The options that differ in `new` and count from the next start on only."""
@@ -102,6 +106,7 @@ class SettingsSource:
             golden=golden,
             keys=file.keys,
             keys_source=file.where("keys"),
+            peers=tuple(dict.fromkeys(_url(text, "--peer") for text in options.peer)),
         )
 
     def fingerprint(self) -> tuple[int, int, int] | None:

@@ -25,7 +25,7 @@ from shoal.engine.replica_facts import combine_stats, stats_of_the_lost
 from shoal.engine.request_output import OutputBuilder
 from shoal.engine.streams import Answer, RequestStream
 from shoal.engine.tokenizer import Tokenizer
-from shoal.engine.watch import watch
+from shoal.engine.watch import DEFAULT_PROGRESS_TIMEOUT, watch
 from shoal.errors import EngineDeadError, EngineError, InvalidRequestError, UnavailableError
 from shoal.log import get_logger
 from shoal.messages import AbortRequests, CoreOutputs, EngineStats, TokenDelta
@@ -35,8 +35,6 @@ from shoal.types.sampling_params import SamplingParams
 logger = get_logger(__name__)
 
 DEFAULT_MAX_NUM_WAITING = 4096
-# Without a step for so long although there is work, the engine does not progress.
-DEFAULT_PROGRESS_TIMEOUT = 60.0
 
 
 class AsyncEngine:
@@ -70,8 +68,7 @@ class AsyncEngine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._pump_task: asyncio.Task[None] | None = None
-        self._watch_task: asyncio.Task[None] | None = None
-        self._sender_task: asyncio.Task[None] | None = None
+        self._other_tasks: list[asyncio.Task[None]] = []
         self._sends: set[asyncio.Task[None]] = set()
         self._failure: EngineDeadError | None = None
         self._draining = False
@@ -82,11 +79,11 @@ class AsyncEngine:
         """Start taking in what the core emits."""
         assert self._pump_task is None, "an engine starts once"
         self._pump_task = asyncio.create_task(self._pump(), name="engine-pump")
-        self._watch_task = asyncio.create_task(
-            watch(self.config.parallel, lambda: self.replicas, self._client.kill, self._end_overdue),
-            name="engine-watch",
-        )
-        self._sender_task = asyncio.create_task(self._send_waiting(), name="engine-sender")
+        watching = watch(self.config.parallel, lambda: self.replicas, self._client.kill, self._end_overdue)
+        self._other_tasks = [
+            asyncio.create_task(watching, name="engine-watch"),
+            asyncio.create_task(self._send_waiting(), name="engine-sender"),
+        ]
 
     # --- accepting -------------------------------------------------------------------------------------------------
 
@@ -496,7 +493,7 @@ class AsyncEngine:
         if self._failure is None:
             self._failure = EngineDeadError("the engine has been shut down")
         self._fail(list(self._answers.values()), FinishReason.ABORT, "the engine has been shut down")
-        own = [task for task in (self._pump_task, self._watch_task, self._sender_task) if task is not None]
+        own = [*self._other_tasks, *([self._pump_task] if self._pump_task is not None else [])]
         for task in own:
             task.cancel()
         await asyncio.gather(*own, *self._sends, return_exceptions=True)

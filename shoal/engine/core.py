@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from shoal.config.engine_config import EngineConfig
 from shoal.distributed.status import RankStatus
 from shoal.engine.bubbles import BubbleMeter
-from shoal.engine.stall import StallWatch, stall_limit
+from shoal.engine.stall import StallWatch, stall_limit, step_allowance
 from shoal.errors import ConfigError, EngineDeadError
 from shoal.executor.base import Executor
 from shoal.log import get_logger
@@ -86,8 +86,9 @@ class EngineCore:
         started = time.monotonic()
         info = self._executor.start(self._channel.send)
         num_blocks = info["num_blocks"]
-        limit = stall_limit(self.config.parallel.stall_timeout, info.get("full_step_seconds", 0.0))
-        self._stall = StallWatch(limit, _MOST_SECONDS_A_LOOK)
+        full_step_seconds = info.get("full_step_seconds", 0.0)
+        limit = stall_limit(self.config.parallel.stall_timeout, full_step_seconds)
+        self._stall = StallWatch(limit, _MOST_SECONDS_A_LOOK, steps_take=step_allowance(full_step_seconds))
         self._scheduler = Scheduler(make_scheduler_config(self.config, num_blocks))
         self._bubbles = BubbleMeter(self._executor.stage_busy_seconds)
         info["startup_seconds"] = round(time.monotonic() - started, 2)
@@ -246,7 +247,7 @@ class EngineCore:
             seconds_since_last_step=time.monotonic() - self._last_step_time,
             stage_bubbles=self._bubbles.shares,
             ranks=[_rank_stats(status) for status in self._executor.rank_statuses()],
-            seconds_without_progress=self._stall.seconds,
+            seconds_without_progress=self._stall.seconds_beyond_steps,
         )
 
 

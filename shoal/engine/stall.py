@@ -14,18 +14,24 @@ from shoal.distributed.status import RankStatus
 _FULL_STEPS = 3.0
 
 
+def step_allowance(full_step_seconds: float) -> float:
+    """Seconds that ranks may show nothing because a step takes so long; 0 where they show layers."""
+    return _FULL_STEPS * full_step_seconds
+
+
 def stall_limit(stall_timeout: float, full_step_seconds: float) -> float:
     """Seconds without a sign after which ranks do not get on; 0: never. full_step_seconds: 0 where they show layers."""
-    return stall_timeout + _FULL_STEPS * full_step_seconds if stall_timeout else 0.0
+    return stall_timeout + step_allowance(full_step_seconds) if stall_timeout else 0.0
 
 
 class StallWatch:
     """limit: see `stall_limit`. `begin` when a step is awaited, `look` now and then meanwhile."""
 
-    def __init__(self, limit: float, most_at_once: float) -> None:
+    def __init__(self, limit: float, most_at_once: float, steps_take: float = 0.0) -> None:
         """most_at_once: seconds that one `look` may add: a process that was stopped itself has seen nothing of what
-        happened meanwhile."""
+        happened meanwhile. steps_take: see `step_allowance`."""
         self.limit = limit
+        self._steps_take = steps_take
         self._most_at_once = most_at_once
         self._marks: list[tuple[object, ...]] = []
         self._seconds = 0.0
@@ -35,9 +41,9 @@ class StallWatch:
         self._seconds = 0.0
 
     @property
-    def seconds(self) -> float:
-        """Since a rank showed a sign, as far as anybody looked."""
-        return self._seconds
+    def seconds_beyond_steps(self) -> float:
+        """Since a rank showed a sign, as far as anybody looked, less what steps may take."""
+        return max(self._seconds - self._steps_take, 0.0)
 
     def look(self, statuses: Sequence[RankStatus], elapsed: float) -> bool:
         """Whether the ranks have stood still for the limit. elapsed: seconds since the last look, or since `begin`."""

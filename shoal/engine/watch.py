@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from shoal.config.parallel import ParallelConfig
 from shoal.engine.client import EXECUTORS_OWN_SECONDS, ReplicaStatus
 
+# Without a step for so long although there is work, the engine does not progress.
+DEFAULT_PROGRESS_TIMEOUT = 60.0
 _WATCH_SECONDS = 1.0
 
 

@@ -4,19 +4,21 @@ deployments of shoal.cluster use it."""
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
+
+import psutil
 
 from shoal import env, network
 from shoal.errors import ConfigError, StartupError
 from shoal.executor import ray_head
 from shoal.log import get_logger
 from shoal.network.node_record import read_record
+
+_HEAD_FLAG = "--gcs-address="
 
 logger = get_logger(__name__)
 
@@ -80,27 +82,27 @@ def join(head: str, token: str | None, address: str, *, namespace: str) -> None:
 
 
 def clusters_here() -> set[str]:
-    """HOST:PORT of the heads that Ray processes of this machine belong to. Raises StartupError.
+    """HOST:PORT of the heads that Ray processes of this machine belong to; those of another network namespace do not
+    count, as each of these is a machine of its own.
 
-    Another process looks: Ray, once loaded here, would take no notice of the token that `join` sets.
+    As Ray itself does it, but without loading it: once loaded, it takes no notice of the token that `join` sets.
     """
-    command = [sys.executable, "-m", __name__]
-    done = subprocess.run(command, env=env.subprocess_environment(), capture_output=True, text=True)
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        raise StartupError(f"cannot look for Ray clusters on this machine: {said[-1]}")
-    return set(json.loads(done.stdout))
+    found: set[str] = set()
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        if os.path.basename(command[0]) == "raylet" and _shares_network(process.pid):
+            words = " ".join(command).split()
+            found.update(word.removeprefix(_HEAD_FLAG) for word in words if word.startswith(_HEAD_FLAG))
+    return found
 
 
-def _main() -> int:
+def _shares_network(pid: int) -> bool:
     try:
-        with ray_head.private_names():
-            from ray._private.services import find_gcs_addresses
-    except StartupError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(json.dumps(sorted(find_gcs_addresses())))
-    return 0
+        return os.stat(f"/proc/{pid}/ns/net").st_ino == os.stat("/proc/self/ns/net").st_ino
+    except PermissionError:
+        return True  # another user's
+    except OSError:
+        return False  # it has just ended
 
 
 def _log_what_ray_says(data: dict[str, Any], ignore_prefix: bool) -> None:
@@ -136,7 +138,3 @@ def translated(what: str) -> Iterator[None]:
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-if __name__ == "__main__":
-    sys.exit(_main())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any
@@ -30,6 +30,14 @@ def is_compiling_ahead() -> bool:
     """Whether this thread's launches do nothing just now. What measures kernels must not: it launches each that it may
     choose, once, and decides later."""
     return _is_dry.get()
+
+
+def tell_compiled(tell: Callable[[], None]) -> None:
+    """Call `tell` after each kernel that was compiled, from whatever thread: it may take long, and is no standstill."""
+    if has_triton():
+        import triton
+
+        triton.knobs.runtime.jit_post_compile_hook = lambda *_, **__: tell()
 
 
 @contextlib.contextmanager

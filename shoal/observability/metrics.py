@@ -54,7 +54,7 @@ class EngineMetrics:
     """Counts what happens to requests.
 
     stats: the newest report of each engine core, by replica (`take_stats`). replicas_up: whether each is there.
-    num_restarts, num_requests_continued, num_tokens_replayed: of engine cores that were lost, and what went on after it.
+    num_restarts, num_requests_continued, num_tokens_replayed: of engine cores that were lost, and what went on then.
     """
 
     def __init__(self, model_name: str, prefix: str = "shoal") -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, ProcessCollector
@@ -35,6 +35,24 @@ class BackendFigures(NamedTuple):
     num_opened: int
 
 
+class PeerFigures(NamedTuple):
+    """Another router. lag: seconds that the oldest news wait for it."""
+
+    url: str
+    up: bool
+    num_bytes: int
+    lag: float
+
+
+class KeptFigures(NamedTuple):
+    """The requests that clients may come back to, at the moment of the scrape. num_dropped: for want of room."""
+
+    num_requests: int = 0
+    num_bytes: int = 0
+    num_dropped: int = 0
+    peers: Sequence[PeerFigures] = ()
+
+
 BREAKER_NUMBERS = {"closed": 0, "half-open": 1, "open": 2}
 
 
@@ -49,6 +67,10 @@ class RouterMetrics:
         self.num_moved = 0
         self.num_replayed = 0
         self.num_tokens = 0
+        self.kept: Callable[[], KeptFigures] = KeptFigures
+        self.num_resumed = 0
+        self.num_taken_over = 0
+        self.num_rerun = 0
         self.time_to_first_token = Histogram(_FIRST_TOKEN_SECONDS)
         self.request_latency = Histogram(_REQUEST_SECONDS)
         self.added_latency = Histogram(_ADDED_SECONDS)
@@ -107,6 +129,9 @@ class _Collector(Collector):
             ("requests_moved", "Requests that went on elsewhere in the middle of their answer.", metrics.num_moved),
             ("tokens_replayed", "Tokens that were there when a request went on elsewhere.", metrics.num_replayed),
             ("generation_tokens", "Tokens that were generated for clients.", metrics.num_tokens),
+            ("requests_resumed", "Clients that came back and read on here.", metrics.num_resumed),
+            ("requests_taken_over", "Requests gone on with from another router's journal.", metrics.num_taken_over),
+            ("requests_rerun", "Requests whose bytes were rendered again for their client.", metrics.num_rerun),
         ):
             yield CounterMetricFamily(f"{_PREFIX}{name}", text, value=value)
         yield GaugeMetricFamily(
@@ -121,7 +146,29 @@ class _Collector(Collector):
             family = HistogramMetricFamily(f"{_PREFIX}{name}", text)
             family.add_metric([], list(_cumulative(histogram)), histogram.total)
             yield family
+        yield from self._kept()
         yield from self._backends()
+
+    def _kept(self) -> Iterator[Metric]:
+        kept = self._metrics.kept()
+        for name, text, value in (
+            ("kept_requests", "Requests that clients may come back to.", kept.num_requests),
+            ("kept_bytes", "Memory that they take (estimate).", kept.num_bytes),
+        ):
+            yield GaugeMetricFamily(f"{_PREFIX}{name}", text, value=value)
+        yield CounterMetricFamily(
+            f"{_PREFIX}kept_requests_dropped", "Of these, dropped for want of room.", value=kept.num_dropped
+        )
+        up = GaugeMetricFamily(f"{_PREFIX}peer_up", "1 while the router can be told.", labels=["peer"])
+        lag = GaugeMetricFamily(
+            f"{_PREFIX}replication_lag_seconds", "Age of the oldest news that it was not told.", labels=["peer"]
+        )
+        size = CounterMetricFamily(f"{_PREFIX}replicated_bytes", "Bytes that it was sent.", labels=["peer"])
+        for peer in kept.peers:
+            up.add_metric([peer.url], float(peer.up))
+            lag.add_metric([peer.url], peer.lag)
+            size.add_metric([peer.url], peer.num_bytes)
+        yield from (up, lag, size)
 
     def _backends(self) -> Iterator[Metric]:
         backends = list(self._metrics.backends())

@@ -1,35 +1,30 @@
 """RouterApp: the router as an ASGI application. Pure ASGI: answers are streamed through it token by token.
 
 Its own endpoints are answered here and in management.py; /v1/chat/completions and /v1/completions are forwarded by
-failover.py, all else of the OpenAI API by passthrough.py.
+generate.py, all else of the OpenAI API by passthrough.py.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from shoal.errors import NotFoundError, ShoalError
 from shoal.log import get_logger
 from shoal.protocol.errors import ErrorBody, ErrorDetail, error_type, status_of
 from shoal.router import management
-from shoal.router.admission import ApiKey, Charge, Entry
+from shoal.router.admission import ApiKey
 from shoal.router.asgi import Answer, Receive, Scope, Send, read_body, read_headers, request_id_of
 from shoal.router.core import Router
-from shoal.router.failover import Forwarding
+from shoal.router.generate import CLIENT_GONE, generate
 from shoal.router.outcome import ClientGone
 from shoal.router.passthrough import is_passed, pass_through
-from shoal.router.request import (
-    GENERATING_PATHS,
-    GenerationRequest,
-    model_name,
-    parse_object,
-    read_deadline,
-    with_model,
-)
+from shoal.router.request import GENERATING_PATHS, parse_object
+from shoal.router.resume import KeptRequest, asks_to_be_kept
+from shoal.router.resume.entrance import NotResumed
 
 _PROBES = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics", "/version"})
-_CLIENT_GONE = 499  # as nginx logs it
 
 logger = get_logger(__name__)
 
@@ -51,6 +46,9 @@ class RouterApp:
             gone = True
         except management.MethodError as error:
             await answer.failure(405, error.body, error.headers)
+        except NotResumed as error:
+            self.router.metrics.refused(error.status)
+            await answer.failure(error.status, error.body)
         except ShoalError as error:
             if scope["path"] in GENERATING_PATHS:
                 self.router.metrics.refused(status_of(error))
@@ -62,7 +60,7 @@ class RouterApp:
             message = f"internal error of the router; its log has the details under the request id {answer.request_id}"
             await answer.failure(500, ErrorBody(ErrorDetail(message, error_type(500), None, "internal_error")).encode())
         finally:
-            status = _CLIENT_GONE if gone or not answer.status else answer.status
+            status = CLIENT_GONE if gone or not answer.status else answer.status
             self._log(scope, status, time.monotonic() - started, answer.request_id)
 
     async def _answer(self, scope: Scope, headers: Mapping[str, str], receive: Receive, answer: Answer) -> None:
@@ -79,7 +77,12 @@ class RouterApp:
             management.check_method(scope, "POST")
             router.check_admitting()
             body = await read_body(headers, receive, router.settings.options.max_request_bytes)
-            await router.while_connected(receive, self._generate(path, key, headers, body, answer))
+            fields = parse_object(headers, body)
+            if router.keeps_requests and asks_to_be_kept(headers):
+                await router.while_connected(receive, self._keep(path, key, headers, fields, body, answer))
+            else:
+                work = generate(router, path, key, headers, fields, body, answer)
+                await router.while_connected(receive, work)
         elif is_passed(path):
             router.check_admitting()
             body = await read_body(headers, receive, router.settings.options.max_request_bytes)
@@ -87,71 +90,20 @@ class RouterApp:
         else:
             raise NotFoundError(f"there is no {method} {path[:200]} here", None, "not_found")
 
-    async def _generate(self, path: str, key: ApiKey, headers: Mapping[str, str], body: bytes, answer: Answer) -> None:
-        router, arrived = self.router, time.monotonic()
-        fields = parse_object(headers, body)
-        name = model_name(fields)
-        deadline = read_deadline(headers, router.settings.options.deadline)
-        model = await router.resolve(name, deadline)
-        key.check_model(name or model)
-        request = GenerationRequest(
-            path=path,
-            request_id=answer.request_id,
-            body=with_model(fields, body, model),
-            fields=fields,
-            model=model,
-            deadline=deadline,
-            # Where the router asks for keys of its own, they are nobody else's business.
-            authorization=None if len(router.keys) else headers.get("authorization"),
-        )
-        given = fields.get("priority")
-        # Lower goes first: a request may put itself behind others, not before them.
-        priority = max(key.priority, given) if type(given) is int else key.priority
-        view = router.view(request, headers, priority)
-        charge = router.limits.charge(key, view.num_tokens, time.monotonic())
-        entry = Entry(
-            key=key.name,
-            priority=priority,
-            weight=key.weight,
-            num_tokens=view.num_tokens,
-            num_bytes=len(body),
-            max_wait=deadline,
-            max_concurrent=key.max_concurrent,
-        )
-        forwarding: Forwarding | None = None
-        status: int | None = _CLIENT_GONE
-        try:
-            async with router.admission.admit(entry):
-                router.metrics.queue_time.add(entry.waited)
-                forwarding = Forwarding(router.context, request, view, answer)
-                await forwarding.run()
-                status = answer.status
-        except ShoalError:
-            status = None  # not taken in: counted as refused
-            raise
-        finally:
-            self._account(request, forwarding, charge, status, arrived, answer)
-
-    def _account(
+    async def _keep(
         self,
-        request: GenerationRequest,
-        forwarding: Forwarding | None,
-        charge: Charge,
-        status: int | None,
-        arrived: float,
+        path: str,
+        key: ApiKey,
+        headers: Mapping[str, str],
+        fields: dict[str, Any],
+        body: bytes,
         answer: Answer,
     ) -> None:
-        """A request has ended: count what it really had."""
-        router, now = self.router, time.monotonic()
-        num_tokens = forwarding.num_tokens if forwarding is not None else 0
-        num_prompt = forwarding.num_prompt_tokens if forwarding is not None else None
-        router.limits.correct(charge, (num_prompt or 0) + num_tokens, now)
-        if status is not None:
-            router.metrics.ended(request.model, status, num_tokens, now - arrived)
-        if request.stream and answer.status == 200:
-            router.metrics.time_to_first_token.add(answer.started_at - arrived)
-        if status == 200:
-            router.learn(request, num_prompt, num_tokens)
+        async def run(kept: KeptRequest, answer: Answer) -> None:
+            # A run may begin again: each has its own fields.
+            await generate(self.router, path, key, headers, dict(fields), body, answer, kept)
+
+        await self.router.entrance.answer(path, key, headers, fields, answer, run)
 
     def _log(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         path = scope["path"]

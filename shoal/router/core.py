@@ -12,7 +12,7 @@ from typing import Any
 from shoal.config.router_settings import RouterSettings
 from shoal.errors import ConfigError, NotFoundError, UnavailableError
 from shoal.log import get_logger
-from shoal.observability.router_metrics import BackendFigures, RouterMetrics
+from shoal.observability.router_metrics import BackendFigures, KeptFigures, PeerFigures, RouterMetrics
 from shoal.router.admission import AdmissionQueue, ApiKeys, AsyncAdmission, QueueLimits, RateLimits
 from shoal.router.asgi import Receive, while_connected
 from shoal.router.failover import ForwardContext
@@ -28,10 +28,13 @@ from shoal.router.policies import (
 )
 from shoal.router.pool import Pool
 from shoal.router.request import GenerationRequest, session_of
+from shoal.router.resume import Entrance, KeptStore
+from shoal.router.resume.peers import Peers
 from shoal.router.upstream import make_session
 from shoal.router.watch import watch_forever
 
 _LOOK_SECONDS = 0.1
+_SWEEP_SECONDS = 0.25
 _LONGEST_PROBE = 5.0
 
 logger = get_logger(__name__)
@@ -72,12 +75,26 @@ class Router:
             timeout=probe_timeout(settings),
             golden=settings.golden if options.golden_prompt == "on" else None,
         )
-        self._watch: asyncio.Task[None] | None = None
+        self.store = KeptStore(options.resume_seconds, options.resume_max_requests, options.resume_max_bytes)
+        secret = options.peer_key or options.admin_key
+        self.peers = Peers(settings.peers, secret, self.session, self.store, options.replicate_sync)
+        self.entrance = Entrance(self.store, self.peers, self.metrics, options.resume_buffer_bytes, secret)
+        self.metrics.kept = self._kept_figures
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def keeps_requests(self) -> bool:
+        return self.store.seconds > 0
 
     def start(self) -> None:
-        """Begin to look at the servers."""
+        """Begin to look at the servers, and to tell the other routers."""
         self._monitor.start()
-        self._watch = asyncio.create_task(watch_forever(self.pool, lambda: self.context.stall_timeout), name="watch")
+        self.peers.start()
+        watch = watch_forever(self.pool, lambda: self.context.stall_timeout)
+        self._tasks = [
+            asyncio.create_task(watch, name="watch"),
+            asyncio.create_task(self._sweep(), name="kept requests"),
+        ]
 
     async def apply(self, settings: RouterSettings) -> None:
         """Go on with these settings. Raises ConfigError, and changes nothing, for what is wrong in them."""
@@ -88,6 +105,9 @@ class Router:
         if _policy_fields(old) != _policy_fields(settings):
             self.pool.use_policy(policy)
         self.context.stall_timeout = options.stall_timeout
+        self.store.seconds = options.resume_seconds
+        self.store.max_requests, self.store.max_bytes = options.resume_max_requests, options.resume_max_bytes
+        self.entrance.max_ring_bytes = options.resume_buffer_bytes
         self.admission.queue.limits = QueueLimits(max_waiting=options.max_num_waiting)
         self.admission.set_capacity(options.max_running)
         self._monitor.set_pace(options.probe_interval, probe_timeout(settings))
@@ -189,11 +209,27 @@ class Router:
 
     async def close(self) -> None:
         self.admission.close()
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
+        await self.entrance.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._monitor.close()
         await self.session.close()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            self.store.sweep(time.monotonic())
+
+    def _kept_figures(self) -> KeptFigures:
+        now = time.monotonic()
+        links = self.peers.links
+        return KeptFigures(
+            num_requests=len(self.store),
+            num_bytes=self.store.num_bytes,
+            num_dropped=self.store.num_dropped,
+            peers=[PeerFigures(link.url, link.why_down is None, link.num_bytes, link.lag(now)) for link in links],
+        )
 
     def _figures(self) -> list[BackendFigures]:
         now = self.pool.clock()

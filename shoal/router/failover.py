@@ -30,6 +30,7 @@ from shoal.router.outcome import (
     Lost,
     Moved,
     QueryOfDeathError,
+    Realign,
     Refused,
 )
 from shoal.router.policies import RequestView
@@ -65,12 +66,29 @@ class ForwardContext:
     random: Random
 
 
+@dataclasses.dataclass
+class Begun:
+    """Where a request begins that may have been answered in part before. by_frames: as its stream has begun."""
+
+    journal: Journal
+    text: TextJournal
+    by_frames: bool | None = None
+
+
 class Forwarding:
     """One request. `run` returns when the client was told everything, or cannot be told any more."""
 
-    def __init__(self, context: ForwardContext, request: GenerationRequest, view: RequestView, answer: Answer) -> None:
-        self.journal = Journal()
-        self.text = TextJournal(request)
+    def __init__(
+        self,
+        context: ForwardContext,
+        request: GenerationRequest,
+        view: RequestView,
+        answer: Answer,
+        begun: Begun | None = None,
+    ) -> None:
+        """begun: of a request that has a past."""
+        self.journal = Journal() if begun is None else begun.journal
+        self.text = TextJournal(request) if begun is None else begun.text
         self.num_attempts = 0
         self._context = context
         self._request = request
@@ -83,7 +101,7 @@ class Forwarding:
         self._errors: Counter[Backend] = Counter()
         self._num_rounds = 0
         # By frames or by text: decided with the first byte that the client gets.
-        self._by_frames: bool | None = None
+        self._by_frames: bool | None = None if begun is None else begun.by_frames
 
     @property
     def num_tokens(self) -> int:
@@ -216,6 +234,9 @@ class Forwarding:
     def _after(self, backend: Backend, failure: AttemptError) -> None:
         """An attempt has failed: what that says of the backend, and whether the request may go on."""
         now = self._context.pool.clock()
+        if isinstance(failure, Realign):
+            backend.breaker.succeeded(now)
+            return
         self._excluded.add(backend)
         self._last_reason = f"{backend.url}: {failure}"
         self._context.metrics.retried(_kind(failure))

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ipaddress
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,7 @@ from shoal.router.asgi import Answer, Receive, Scope, read_body
 from shoal.router.backend import Backend
 from shoal.router.core import Router
 from shoal.router.request import parse_object
+from shoal.router.resume import replication
 from shoal.version import __version__
 
 _METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -56,6 +58,14 @@ async def answer(router: Router, scope: Scope, headers: Mapping[str, str], recei
         _check_operator(router, scope, headers)
         fields = parse_object(headers, await read_body(headers, receive, _MAX_BODY))
         await answer.json(_set_draining(router, fields, path == "/router/drain"))
+        return
+    if path == replication.PATH:
+        check_method(scope, "POST")
+        _check_peer(router, scope, headers)
+        batch = replication.decode_batch(await read_body(headers, receive, replication.MAX_BATCH_BYTES))
+        ring = router.entrance.max_ring_bytes
+        reply = replication.take_batch(router.store, batch, router.peers.name, ring, time.monotonic())
+        await answer.whole(200, replication.encode(reply), replication.MEDIA_TYPE)
         return
     check_method(scope, "GET", "HEAD")
     match path:
@@ -110,6 +120,11 @@ def describe(router: Router) -> dict[str, Any]:
         "num_waiting": router.admission.queue.num_waiting,
         "aliases": dict(router.pool.aliases),
         "backends": [backend.describe(now) for backend in router.pool],
+        "num_kept": len(router.store),
+        "peers": [
+            {"url": link.url, "up": link.why_down is None, "why_down": link.why_down, "bytes": link.num_bytes}
+            for link in router.peers.links
+        ],
     }
 
 
@@ -146,15 +161,24 @@ def _check_health(router: Router) -> None:
 
 def _check_operator(router: Router, scope: Scope, headers: Mapping[str, str]) -> None:
     """Raises AuthenticationError."""
-    key = router.settings.options.admin_key
+    _check_key(router.settings.options.admin_key, "--admin-key", "admin key", scope, headers)
+
+
+def _check_peer(router: Router, scope: Scope, headers: Mapping[str, str]) -> None:
+    """Raises AuthenticationError."""
+    options = router.settings.options
+    _check_key(options.peer_key or options.admin_key, "--peer-key", "key of the routers", scope, headers)
+
+
+def _check_key(key: str | None, flag: str, name: str, scope: Scope, headers: Mapping[str, str]) -> None:
     if key is None:
         if not _is_local(scope):
-            raise AuthenticationError("only this machine may use /router/… while no --admin-key is set")
+            raise AuthenticationError(f"only this machine may use /router/… while no {flag} is set")
         return
     kind, _, given = headers.get("authorization", "").partition(" ")
     matches = secrets.compare_digest(key.encode(), given.strip().encode("latin-1", "replace"))
     if kind.lower() != "bearer" or not matches:
-        raise AuthenticationError("the admin key is missing or wrong; send the header Authorization: Bearer KEY")
+        raise AuthenticationError(f"the {name} is missing or wrong; send the header Authorization: Bearer KEY")
 
 
 def _is_local(scope: Scope) -> bool:

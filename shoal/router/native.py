@@ -22,7 +22,7 @@ from shoal.protocol.internal import (
 )
 from shoal.router.asgi import Answer
 from shoal.router.flight import Flight
-from shoal.router.outcome import Ended, Lost, Moved, Refused
+from shoal.router.outcome import Ended, Lost, Moved, Realign, Refused
 from shoal.router.request import GenerationRequest
 from shoal.router.upstream import as_error_object, backend_headers, read_refusal
 
@@ -51,6 +51,9 @@ class Journal:
             raise ValueError(f"news of answer {progress.index}, which has ended")
         answer.add(progress)
         self.num_tokens += len(progress.token_ids)
+
+    def check_whole(self) -> None:
+        """Called at the end of a request that went well; raises ShoalError where it did not."""
 
     def request(self, request: GenerationRequest, alone: bool) -> ContinueRequest:
         """What to send to the next server."""
@@ -127,6 +130,8 @@ class NativeAttempt:
                         break
         except (ValueError, msgspec.DecodeError) as error:
             end = Lost(f"it sent what is no frame: {error}", crashed=self._flight.is_running)
+        except Realign as realign:
+            end = realign
         if num_tokens:
             self._flight.progress(num_tokens, now)
         if type(end) is Finished:
@@ -169,6 +174,7 @@ class NativeAttempt:
         return None
 
     async def _finish(self, parts: list[bytes], end: Finished) -> None:
+        self._journal.check_whole()
         self._journal.num_prompt_tokens = end.num_prompt_tokens or self._journal.num_prompt_tokens
         self._journal.num_tokens = end.num_tokens or self._journal.num_tokens
         if self._request.stream:

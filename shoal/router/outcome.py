@@ -28,6 +28,10 @@ class Moved(AttemptError):
     """The backend shuts down in order."""
 
 
+class Realign(AttemptError):
+    """Nothing failed: the request goes on from an exact place in its journal, by an attempt of its own."""
+
+
 class Refused(AttemptError):
     """The backend answered with an error before it took the request in. headers: those worth passing on."""
 

@@ -23,6 +23,7 @@ from shoal.engine.client import EngineClient, SubprocessClient
 from shoal.engine.replicas import make_client
 from shoal.engine.restart_budget import RestartLimits
 from shoal.engine.tokenizer import Tokenizer, load_tokenizer
+from shoal.engine.watch import DEFAULT_PROGRESS_TIMEOUT
 from shoal.errors import ConfigError, EngineDeadError
 from shoal.log import get_logger
 from shoal.messages import CoreReady
@@ -187,6 +188,7 @@ class _Service:
             self.config,
             loaded,
             max_num_waiting=self.options.max_num_waiting,
+            progress_timeout=self.config.parallel.stall_timeout or DEFAULT_PROGRESS_TIMEOUT,
             observer=MetricsObserver(metrics),
         )
         await engine.start()

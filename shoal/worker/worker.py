@@ -14,7 +14,7 @@ from shoal.attention.registry import make_backend
 from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import balance_layers
 from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
-from shoal.kernels.compile_ahead import compile_ahead
+from shoal.kernels.compile_ahead import compile_ahead, tell_compiled
 from shoal.kernels.disk_cache import find_compiler_cache
 from shoal.kernels.small_reducer import attach_small_reducer
 from shoal.layers.context import BuildContext
@@ -90,6 +90,7 @@ class Worker:
         else:
             torch.cuda.set_device(device)
             find_compiler_cache()
+            tell_compiled(self.groups.status.update)
             facts["all_reduce"] = attach_small_reducer(self.groups.tensor)
         on_progress(StartupProgress("load weights"))
         model, context = self._build(device)

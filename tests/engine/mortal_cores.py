@@ -12,13 +12,17 @@ from typing import Any
 from shoal.config.engine_config import EngineConfig
 from shoal.engine.async_engine import AsyncEngine
 from shoal.engine.client import EngineClient, ProgressCallback
+from shoal.engine.prepare import PreparedRequest
 from shoal.engine.replicas import make_client
 from shoal.engine.restart_budget import RestartLimits
 from shoal.messages import AddRequest, CoreReady
+from shoal.types import RequestUpdate, SamplingParams
 from tests.engine.fake_client import FakeClient, _Running, make_config
-from tests.engine.test_async_engine import END, until
+from tests.engine.test_async_engine import END, until, updates_of
 from tests.engine.tokenizers_for_tests import tokenizer
 
+LONG = SamplingParams(max_tokens=120, seed=5, ignore_eos=True)
+PROMPT = [300, 301, 302]
 NO_LIMIT = RestartLimits(max_restarts=100_000, window=1e-9)
 
 
@@ -121,3 +125,31 @@ async def recovering(
 
 def random_prompt(chance: random.Random) -> list[int]:
     return [chance.randint(260, 500) for _ in range(chance.randint(1, 20))]
+
+
+def seen(updates: list[RequestUpdate]) -> dict[int, dict[str, Any]]:
+    """What a consumer got of each answer; fails where an answer ended twice or not at all."""
+    answers: dict[int, dict[str, Any]] = {}
+    for update in updates:
+        answer = answers.setdefault(
+            update.index, {"ids": [], "text": "", "logprobs": [], "prompt": [], "end": None, "cached": 0}
+        )
+        assert answer["end"] is None, "nothing comes after the end"
+        answer["ids"] += update.token_ids
+        answer["text"] += update.text
+        answer["logprobs"] += update.logprobs or []
+        answer["prompt"] += [update.prompt_logprobs] if update.prompt_logprobs else []
+        answer["cached"] += update.num_cached_tokens
+        if update.finish_reason is not None:
+            answer["end"] = (update.finish_reason, update.stop_reason, update.error)
+    assert all(answer["end"] is not None for answer in answers.values())
+    return answers
+
+
+def begin(engine: AsyncEngine, prepared: PreparedRequest) -> asyncio.Task[list[RequestUpdate]]:
+    return asyncio.create_task(updates_of(engine, prepared))
+
+
+async def undisturbed(prompt: list[int], params: SamplingParams) -> dict[int, dict[str, Any]]:
+    async with recovering(Cores()) as engine:
+        return seen(await updates_of(engine, engine.prepare(prompt, params)))

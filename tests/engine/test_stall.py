@@ -45,6 +45,18 @@ def test_a_watch_that_was_stopped_itself_does_not_jump_to_a_conclusion() -> None
     assert not watch.look([], 100.0)
 
 
+def test_what_steps_take_is_no_time_without_progress() -> None:
+    watch = StallWatch(3.0, 0.5, steps_take=2.0)
+    watch.begin()
+    seen = []
+    for _ in range(6):
+        watch.look([], 0.5)
+        seen.append(watch.seconds_beyond_steps)
+    assert seen == [0.0, 0.0, 0.0, 0.0, 0.5, 1.0]
+    watch.begin()
+    assert watch.seconds_beyond_steps == 0.0
+
+
 def test_it_can_be_turned_off() -> None:
     watch = StallWatch(0.0, 0.5)
     watch.begin()

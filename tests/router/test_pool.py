@@ -15,8 +15,6 @@ from shoal.router.flight import Flight
 from shoal.router.policies import RequestView, create_policy
 from shoal.router.pool import Pool
 
-GOOD = Health(True, True, True, "")
-
 
 class Time:
     now = 0.0
@@ -29,7 +27,7 @@ def make_pool(*specs: BackendSpec, aliases=None, policy: str = "round-robin") ->
     pool = Pool(create_policy(policy, random=Random(1)), Random(1), Time())
     pool.apply(specs, aliases or {})
     for backend in pool:
-        backend.health, backend.entered = GOOD, True
+        backend.health, backend.entered = Health(True, True, True, ""), True
         backend.native = backend.native if backend.native is not None else True
     return pool
 
