@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cluster.deployed import Deployed, Load, deployment
+from tests.cluster.deployed import PORT, Deployed, Load, deployment
 from tests.executor.engines import is_running, wait_until
 from tests.namespaces import needs_namespaces
 
@@ -136,3 +136,17 @@ def test_a_first_deployment_that_does_not_come_up_leaves_nothing():
         assert "fake could not be deployed" in said and "/there/is/nothing" in said
         assert "Nothing of the deployment is left" in said
         deployed.host.wait_until_empty(5)
+
+
+@pytest.mark.slow
+def test_a_router_whose_port_is_taken_is_told_and_nothing_is_left():
+    with deployment() as deployed:
+        deployed.start_nodes()
+        listen = f"import socket, time; s = socket.create_server(('127.0.0.1', {PORT})); time.sleep(600)"
+        holder = deployed.host.popen(sys.executable, "-c", listen)
+        with pytest.raises(AssertionError, match=f"router does not come up: .*port {PORT} .* is taken by python.*left"):
+            deployed.deploy_fake(deployed.file())
+        holder.kill()
+        holder.wait()
+        assert "Nothing is deployed here" in deployed.shoal("status", fails=True)
+        deployed.host.run(sys.executable, "-m", "shoal.cli", "node", "stop", env=deployed.environment)

@@ -52,6 +52,10 @@ class Run:
         """Of all lives of the program."""
         return [int(path.name.removeprefix("pid-")) for path in self.directory.glob("pid-*")]
 
+    def until_ready(self, num_lives: int = 1) -> None:
+        """Ready, and the program has said so: it is known to be there before it has begun."""
+        wait_until(lambda: len(self.pids()) == num_lives and self.service.report().state == "ready")
+
     def keeper(self) -> int:
         assert self.service._keeper is not None
         return self.service._keeper.pid
@@ -89,7 +93,7 @@ def start(tmp_path) -> Iterator[Callable[..., Run]]:
 
 def test_it_runs_and_ends_when_it_is_told_to(start):
     run = start()
-    wait_until(lambda: run.service.report().state == "ready")
+    run.until_ready()
     report = run.service.report()
     assert (report.url, report.node, report.running, report.waiting, report.kv_usage) == (
         "http://there:1",
@@ -108,9 +112,9 @@ def test_it_runs_and_ends_when_it_is_told_to(start):
 
 def test_it_is_started_again_when_it_ends(start):
     run = start()
-    wait_until(lambda: run.service.report().state == "ready")
+    run.until_ready()
     os.kill(run.pids()[0], signal.SIGKILL)
-    wait_until(lambda: len(run.pids()) == 2 and run.service.report().state == "ready")
+    run.until_ready(2)
     report = run.service.report()
     assert (report.num_restarts, report.num_early_ends, report.url) == (1, 0, "http://there:2")
 
@@ -136,19 +140,21 @@ def test_a_program_that_is_not_there_is_told(start):
 
 def test_one_that_hangs_is_started_anew(start):
     run = start("deaf", grace=0.2)
-    wait_until(lambda: run.service.report().state == "ready")
+    run.until_ready()
     run.condition = Condition(why="does not answer")
     wait_until(lambda: run.service.report().state == "unhealthy")
     assert run.service.report().why == "does not answer" and len(run.pids()) == 1
+    (hung,) = run.pids()
     run.condition = Condition(why="does not answer", hopeless=True)
-    wait_until(lambda: len(run.pids()) == 2)
+    wait_until(lambda: run.service.report().num_restarts)
     run.condition = Condition(ready=True)
     wait_until(lambda: run.service.report().state == "ready")
+    assert not is_alive(hung)
 
 
 def test_one_that_does_not_mind_sigterm_is_killed_after_its_grace(start):
     run = start("deaf", grace=0.2)
-    wait_until(lambda: run.service.report().state == "ready")
+    run.until_ready()
     run.service.stop()
     assert run.service.wait_stopped(20)
 
@@ -163,11 +169,11 @@ def test_what_it_started_goes_with_it(start, tmp_path):
 
 def test_a_keeper_that_is_killed_takes_the_program_along(start):
     run = start()
-    wait_until(lambda: run.service.report().state == "ready")
+    run.until_ready()
     first = run.pids()[0]
     os.kill(run.keeper(), signal.SIGKILL)
     wait_until(lambda: not is_alive(first))
-    wait_until(lambda: len(run.pids()) == 2 and run.service.report().state == "ready")
+    run.until_ready(2)
     assert run.service.report().num_restarts == 1
 
 

@@ -99,7 +99,7 @@ def test_a_revision_changes_with_what_running_replicas_cannot_take_over(read):
         ("port: 9100", "port: 0", "line 18: router.port must be a port that clients know"),
         ("port: 9100", "backend: [a]", "line 18: router.backend is not for a deployment to set"),
         ("device: cpu", "host: x", r"line 8: models\[0\].serve.host is not for a deployment to set; write no address"),
-        ("device: cpu", "served-model-name: [a]", r"line 8: .*served_model_name .*; write models\[\].name, and aliases"),
+        ("device: cpu", "served-model-name: [a]", r"line 8: .*served_model_name .*; write models\[\].name, and al"),
         ("device: cpu", "tensor-parallel-size: 2", r"line 8: models\[0\].serve.tensor_parallel_size .*; write layout"),
         ("device: cpu", "uvicorn_log_level: chatty", "line 8: .*must be one of debug"),
         ("name: tiny", "nmae: tiny", r"line 2: models\[0\].nmae is not known; did you mean name\?"),
