@@ -100,6 +100,7 @@ class Forwarding:
         self._last_reason = ""
         self._errors: Counter[Backend] = Counter()
         self._num_rounds = 0
+        self._is_realigned = False
         # By frames or by text: decided with the first byte that the client gets.
         self._by_frames: bool | None = None if begun is None else begun.by_frames
 
@@ -184,8 +185,9 @@ class Forwarding:
         context, now = self._context, self._context.pool.clock()
         if self.num_attempts == 0:
             context.metrics.first_sent(now - self._received)
-        elif self.num_tokens or self._answer.started:
+        elif (self.num_tokens or self._answer.started) and not self._is_realigned:
             context.metrics.moved(self.num_tokens)
+        self._is_realigned = False
         self.num_attempts += 1
         flight = Flight(backend, self._request.model, self._view, context.pool.policy)
         flight.deadline = self._request.deadline
@@ -236,6 +238,7 @@ class Forwarding:
         now = self._context.pool.clock()
         if isinstance(failure, Realign):
             backend.breaker.succeeded(now)
+            self._is_realigned = True
             return
         self._excluded.add(backend)
         self._last_reason = f"{backend.url}: {failure}"

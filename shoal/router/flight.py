@@ -25,7 +25,7 @@ class Flight:
     Only while it waits may `interrupt` end it. last_progress: of the request, when tokens last came, here or elsewhere.
     last_sign: when bytes last came. by_frames: the server is to say regularly that it is there, and does once it
     has_beats. is_running: the request is in the server's engine, as far as that has said. tells_progress: False for
-    answers that come whole. deadline: seconds without progress; patience: seconds until an answer by frames has to begin.
+    answers that come whole. deadline: seconds without progress; patience: until an answer by frames has to begin.
     """
 
     def __init__(self, backend: Backend, model: str, request: RequestView, policy: Policy) -> None:

@@ -80,6 +80,8 @@ class TextJournal:
             self._text.append(text)
         if chunk.usage is not None:
             self.usage = chunk.usage
+        if chunk.usage is not None and (text or closes or not chunk.choices):
+            # An event without text may count tokens whose text has not come; the client does not have these.
             self.num_tokens = max(self.num_tokens, self._base_tokens + chunk.usage.completion_tokens)
         elif text:
             self.num_tokens += 1

@@ -75,7 +75,7 @@ async def test_a_life(start_program, tmp_path):
     async with served(first) as first.url, served(second) as second.url:
         file = tmp_path / "router.yaml"
         file.write_text(f"backends: [{first.url}]\nprobe_interval: 0.05\n{GOLDEN}", encoding="utf-8")
-        program = await start_program("--config", str(file))
+        program = await start_program("--config", str(file), "--peer", "http://127.0.0.1:1")
         await program.until_logged(f"{first.url} is in")
         file.write_text(f"backends: [{first.url},\n {second.url}]\nplicy: x\n{GOLDEN}", encoding="utf-8")
         await program.until_logged("line 3: plicy is not an option; did you mean policy?; the settings stay")
@@ -87,6 +87,7 @@ async def test_a_life(start_program, tmp_path):
         assert code == 0 and "gets no new requests; 0 run there" in out
         code, out = await program.command("status")
         assert code == 0 and "out: is drained by an operator" in out and "takes requests" in out
+        assert "router http://127.0.0.1:1: down: no connection" in out
         code, out = await program.command("drain", "http://nobody")
         assert code == 1 and "no server here has the url 'http://nobody'" in out
 
@@ -127,6 +128,7 @@ async def test_what_does_not_end_by_itself_is_ended(start_program):
         (["router", "http://x"], 2, "servers are given as --backend http://x"),
         (["router", "drain"], 2, "which server? shoal router drain URL"),
         (["router", "--backend", "http://x", "--policy", "rond-robin"], 2, "did you mean round-robin?"),
+        (["router", "--backend", "http://x", "--peer", "10.0.0.1:9000"], 2, "--peer must be a URL such as http://"),
         (["router", "--backend", "http://x", "--load-factor", "2"], 2, "has no use for load_factor"),
         (["router", "status", "--router", "127.0.0.1:1"], 2, "--router must begin with http://"),
         (["router", "status", "--router", "http://127.0.0.1:1"], 1, "no router answers at http://127.0.0.1:1"),

@@ -160,8 +160,8 @@ class Entrance:
         kept.task = asyncio.create_task(self._run(kept, answer, run), name=f"kept {kept.request_id}")
 
     async def _run(self, kept: KeptRequest, answer: Answer, run: Run) -> None:
-        await kept.begin_stream(answer)
         try:
+            await kept.begin_stream(answer)
             await run(kept, answer)
         except ShoalError as error:
             await answer.error(error)

@@ -13,15 +13,16 @@ from typing import Any
 from shoal.protocol import sse
 from shoal.protocol.errors import ErrorBody, ErrorDetail, error_type
 from shoal.router.asgi import Answer, Message
-from shoal.router.failover import Begun
+from shoal.router.failover import CRASHES_ALONE, Begun
 from shoal.router.request import GenerationRequest
-from shoal.router.resume.journals import TextState, TrackedJournal, TrackedTextJournal
+from shoal.router.resume.journals import CannotResume, TextState, TrackedJournal, TrackedTextJournal
 from shoal.router.resume.position import FramePosition, Position, TextPosition
 
 Name = tuple[str, str]  # whose it is, and its key
 
 # A request without its journal and its ring.
 BASE_BYTES = 2048
+_CHUNK_BYTES = 120  # beside the bytes themselves
 BUSY = (429, 503)  # nothing is wrong with the request: it may be tried again
 KEY_HEADER = "idempotency-key"
 
@@ -56,6 +57,7 @@ class KeptRequest:
         self.journal = TrackedJournal(name[1])
         self.text_state = TextState()
         self.failure: tuple[int, bytes] | None = None
+        self.failed_for_good = True
         self.ended = False
         self.dropped = False
         self.cursors: dict[Any, Any] = {}  # of the links to peers: what each of them was told
@@ -74,6 +76,7 @@ class KeptRequest:
         self._changed = asyncio.Event()
         self._blocked = False
         self._position: Position | None = None
+        self._obstacle: CannotResume | None = None
 
     @property
     def key(self) -> str:
@@ -83,6 +86,11 @@ class KeptRequest:
     def num_bytes(self) -> int:
         """About what it holds in memory."""
         return self._size
+
+    @property
+    def in_use(self) -> bool:
+        """Somebody reads it, or is just about to."""
+        return bool(self.readers) or self.attaching.locked()
 
     @property
     def is_running(self) -> bool:
@@ -95,22 +103,26 @@ class KeptRequest:
 
     @property
     def may_be_tried_again(self) -> bool:
-        return self.failure is not None and self.failure[0] in BUSY
+        return self.failure is not None and (self.failure[0] in BUSY or not self.failed_for_good)
 
     # --- a run -------------------------------------------------------------------------------------------------------
 
     def begin_run(self, position: Position | None) -> Answer:
         """Make room for a run that goes on from here, and return where its answer goes. Nothing may run now.
 
-        position: what the client has; None: nothing. Raises CannotResume where that is not known any more.
+        position: what the client has; None: nothing.
         """
         self.owner = None
         if self._text is not None:
             self.text_state, self._text = self._text.state(), None
-        if isinstance(position, FramePosition) or (position is None and self.streams):
-            self.journal.go_to(position)
-        else:
-            self.journal.keep_all()
+        self._obstacle = None
+        try:
+            if isinstance(position, FramePosition) or (position is None and self.streams):
+                self.journal.go_to(position)
+            else:
+                self.journal.keep_all()
+        except CannotResume as error:
+            self._obstacle = error
         for reader in self.readers:
             reader.replaced = True
         self.cursors.clear()
@@ -125,11 +137,16 @@ class KeptRequest:
         return KeptAnswer(self)
 
     async def begin_stream(self, answer: Answer) -> None:
-        """Where the client has a part already, the stream has begun: what fails now is an event of it."""
+        """Where the client has a part already, the stream has begun: what fails now is an event of it.
+
+        Raises CannotResume where what the client has cannot be.
+        """
         position = self._position
         begun = position is not None and (not isinstance(position, FramePosition) or bool(position.answers))
         if self.streams and begun:
             await answer.start(200, {"content-type": sse.MEDIA_TYPE, **sse.HEADERS})
+        if self._obstacle is not None:
+            raise self._obstacle
 
     def begun(self, request: GenerationRequest) -> Begun:
         """For the forwarding. Raises CannotResume."""
@@ -173,6 +190,8 @@ class KeptRequest:
 
     def fail(self, status: int, body: bytes) -> None:
         self.failure = (status, body)
+        # Of a run that began where a client said that it is, an error may be of that place.
+        self.failed_for_good = self._position is None or self.journal.num_crashes > CRASHES_ALONE
 
     def text_news(self, first_piece: int) -> TextState:
         """What other routers are told of an answer by text."""
@@ -193,7 +212,7 @@ class KeptRequest:
             return
         self._ring.append((self._end, data))
         self._end += len(data)
-        self.resize(len(data))
+        self.resize(len(data) + _CHUNK_BYTES)
         if self.streams:
             self._trim()
 
@@ -206,7 +225,7 @@ class KeptRequest:
                 return
             self._ring.popleft()
             self._start = start + len(data)
-            self.resize(-len(data))
+            self.resize(-len(data) - _CHUNK_BYTES)
 
     def _unread(self) -> int:
         """By those that read; nobody's slowness counts when nobody is there."""

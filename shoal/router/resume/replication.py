@@ -197,10 +197,10 @@ def _take(store: KeptStore, news: News, router: str, max_ring_bytes: int, now: f
     name = (news.scope, news.key)
     kept = store.get(name)
     if news.gone:
-        if kept is not None and kept.owner == router:
+        if kept is not None and kept.owner == router and not kept.in_use:
             store.drop(kept)
         return ""
-    if kept is not None and kept.owner is None and (kept.readers or kept.attaching.locked() or news.head is None):
+    if kept is not None and (kept.in_use or (kept.owner is None and news.head is None)):
         return "refused"  # both answer it: each goes on by itself
     if news.head is not None:
         if kept is not None:

@@ -62,9 +62,9 @@ class KeptStore:
         self._heard = {router: heard for router, heard in self._heard.items() if now - heard <= self.seconds}
         for kept in tuple(self._requests.values()):
             if kept.owner is not None:
-                if kept.owner not in self._heard:
+                if kept.owner not in self._heard and not kept.in_use:
                     self.drop(kept)
-            elif not kept.readers and now - kept.idle_since > self.seconds:
+            elif not kept.in_use and now - kept.idle_since > self.seconds:
                 self.drop(kept)
         self.bound()
 
@@ -80,7 +80,7 @@ class KeptStore:
             for kept in tuple(self._requests.values()):
                 if len(self._requests) <= self.max_requests and self.num_bytes <= self.max_bytes:
                     return
-                if kept is not keep and not kept.readers and may_go(kept):
+                if kept is not keep and not kept.in_use and may_go(kept):
                     self.num_dropped += 1
                     self.drop(kept)
 

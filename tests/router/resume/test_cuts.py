@@ -1,4 +1,4 @@
-"""A stream that is cut at any byte, as often as one likes, and goes on at any of two routers, reads like the whole one."""
+"""A stream that is cut at any byte, again and again, and goes on at either of two routers, reads like the whole one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from tests.chaos.harness import undisturbed
 from tests.router.fakes.process import fake_servers
 from tests.router.fakes.vocabulary import SAYABLE
 from tests.router.resume.conftest import OneRouter, Received
+from tests.router.scripted import until
 
 NEVER, ALWAYS = 1000.0, 0.001
 
@@ -94,3 +95,25 @@ async def test_cuts_by_text(run_routers, foreign_servers, ring):
     whole = [id_ for id_ in SAYABLE if id_ >= 260]
     cases = [case for case in make_cases("fake", 40, ring, by_text=whole) if case.streams]
     await check(routers, cases, urls[0], ring)
+
+
+@pytest.mark.parametrize(
+    "position",
+    ["5.9999", "0.7", "9999.99999", "2.999s", ",,,,,3.3", "999999999.999999999", "t3.3.3", "t1.0.1e", "8.8l,8.8l"],
+)
+async def test_positions_that_no_event_had(run_routers, servers, position):
+    """Somebody makes ids up: that is an error of the request, and of no server."""
+    urls = [server.url for server in servers]
+    one, other = await run_routers(*urls, golden_prompt="off")
+    body = {"model": "fake", "prompt": "sea", "max_tokens": 12, "stream": True, "ignore_eos": True}
+    await one.read(Received(), "k", path="/v1/completions", body=body)
+    await until(lambda: [kept.ended for kept in other.router.store] == [True])
+    for router in (one, other):
+        received = Received()
+        received.ids = [f"k:{position}"]
+        _, response = await asyncio.wait_for(router.read(received, "k", body=body), 20)
+        assert response.status_code == 200 and (received.error is not None or received.done)
+        assert all(backend.accepts(router.router.pool.clock()) for backend in router.router.pool)
+        back = Received()
+        await router.read(back, "k", body=body)
+        assert back.done, back.error
