@@ -19,7 +19,7 @@ from shoal.router.asgi import Answer, Receive, Scope, Send, read_body, read_head
 from shoal.router.core import Router
 from shoal.router.generate import CLIENT_GONE, generate
 from shoal.router.outcome import ClientGone
-from shoal.router.passthrough import is_passed, pass_through
+from shoal.router.passthrough import check_path, is_passed, pass_through
 from shoal.router.request import GENERATING_PATHS, parse_object
 from shoal.router.resume import KeptRequest, asks_to_be_kept
 from shoal.router.resume.entrance import NotResumed
@@ -65,6 +65,7 @@ class RouterApp:
 
     async def _answer(self, scope: Scope, headers: Mapping[str, str], receive: Receive, answer: Answer) -> None:
         method, path = scope["method"], scope["path"].rstrip("/") or "/"
+        check_path(path)
         router = self.router
         if path in _PROBES or path.startswith("/router/"):
             await management.answer(router, scope, headers, receive, answer)

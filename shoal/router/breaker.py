@@ -7,6 +7,7 @@ its end decides.
 from __future__ import annotations
 
 import enum
+import math
 from random import Random
 
 # Fewer failures than a request has attempts: it opens before they are used up.
@@ -34,6 +35,7 @@ class CircuitBreaker:
         self._num_waits = 0
         self._state = BreakerState.CLOSED
         self._until = 0.0
+        self._last_failure = -math.inf
         self._trial = False
 
     def state(self, now: float) -> BreakerState:
@@ -62,9 +64,16 @@ class CircuitBreaker:
         self._num_failed = self._num_waits = 0
         self._trial = False
 
-    def failed(self, now: float) -> None:
-        """It did not. While open nothing changes: those are the failures of requests that were there already."""
+    def failed(self, now: float, began: float | None = None) -> None:
+        """It did not. While open nothing changes: those are the failures of requests that were there already.
+
+        began: when the request was sent there. What was there already at the failure counted last says nothing more:
+        one crash ends all that it meets.
+        """
         state = self.state(now)
+        if began is not None and state is BreakerState.CLOSED and began <= self._last_failure:
+            return
+        self._last_failure = now
         self._num_failed += 1
         if state is BreakerState.HALF_OPEN or (state is BreakerState.CLOSED and self._num_failed >= self._failures):
             self._open(now)

@@ -37,7 +37,7 @@ from shoal.router.policies import RequestView
 from shoal.router.pool import Pool
 from shoal.router.request import GenerationRequest
 from shoal.router.text_journal import TextJournal
-from shoal.router.upstream import describe
+from shoal.router.upstream import describe, refuses_connections
 from shoal.router.watch import leave_out
 
 CRASHES_ALONE = 2
@@ -212,10 +212,12 @@ class Forwarding:
                     raise
                 raise reason from None
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
-                raise Lost(f"the connection broke ({describe(error)})", crashed=flight.is_running) from error
+                raise Lost(f"the connection broke ({describe(error)})", broke=True) from error
         except AttemptError as failure:
             flight.waiting_since = None  # what befalls the others there is nothing to this one any more
-            self._after(backend, failure)
+            if isinstance(failure, Lost) and failure.broke and flight.is_running:
+                failure.crashed = await refuses_connections(backend.url)
+            self._after(backend, failure, flight.started)
             return False
         except BaseException as end:
             well = isinstance(end, Ended) and end.status < 500
@@ -233,7 +235,7 @@ class Forwarding:
             if was_on_trial:
                 context.pool.changed()
 
-    def _after(self, backend: Backend, failure: AttemptError) -> None:
+    def _after(self, backend: Backend, failure: AttemptError, began: float) -> None:
         """An attempt has failed: what that says of the backend, and whether the request may go on."""
         now = self._context.pool.clock()
         if isinstance(failure, Realign):
@@ -253,7 +255,7 @@ class Forwarding:
                 backend.suspect()
             case Lost():
                 logger.warning("request %s: %s: %s", self._request.request_id, backend.url, failure)
-                backend.breaker.failed(now)
+                backend.breaker.failed(now, began)
                 if failure.stalled or failure.engine_lost:
                     leave_out(backend, str(failure), interrupt=failure.stalled, crashed=failure.crashed)
                 backend.suspect()

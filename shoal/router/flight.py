@@ -6,6 +6,7 @@ import asyncio
 import math
 from typing import TYPE_CHECKING
 
+from shoal.router.breaker import BreakerState
 from shoal.router.policies import Policy, RequestView
 
 if TYPE_CHECKING:
@@ -69,6 +70,9 @@ class Flight:
         view = self.backend.view
         if not self.num_tokens:
             self._first_token = now
+            breaker = self.backend.breaker
+            if breaker.state(now) is BreakerState.HALF_OPEN:
+                breaker.succeeded(now)  # others need not wait for the end of a long answer
             view.outstanding_tokens -= self._prompt_share
             self._prompt_share = 0
         self.num_tokens += num_tokens

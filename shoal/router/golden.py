@@ -48,6 +48,7 @@ class GoldenJudge:
         self._pending = set(self._order)
         self._votes: dict[str, dict[str, GoldenAnswer]] = {}
         self._right: dict[str, GoldenAnswer] = {}
+        self._agreed: dict[str, set[str]] = {}  # who has given the right answer once, by model
 
     @property
     def decided(self) -> bool:
@@ -78,12 +79,16 @@ class GoldenJudge:
         if not self.decided:
             return None
         self._decide()
+        self._let_go_of_the_past()
         for model, votes in self._votes.items():
-            if key in votes and not votes[key].agrees(self._right[model]):
+            if key not in votes:
+                continue
+            if not votes[key].agrees(self._right[model]):
                 return False, (
                     f"answers the golden prompt {self.spec.prompt!r} of {model} with {votes[key]}; "
                     f"{self._right[model]} is expected"
                 )
+            self._agreed.setdefault(model, set()).add(key)
         return True, ""
 
     def forget(self, key: str) -> None:
@@ -91,6 +96,7 @@ class GoldenJudge:
         self.give_up(key)
         for model, votes in list(self._votes.items()):
             votes.pop(key, None)
+            self._agreed.get(model, set()).discard(key)
             if not votes:
                 del self._votes[model]
                 self._right.pop(model, None)
@@ -99,6 +105,22 @@ class GoldenJudge:
         """It has to answer again; what was right stays right."""
         for votes in self._votes.values():
             votes.pop(key, None)
+
+    def _let_go_of_the_past(self) -> None:
+        """What was right stays so as long as a server is there that says it, or one that never did. When all that are
+        there said it once and say something else now, their weights were changed, and nobody contradicts them."""
+        for model, votes in self._votes.items():
+            right = self._right.get(model)
+            if self.spec.text is not None or right is None or not votes.keys() <= self._agreed.get(model, set()):
+                continue
+            if votes and not any(answer.agrees(right) for answer in votes.values()):
+                self._right[model] = self._most_common(model, votes)
+                logger.warning(
+                    "the golden prompt of %s is answered with %s from now on; no server says %s any more",
+                    model,
+                    self._right[model],
+                    right,
+                )
 
     def _decide(self) -> None:
         for model, votes in self._votes.items():

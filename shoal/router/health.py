@@ -158,6 +158,8 @@ class _Watch:
             backend.dead_since = backend.clock()
             # It may come back as another process, with an empty cache, with other weights.
             backend.leave("was gone, and has not answered the golden prompt since")
+            if self._monitor._judge is not None:
+                self._monitor._judge.withdraw(backend.url)
             self._monitor._pool.policy.removed(backend.url)
         if before.good and not health.good:
             logger.warning("%s is left out: %s", backend.url, health.why)
@@ -202,6 +204,8 @@ class _Watch:
     def _enter(self) -> None:
         backend = self._backend
         backend.entered = True
+        # What it did before it was out is over; it has just answered.
+        backend.breaker.succeeded(backend.clock())
         backend.why_not_entered = self._said = ""
         logger.info(
             "%s is in: %s, %s",

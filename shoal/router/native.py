@@ -105,7 +105,7 @@ class NativeAttempt:
                 flight.waiting_since = None
                 if not chunk:
                     rest = " within a frame" if reader.partial else ""
-                    raise Lost(f"its answer ended{rest} before it was whole", crashed=self._flight.is_running)
+                    raise Lost(f"its answer ended{rest} before it was whole", broke=True)
                 now = flight.last_sign = backend.last_sign = clock()
                 if await self._take(reader, chunk, now):
                     return
@@ -129,7 +129,7 @@ class NativeAttempt:
                     if end is not None:
                         break
         except (ValueError, msgspec.DecodeError) as error:
-            end = Lost(f"it sent what is no frame: {error}", crashed=self._flight.is_running)
+            end = Lost(f"it sent what is no frame: {error}")
         except Realign as realign:
             end = realign
         if num_tokens:
@@ -155,6 +155,9 @@ class NativeAttempt:
                 self._flight.num_prompt_tokens = self._journal.num_prompt_tokens
             case Beat():
                 self._flight.is_running = event.is_running
+                if not (event.is_running or event.restarting):
+                    # It waits beside a request that runs alone: that is no time without progress of its own.
+                    self._flight.last_progress = now
                 if event.seconds_without_progress >= self._stall_timeout:
                     seconds = event.seconds_without_progress
                     return Lost(

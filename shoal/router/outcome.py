@@ -12,14 +12,24 @@ class AttemptError(Exception):
 
 
 class Lost(AttemptError):
-    """The backend did not come to the end. crashed: it ended, or the connection broke, while it worked on the request.
+    """The backend did not come to the end. crashed: its engine, or all of it, ended while it worked on the request.
 
-    stalled: it is there, but nothing comes from any of its requests. engine_lost: it says so itself.
+    broke: the connection did, and whose fault that was is not known. stalled: it is there, but nothing comes from any
+    of its requests. engine_lost: it says so itself.
     """
 
-    def __init__(self, reason: str, *, crashed: bool = False, stalled: bool = False, engine_lost: bool = False) -> None:
+    def __init__(
+        self,
+        reason: str,
+        *,
+        crashed: bool = False,
+        broke: bool = False,
+        stalled: bool = False,
+        engine_lost: bool = False,
+    ) -> None:
         super().__init__(reason)
         self.crashed = crashed
+        self.broke = broke
         self.stalled = stalled
         self.engine_lost = engine_lost
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from urllib.parse import quote, unquote
 
 import aiohttp
+from yarl import URL
 
-from shoal.errors import UnavailableError
+from shoal.errors import NotFoundError, UnavailableError
 from shoal.log import get_logger
 from shoal.protocol.errors import error_headers
 from shoal.router.admission import ApiKey
@@ -39,6 +41,14 @@ _PAUSE = 0.1
 _RETRIED = (429, 500, 502, 503, 504)
 
 logger = get_logger(__name__)
+
+
+def check_path(path: str) -> None:
+    """Raises NotFoundError for a path with dots or empty parts in it: somebody may resolve it to another one, which is
+    not for clients, or not without the queue."""
+    parts = unquote(path).replace("\\", "/").split("/")[1:]
+    if any(part in (".", "..") for part in parts) or "" in parts[:-1]:
+        raise NotFoundError(f"the path {path[:200]!r} has dots or empty parts in it", None, "not_found")
 
 
 def is_passed(path: str) -> bool:
@@ -73,7 +83,8 @@ class _Passing:
         self._router = router
         self._method = scope["method"]
         query = scope.get("query_string", b"").decode("latin-1")
-        self._path = scope["path"] + (f"?{query}" if query else "")
+        raw_path = scope.get("raw_path") or quote(scope["path"]).encode()
+        self._path = raw_path.decode("latin-1") + (f"?{query}" if query else "")
         self._repeatable = self._method in ("GET", "HEAD") or scope["path"].rstrip("/") in _REPEATABLE
         self._headers = headers
         self._body = body
@@ -131,7 +142,11 @@ class _Passing:
         headers |= {name: self._headers[name] for name in ("content-type", "accept") if name in self._headers}
         try:
             async with router.session.request(
-                self._method, backend.url + self._path, data=self._body or None, headers=headers, allow_redirects=False
+                self._method,
+                URL(backend.url + self._path, encoded=True),  # as it was checked
+                data=self._body or None,
+                headers=headers,
+                allow_redirects=False,
             ) as response:
                 if response.status >= 400:
                     refusal = await read_refusal(response)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+from urllib.parse import urlsplit
+
 import aiohttp
 import msgspec
 
@@ -13,6 +16,7 @@ from shoal.router.request import GenerationRequest
 # Shorter than servers keep idle connections (uvicorn: 5 s), so that no request meets one that is just being closed.
 _KEEP_ALIVE_SECONDS = 4.0
 _CONNECT_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 _MAX_ERROR_BYTES = 1024 * 1024
 _PASSED_ON = ("retry-after", "www-authenticate")
 
@@ -49,8 +53,27 @@ def backend_headers(spec: BackendSpec, request: GenerationRequest) -> dict[str, 
 async def read_refusal(response: aiohttp.ClientResponse) -> Refused:
     """An answer that is an error. Its body is OpenAI's error object, made into one where it was not."""
     body = await response.content.read(_MAX_ERROR_BYTES)
+    if response.status < 400:
+        text = f"the server answered {response.status}, which is no answer to this request"
+        return Refused(502, as_error_object(502, text.encode()), {})
     headers = {name: response.headers[name] for name in _PASSED_ON if name in response.headers}
     return Refused(response.status, as_error_object(response.status, body), headers)
+
+
+async def refuses_connections(url: str) -> bool:
+    """Whether nobody listens there any more: the server has ended, and it was not only the connection that broke."""
+    parts = urlsplit(url)
+    try:
+        async with asyncio.timeout(_LOOK_SECONDS):
+            _, writer = await asyncio.open_connection(
+                parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+            )
+    except ConnectionRefusedError:
+        return True
+    except (OSError, TimeoutError):
+        return False
+    writer.close()
+    return False
 
 
 def as_error_object(status: int, body: bytes) -> bytes:

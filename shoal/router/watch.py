@@ -69,7 +69,7 @@ def _look_at(pool: Pool, backend: Backend, flight: Flight, now: float, stall_tim
     if flight.by_frames and silent > (stall_timeout if flight.has_beats else flight.patience):
         _silent(backend, flight, now, silent, stall_timeout)
     elif not backend.health.alive and silent > stall_timeout and now - backend.dead_since > stall_timeout:
-        flight.interrupt(Lost(f"it does not answer any more ({backend.health.why})", crashed=flight.is_running))
+        flight.interrupt(Lost(f"it does not answer any more ({backend.health.why})"))
     elif flight.tells_progress and now - flight.last_progress > flight.deadline:
         flight.interrupt(
             DeadlineError(f"the request made no progress for {flight.deadline:g} s, which is as long as it may")

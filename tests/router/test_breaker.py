@@ -30,6 +30,18 @@ def test_it_opens_after_failures_in_a_row():
     assert not breaker.allows(0.0) and breaker.state(0.0) is OPEN and breaker.num_opened == 1
 
 
+def test_a_crash_that_ends_many_requests_counts_once():
+    breaker = CircuitBreaker(Random(1))
+    for began in range(20):
+        breaker.failed(20.0 + began / 100, began)
+    assert breaker.state(21.0) is CLOSED
+    for crash in (30.0, 40.0):
+        assert breaker.allows(crash)
+        for began in (crash - 1.0, crash - 2.0):
+            breaker.failed(crash, began)
+    assert breaker.state(40.0) is OPEN
+
+
 def test_one_trial_decides():
     breaker = opened()
     wait = breaker.seconds_until_trial(0.0)

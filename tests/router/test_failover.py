@@ -42,7 +42,8 @@ async def test_a_server_that_breaks_off(run_router, how, after, stream):
     assert text == WHOLE
     assert served_ids(running.servers) == ([list(range(after))] if after else [])
     first, second = running.servers[0].requests[0], running.servers[1].requests[0]
-    assert second.num_crashes == 1 and second.prompts == [[7, 8, 9]]
+    # A connection that breaks says nothing of the engine, while the server is still there.
+    assert second.num_crashes == (how == "lost") and second.prompts == [[7, 8, 9]]
     assert (first.seed, first.created, first.request_id) == (second.seed, second.created, second.request_id)
     assert running.router.metrics.num_replayed == after
 
@@ -209,3 +210,15 @@ async def test_a_slow_client_slows_its_server_down(run_router):
     assert 0 < before < 300000, "somebody took everything in"
     writer.transport.abort()
     await until(lambda: server.num_open == 0)
+
+
+async def test_a_crash_of_the_only_server_loses_none_of_its_requests(run_router):
+    """All go on as soon as it is back, and not one after the other."""
+    running = await run_router(ScriptedServer())
+    (server,) = running.servers
+    server.acts = [Act("lost", 1)] * 8
+    responses = await asyncio.gather(
+        *(running.complete(stream=True, headers={"x-shoal-deadline": "20"}) for _ in range(8))
+    )
+    assert [text_of(response) for response in responses] == [WHOLE] * 8
+    assert str(running.router.pool.get(server.url).breaker.state(running.router.pool.clock())) == "closed"

@@ -73,6 +73,27 @@ def test_what_was_right_stays_so_while_one_server_is_left():
     assert judge.verdict("c")[0]
 
 
+def test_servers_that_were_right_and_all_say_something_else_have_new_weights():
+    judge = GoldenJudge(SPEC)
+    for key in ("a", "b"):
+        judge.vote(key, {"m": RIGHT})
+        assert judge.verdict(key)[0]
+    judge.vote("bad", {"m": GoldenAnswer("bad")})
+    assert not judge.verdict("bad")[0]
+    judge.withdraw("a")
+    judge.vote("a", {"m": WRONG})
+    assert not judge.verdict("a")[0], "b contradicts it"
+    judge.withdraw("b")
+    assert not judge.verdict("a")[0] and not judge.verdict("bad")[0], "nobody who never was right may decide"
+    judge.forget("bad")
+    assert judge.verdict("a")[0]
+    judge.vote("b", {"m": WRONG})
+    assert judge.verdict("b")[0]
+    judge.withdraw("b")
+    judge.vote("b", {"m": RIGHT})
+    assert not judge.verdict("b")[0]
+
+
 def test_reading():
     assert read_golden(b'{"choices":[{"text":"x","token_ids":[1]}]}') == GoldenAnswer("x", (1,))
     assert read_golden(b'{"choices":[{"text":"x","token_ids":null}]}') == GoldenAnswer("x")
