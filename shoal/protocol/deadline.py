@@ -1,4 +1,4 @@
-"""The header x-shoal-deadline: how long a request may go without progress. Read by the server."""
+"""The header x-shoal-deadline: how long a request may go without progress. Read by the server and by the router."""
 
 from __future__ import annotations
 

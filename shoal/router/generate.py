@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from shoal.errors import ShoalError
+from shoal.protocol.deadline import DEADLINE_HEADER, read_deadline
 from shoal.router.admission import ApiKey, Charge, Entry
 from shoal.router.asgi import Answer
 from shoal.router.core import Router
 from shoal.router.failover import Forwarding
-from shoal.router.request import GenerationRequest, model_name, read_deadline, with_model
+from shoal.router.request import GenerationRequest, model_name, with_model
 from shoal.router.resume import KeptRequest
 
 CLIENT_GONE = 499  # as nginx logs it
@@ -31,7 +32,7 @@ async def generate(
     request has been so far."""
     arrived = time.monotonic()
     name = model_name(fields)
-    deadline = read_deadline(headers, router.settings.options.deadline)
+    deadline = read_deadline(headers.get(DEADLINE_HEADER), router.settings.options.deadline)
     model = await router.resolve(name, deadline)
     key.check_model(name or model)
     request = GenerationRequest(

@@ -15,6 +15,7 @@ from yarl import URL
 
 from shoal.errors import NotFoundError, UnavailableError
 from shoal.log import get_logger
+from shoal.protocol.deadline import DEADLINE_HEADER, read_deadline
 from shoal.protocol.errors import error_headers
 from shoal.router.admission import ApiKey
 from shoal.router.asgi import Answer, Scope
@@ -22,7 +23,7 @@ from shoal.router.backend import Backend
 from shoal.router.core import Router
 from shoal.router.flight import Flight
 from shoal.router.policies import RequestView
-from shoal.router.request import model_name, parse_object, read_deadline, with_model
+from shoal.router.request import model_name, parse_object, with_model
 from shoal.router.upstream import authorization_of, describe, read_refusal
 
 _REPEATABLE = frozenset(
@@ -61,7 +62,7 @@ async def pass_through(
 ) -> None:
     """Raises ShoalError."""
     name = None
-    deadline = read_deadline(headers, router.settings.options.deadline)
+    deadline = read_deadline(headers.get(DEADLINE_HEADER), router.settings.options.deadline)
     media_type = headers.get("content-type", "").split(";")[0].strip().lower()
     if body and (media_type == "application/json" or media_type.endswith("+json")):
         fields = parse_object(headers, body)

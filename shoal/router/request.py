@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ import msgspec
 from shoal.errors import InvalidRequestError
 
 GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions")
-DEADLINE_HEADER = "x-shoal-deadline"
 SESSION_HEADER = "x-session-id"
 _LARGEST_SEED = 2**63 - 1
 
@@ -94,20 +92,6 @@ def with_model(fields: dict[str, Any], body: bytes, model: str) -> bytes:
         return body
     fields["model"] = model
     return msgspec.json.encode(fields)
-
-
-def read_deadline(headers: Mapping[str, str], default: float) -> float:
-    """Raises InvalidRequestError for a header that is no number of seconds."""
-    text = headers.get(DEADLINE_HEADER)
-    if text is None:
-        return default
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InvalidRequestError(f"{DEADLINE_HEADER} must be a number of seconds above 0; got {text[:80]!r}")
-    return seconds
 
 
 def session_of(headers: Mapping[str, str], fields: Mapping[str, Any]) -> str | None:

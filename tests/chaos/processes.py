@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import os
@@ -111,7 +112,7 @@ class Program:
                 await asyncio.sleep(0.05)
 
 
-class Replica(Program):
+class Replica(Program, abc.ABC):
     """A server behind a link. url: its own address; the router is given the link's."""
 
     model = ""
@@ -123,23 +124,24 @@ class Replica(Program):
         self.link = Link(self.port)
         super().__init__(name, self.command(), directory / f"{name}.log", environment)
 
+    @abc.abstractmethod
     def command(self) -> list[str]:
-        raise NotImplementedError
+        """What starts it."""
 
     async def until_up(self) -> None:
         await self.until_answers(f"{self.url}/readyz", self.start_seconds)
 
+    @abc.abstractmethod
     async def break_engine(self, rng: Any, *, core: bool) -> None:
         """SIGKILL a worker, or the core."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def stop_engine(self, rng: Any) -> None:
         """Have the engine make no step any more, without that it ends."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def mend_engine(self) -> None:
         """Undo `stop_engine` where nobody did so far."""
-        raise NotImplementedError
 
     async def metrics(self) -> str:
         async with httpx.AsyncClient(verify=False, trust_env=False, timeout=5) as http:

@@ -2,26 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from random import Random
-
-from shoal.router.policies.base import BackendView, Policy, PolicyOptions, RequestView
-from shoal.router.policies.turns import Turns, effective_weights, least
+from shoal.router.policies.base import BackendView
+from shoal.router.policies.least_cost import LeastCost
 
 
-class LeastConnections(Policy):
-    """Those with equally few, such as all that are idle, take turns by weight."""
-
-    used_options = frozenset({"by_speed"})
-
-    def __init__(self, options: PolicyOptions, random: Random) -> None:
-        super().__init__(options, random)
-        self._turns = Turns()
-
-    def pick(self, request: RequestView, candidates: Sequence[BackendView]) -> int:
-        weights = effective_weights(candidates, self.options.by_speed)
-        costs = [backend.num_running / weight for backend, weight in zip(candidates, weights, strict=True)]
-        return self._turns.take(candidates, least(costs), weights)
-
-    def removed(self, key: str) -> None:
-        self._turns.forget(key)
+class LeastConnections(LeastCost):
+    def cost(self, backend: BackendView) -> float:
+        return backend.num_running
