@@ -245,8 +245,8 @@ class Runs:
             for index, request in enumerate(self._requests)
         ]
 
-    def wait(self) -> None:
-        self._woken.wait()
+    def wait(self, seconds: float) -> None:
+        self._woken.wait(seconds)
         self._woken.clear()
 
     def wake(self) -> None:

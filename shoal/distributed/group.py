@@ -67,6 +67,8 @@ class GroupCoordinator:
         self.communicator = communicator
         self.memory = memory
         self.reducer: SmallReducer | None = None
+        # Set by whoever measured it: a sum takes less than computing in two halves to hide it would cost.
+        self.sums_are_quick = False
         self._host = host or (communicator if communicator is None or communicator.device.type == "cpu" else None)
         self._index = GROUPS.index(name)
         self._status = status
@@ -119,8 +121,8 @@ class GroupCoordinator:
 
     @property
     def overlaps(self) -> bool:
-        """Whether a sum that `start_all_reduce` began goes on while this rank computes."""
-        return self.communicator is not None and self.communicator.overlaps
+        """Whether a sum that `start_all_reduce` began goes on while this rank computes, and that is worth the while."""
+        return self.communicator is not None and self.communicator.overlaps and not self.sums_are_quick
 
     def start_all_reduce(self, x: torch.Tensor) -> PendingSum:
         """As `all_reduce`, by the communicator and beside what this rank does next: leave x alone until `wait` of what

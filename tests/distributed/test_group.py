@@ -17,6 +17,7 @@ from shoal.distributed.parallel_dims import ParallelDims
 from shoal.distributed.rendezvous import form_groups, single_rank_groups
 from shoal.distributed.tensor_dict import FIRST_BYTES, describe, pack, rest_bytes, unpack
 from shoal.errors import ConfigError, ShoalError
+from tests.rank_threads import ThreadCommunicator, on_ranks
 
 
 def test_a_group_of_one_returns_its_input() -> None:
@@ -137,3 +138,15 @@ def test_values_of_a_dict_come_back_equal(entries: dict[str, object]) -> None:
 def test_what_msgspec_cannot_write_is_refused() -> None:
     with pytest.raises(TypeError):
         pack(describe({"lock": object()}))
+
+
+def test_where_sums_are_quick_nothing_is_done_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ThreadCommunicator, "overlaps", True)
+
+    def work(group: GroupCoordinator) -> list[bool]:
+        answers = [group.overlaps]
+        group.sums_are_quick = True
+        return [*answers, group.overlaps]
+
+    assert on_ranks(2, work) == [[True, False]] * 2
+    assert not GroupCoordinator([0], 0, name="tensor").overlaps

@@ -12,7 +12,7 @@ import sys
 
 import torch
 
-from shoal.attention.base import AttentionMetadata
+from shoal.attention.base import AttentionBackend, AttentionMetadata
 from shoal.attention.registry import make_backend
 from shoal.config.model_config import load_model_config
 from shoal.distributed.group import GroupCoordinator
@@ -40,8 +40,10 @@ BATCH = [
 ]
 
 
-def model_logits(model: CausalLM, kv_shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """[T, V] of a prompt."""
+def model_logits(
+    model: CausalLM, backend: AttentionBackend, kv_shape: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """[T, V] of a prompt. backend: the one that the model was built with."""
     num_blocks = kv_shape[0] - 1
     metadata = AttentionMetadata(
         [NUM_TOKENS],
@@ -50,7 +52,6 @@ def model_logits(model: CausalLM, kv_shape: tuple[int, ...], device: torch.devic
         torch.arange(BLOCK_SIZE, BLOCK_SIZE + NUM_TOKENS, device=device),
         BLOCK_SIZE,
     )
-    backend = make_backend(False, device)
     backend.prepare(metadata)
     caches = [torch.zeros(kv_shape, device=device) for _ in model.layer_range]
     token_ids = torch.arange(NUM_TOKENS, device=device) * 797 % model.vocabulary.vocab_size
@@ -128,7 +129,7 @@ def main() -> None:
     num_blocks = 1 + -(-NUM_TOKENS // BLOCK_SIZE)
     kv_shape = backend.kv_cache_shape(num_blocks, BLOCK_SIZE, heads.stop - heads.start, config.head_dim)
     results = {
-        "logits": model_logits(model, kv_shape, device).cpu(),
+        "logits": model_logits(model, backend, kv_shape, device).cpu(),
         "tokens": sampled_tokens(group, device),
         "replayed": replays(model, group, device),
     }
