@@ -24,8 +24,16 @@ class InvalidRequestError(ShoalError, ValueError):
         self.code = code
 
 
+class UnsupportedMediaTypeError(InvalidRequestError):
+    """The body is of a type that is not read here (HTTP 415)."""
+
+
 class AuthenticationError(ShoalError):
-    """The API key is missing or wrong (HTTP 401)."""
+    """The API key, or another secret, is missing or wrong (HTTP 401)."""
+
+    def __init__(self, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
 
 
 class NotFoundError(ShoalError):
@@ -74,3 +82,11 @@ class CollectiveError(EngineError):
 
 class StartupError(ShoalError):
     """The engine did not come up: which phase failed, and why."""
+
+
+class NodeError(ShoalError):
+    """Another node of the cluster did not answer a question. `reason`: one word that tells what kind it is."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason

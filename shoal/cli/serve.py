@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 
 from shoal import env, log
 from shoal.cli.client_options import CLIENT_SECTIONS
 from shoal.cli.command import Command
+from shoal.cluster.doctor.preflight import check_before_serving, is_wanted
+from shoal.cluster.one_file import entrance, take_place
 from shoal.config.options import (
     CacheOptions,
     ModelOptions,
@@ -15,7 +18,7 @@ from shoal.config.options import (
     SchedulerOptions,
     ServerOptions,
 )
-from shoal.config.resolve import resolve
+from shoal.config.resolve import num_gpus, resolve
 from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
 from shoal.errors import ConfigError
 from shoal.executor.node_agent import work_for_node_0
@@ -32,14 +35,29 @@ def _run(
     log.configure(server.log_level)
     env.export_log_level(server.log_level)
     warn_about_environment((*SERVE_SECTIONS, RouterOptions, *CLIENT_SECTIONS))
+    place = None
+    if parallel.nodes:
+        parallel, server, place = take_place(model, parallel, server)
     engine_config = resolve(model, cache, scheduler, parallel, is_node=is_node())
+    if engine_config.device == "cuda" and num_gpus() > 1:
+        # Loaded here: a machine with one device has nothing to plan.
+        from shoal.cluster.plan.automatic import lay_out
+
+        planned = lay_out(engine_config, model, scheduler, parallel)
+        if planned is not parallel:
+            engine_config = resolve(model, cache, scheduler, planned, is_node=is_node())
     for package in ("torch", "transformers"):
         if importlib.util.find_spec(package) is None:
             raise ConfigError(
                 f"the engine is not installed ({package} is missing): pip install 'shoal[engine]' brings it"
             )
+    if server.model_label is not None:
+        log.get_logger(__name__).info("model %s: %s", model.model, server.model_label)
+    if is_wanted(engine_config.parallel) and not server.skip_preflight:
+        check_before_serving(model.model, engine_config.parallel, has_weights=model.load_format != "dummy")
     if engine_config.parallel.node_rank > 0:
-        work_for_node_0(engine_config)
+        with entrance(place, server) if place is not None else contextlib.nullcontext():
+            work_for_node_0(engine_config)
         return 0
     # Loaded here, since it cannot be without the packages that were just looked for.
     from shoal.server.run import serve

@@ -20,6 +20,7 @@ from shoal.config.yaml_entry import Entry, read_entries
 
 _TOP = ("models", "router")
 _PARTS = ("replicas", "layout", "scale", "serve")
+_TLS = ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs")
 # What the deployment itself decides for its replicas: option -> what to write in its place.
 _OWN_OPTIONS = {
     "model": "models[].model",
@@ -29,7 +30,8 @@ _OWN_OPTIONS = {
     "data_parallel_size": "layout",
     **dict.fromkeys(("host", "port"), "no address: each replica gets a port of its node"),
     "api_key": "router.keys or router.api_key for clients; replicas and router share a key of their own",
-    **dict.fromkeys(("ssl_keyfile", "ssl_certfile"), "no TLS: replicas are reached by their router alone"),
+    "internal_token": "nothing: replicas and router share a key of their own",
+    **dict.fromkeys(_TLS, "no TLS: replicas are reached by their router alone"),
     **dict.fromkeys(("nnodes", "node_rank", "master_addr", "master_port"), "distributed_executor_backend: ray"),
     "token_file": "shoal deploy --token-file",
 }
@@ -233,6 +235,12 @@ def _router(entry: Entry) -> RouterPlan:
             raise fields[name].error("is not for a deployment to set: it tells its router itself")
     lists = {name: fields[name].value for name in _ROUTER_LISTS if name in fields and fields[name].value is not None}
     options = entry.options(RouterOptions, beside=_ROUTER_LISTS)
+    for name in (*_TLS, "internal_token"):
+        if name in options:
+            raise entry.error(
+                f"has {name}, which is not for a deployment to set: it asks its router by HTTP, and replicas have a "
+                "key of their own; a proxy, or another `shoal router`, in front of it can speak https"
+            )
     if options.get("port") == 0:
         raise fields["port"].error("must be a port that clients know, such as 9000; 0 is any free one")
     return RouterPlan(options=options, lists=lists)

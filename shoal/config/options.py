@@ -124,6 +124,20 @@ class ParallelOptions:
         "rank, mp where they fit this host, else ray.",
         choices=("auto", "uni", "mp", "ray"),
     )
+    nodes: list[str] = option(
+        [],
+        "All machines of the model, each as HOST or HOST:PORT of its service: the same list on each, which finds "
+        "itself by its addresses. The first holds the engine. Instead of --nnodes, --node-rank and --master-addr.",
+    )
+    communication_protocol: str = option(
+        "auto",
+        "How machines talk, with --nodes. tcp: sockets; rdma: InfiniBand or RoCE, which must be there; auto: NCCL's "
+        "choice.",
+        choices=("auto", "tcp", "rdma"),
+    )
+    communication_interface: str | None = option(
+        None, "Network interface between machines, with --nodes; as NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME say it."
+    )
     nnodes: int = option(1, "Machines without Ray: the same command on each, with its own --node-rank.", minimum=1)
     node_rank: int = option(0, "Which of the --nnodes machines this is; 0 serves.", minimum=0)
     master_addr: str | None = option(None, "Address of the machine with --node-rank 0.")
@@ -150,18 +164,44 @@ class ParallelOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ServerOptions:
+class HttpOptions:
+    """What API server and router have alike: TLS, CORS, and the secret between them."""
+
+    ssl_keyfile: str | None = option(None, "TLS key file (PEM).")
+    ssl_certfile: str | None = option(None, "TLS certificate file (PEM); with it the server speaks https only.")
+    ssl_ca_certs: str | None = option(None, "Certificates of the CAs (PEM) that sign clients' certificates.")
+    ssl_cert_reqs: int | None = option(
+        None,
+        "Clients' certificates: 0: none are asked for; 1: checked where there is one; 2: needed. Default: 2 with "
+        "--ssl-ca-certs, else 0.",
+        minimum=0,
+        maximum=2,
+    )
+    allowed_origins: list[str] = option(["*"], "CORS: origins of web pages that may call.")
+    allowed_methods: list[str] = option(["*"], "CORS: methods that they may use.")
+    allowed_headers: list[str] = option(["*"], "CORS: headers that they may send.")
+    allow_credentials: bool = option(False, "CORS: they may send cookies and the like.")
+    internal_token: str | None = option(
+        None,
+        "What a router shows its servers at /internal/… (16 characters or more). Default: one made from the cluster's "
+        "token. A server without either is open there to API keys, or without these to this machine only.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerOptions(HttpOptions):
     """The HTTP server."""
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(8000, "Port to listen on; 0 takes any free one.", minimum=0, maximum=65535)
     served_model_name: list[str] = option([], "Names of the model in the API; default: the model argument.")
+    skip_preflight: bool = option(
+        False, "On several machines, start without looking first for what `shoal doctor --quick` finds."
+    )
+    model_label: str | None = option(None, "Any label of the model, such as large: the log names it.")
     api_key: list[str] = option([], "Keys that clients may present; default: none is asked for (or SHOAL_API_KEY).")
-    allowed_origins: list[str] = option(["*"], "CORS: origins of web pages that may call.")
     max_request_bytes: int = option(16 * 1024 * 1024, "Largest request body.", minimum=1)
     max_num_waiting: int = option(4096, "Most requests queued; above, new ones get 503.", minimum=1)
-    ssl_keyfile: str | None = option(None, "TLS key file (PEM).")
-    ssl_certfile: str | None = option(None, "TLS certificate file (PEM).")
     chat_template: str | None = option(None, "File with a Jinja chat template; default: the model's.")
     trust_request_chat_template: bool = option(
         False, "Let requests bring their own chat_template: a program, which can use up time and memory."
@@ -189,7 +229,7 @@ class ServerOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RouterOptions:
+class RouterOptions(HttpOptions):
     """The router. A config file holds these names too, and the lists backends, keys, aliases and golden."""
 
     backend: list[str] = option([], "Servers to route to, each as URL or URL=WEIGHT.")

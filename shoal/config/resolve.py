@@ -51,8 +51,8 @@ def resolve(
     deterministic = model.deterministic
     if deterministic is None:
         deterministic = device == "cpu" and model.model == EMBEDDED_MODEL
-    max_model_len = _resolve_max_model_len(model.max_model_len, model_config)
-    max_num_seqs, max_num_batched_tokens = _resolve_limits(scheduler, device, max_model_len)
+    max_model_len = resolve_max_model_len(model.max_model_len, model_config)
+    max_num_seqs, max_num_batched_tokens = resolve_limits(scheduler, device, max_model_len)
     if cache.block_size & (cache.block_size - 1):
         raise ConfigError(f"block_size must be 8, 16, 32, 64, 128 or 256; got {cache.block_size}")
     return EngineConfig(
@@ -104,6 +104,8 @@ def _resolve_parallel(
         raise ConfigError(
             f"distributed_executor_backend uni runs one rank, and {num_ranks} are wanted; mp and ray run several"
         )
+    if options.nodes and options.nnodes == 1 < len(options.nodes):
+        raise ConfigError("nodes is for `shoal serve`; elsewhere give nnodes, node_rank and master_addr")
     if options.nnodes > 1:
         _check_nodes(options, config.backend, num_ranks * options.data_parallel_size)
     elif options.node_rank:
@@ -194,7 +196,7 @@ def _resolve_dtype(options: ModelOptions, model: ModelConfig, device: str, deter
     return model.dtype
 
 
-def _resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:
+def resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:
     longest = model.max_position_embeddings
     if wanted is None:
         return longest
@@ -203,7 +205,7 @@ def _resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:
     return wanted
 
 
-def _resolve_limits(options: SchedulerOptions, device: str, max_model_len: int) -> tuple[int, int]:
+def resolve_limits(options: SchedulerOptions, device: str, max_model_len: int) -> tuple[int, int]:
     """max_num_seqs and max_num_batched_tokens. What is not given adapts to what is given; what is given must fit."""
     num_seqs, num_tokens = options.max_num_seqs, options.max_num_batched_tokens
     if num_tokens is None:

@@ -13,14 +13,17 @@ from urllib.parse import urlsplit
 
 from shoal.config.flags import parse_flags
 from shoal.config.knobs import KnobTable
-from shoal.config.options import RouterOptions
+from shoal.config.options import HttpOptions, RouterOptions
 from shoal.config.router_file import RouterFile
 from shoal.config.sources import split_config, values_from_environment
 from shoal.errors import ConfigError
 
 KINDS = ("auto", "shoal", "openai")
 # What a change of the file cannot change: it is in use already.
-_FIXED = ("host", "port", "log_level", "shutdown_timeout", "peer", "peer_key", "replicate_sync")
+_FIXED = (
+    "host", "port", "log_level", "shutdown_timeout", "peer", "peer_key", "replicate_sync",
+    *(field.name for field in dataclasses.fields(HttpOptions)),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,6 +95,10 @@ class SettingsSource:
         if not backends:
             where = f" and {self.path} has no backends" if self.path else ""
             raise ConfigError(f"no server to route to: give --backend URL{where}")
+        backends = [
+            dataclasses.replace(spec, api_key=options.backend_api_key) if spec.api_key is None else spec
+            for spec in backends
+        ]
         urls = [spec.url for spec in backends]
         if twice := sorted({url for url in urls if urls.count(url) > 1}):
             raise ConfigError(f"{twice[0]} is named twice as a backend; give it once, with a higher weight")

@@ -1,4 +1,4 @@
-"""A YAML file whose entries know their lines, so that errors name them. deploy_file.py reads with it."""
+"""A YAML file whose entries know their lines, so that errors name them. yaml_file.py, deploy_file.py use it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,22 @@ from shoal.errors import ConfigError
 
 
 class Entry:
-    """A value of the file. name: as an error calls it ("models[0].layout"). value: as Python has it."""
+    """A value of the file. name: as an error calls it ("models[0].layout"). value: as Python has it.
 
-    def __init__(self, path: str, name: str, node: yaml.Node | None, value: Any, line: int | None = None) -> None:
-        self.path, self.name, self.value = path, name, value
+    has_dashes: its key is written with dashes.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        node: yaml.Node | None,
+        value: Any,
+        line: int | None = None,
+        *,
+        has_dashes: bool = False,
+    ) -> None:
+        self.path, self.name, self.value, self.has_dashes = path, name, value, has_dashes
         self.line = line if line is not None else (int(node.start_mark.line) + 1 if node is not None else 1)
         self._node = node
 
@@ -34,7 +46,8 @@ class Entry:
             if not isinstance(key, yaml.ScalarNode):
                 raise ConfigError(f"{self.path}, line {line}: a key must be a name")
             name = key.value.replace("-", "_")
-            entry = Entry(self.path, self._below(f".{name}"), value, _construct(value), line)
+            has_dashes = "-" in key.value
+            entry = Entry(self.path, self._below(f".{name}"), value, _construct(value), line, has_dashes=has_dashes)
             if name in found:
                 raise entry.error(f"is there a second time (the first is in line {found[name].line})")
             found[name] = entry
@@ -52,13 +65,16 @@ class Entry:
 
         beside: names that stand there, too, and are somebody else's.
         """
-        table = KnobTable(sections)
+        return self.options_of(KnobTable(sections), beside)
+
+    def options_of(self, table: KnobTable, beside: Collection[str] = ()) -> dict[str, Any]:
+        """The same for a table."""
         values: dict[str, Any] = {}
         for name, entry in self.fields().items():
             if name in beside:
                 continue
             try:
-                knob = table.find(name, str)
+                knob = table.find(name, _dashed if entry.has_dashes else str)
                 if knob.name in values:
                     raise ConfigError(f"{name} sets {knob.name} a second time")
                 values[knob.name] = knob.from_value(entry.value, entry.name)
@@ -71,6 +87,10 @@ class Entry:
 
     def _below(self, name: str) -> str:
         return f"{self.name}{name}" if self.name else name.removeprefix(".")
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
 
 
 def read_entries(path: str) -> Entry:

@@ -21,7 +21,7 @@ from shoal.network.sockets import (
     port_of,
     split_endpoint,
 )
-from shoal.network.token import create_token, default_token_path, load_token
+from shoal.network.token import create_token, default_token_path, internal_secret, load_token
 
 __all__ = [
     "Interface",
@@ -34,6 +34,7 @@ __all__ = [
     "free_port",
     "host_address",
     "interface_of",
+    "internal_secret",
     "interfaces",
     "is_loopback",
     "listen",

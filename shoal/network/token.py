@@ -1,11 +1,14 @@
 """The cluster's token: what a machine shows to join. Node commands make it; those that open connections load it.
 
+Routers and servers make their own secret from it, so that the token itself crosses no wire.
+
 A flag's file counts first, then SHOAL_CLUSTER_TOKEN, then ~/.shoal/cluster-token.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hmac
 import os
 import secrets
 import tempfile
@@ -55,6 +58,19 @@ def load_token(token_file: str | None = None) -> str:
     return _check(_read(path), str(path))
 
 
+def internal_secret(given: str | None, token_file: str | None = None) -> str | None:
+    """What a router shows its servers at /internal/…: `given` (--internal-token), else one made from the cluster's
+    token; None where there is neither.
+
+    Raises ConfigError for a secret, or a token, that is none.
+    """
+    if given is not None:
+        return _check(given, "--internal-token", "internal token")
+    if token_file is None and env.cluster_token() is None and not default_token_path().exists():
+        return None
+    return hmac.digest(load_token(token_file).encode(), b"shoal internal", "sha256").hex()
+
+
 def create_token(path: Path | None = None, token: str | None = None) -> str:
     """Write a token (a random one unless given) to `path`, mode 0600, unless there is one; return what is there then.
 
@@ -81,11 +97,11 @@ def _read(path: Path) -> str:
         raise ConfigError(f"cannot read the cluster token in {path}: {error}") from error
 
 
-def _check(token: str, source: str) -> str:
+def _check(token: str, source: str, what: str = "cluster token") -> str:
     """A token goes into one line of text and into HTTP headers."""
     if len(token) < _SHORTEST or not token.isascii() or not token.isprintable() or " " in token:
         raise ConfigError(
-            f"the cluster token in {source} must be {_SHORTEST} or more printable ASCII characters without spaces "
+            f"the {what} in {source} must be {_SHORTEST} or more printable ASCII characters without spaces "
             f"(it has {len(token)}); `openssl rand -hex 32` makes one"
         )
     return token

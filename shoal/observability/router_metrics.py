@@ -93,7 +93,8 @@ class RouterMetrics:
         self.num_replayed += num_tokens
 
     def ended(self, model: str, status: int, num_tokens: int, seconds: float) -> None:
-        """The answer of a request is over. status: what its client was told; 499: it went away."""
+        """The answer of a request is over. status: what its client was told, at the end of its stream too; 499: it went
+        away."""
         self.finished[model, str(status)] += 1
         self.num_tokens += num_tokens
         self.request_latency.add(seconds)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import re
 
 from shoal.errors import InvalidRequestError
 
 DEADLINE_HEADER = "x-shoal-deadline"
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 
 
 def read_deadline(text: str | None, default: float) -> float:
-    """Seconds. Raises InvalidRequestError for what is not a number above 0."""
+    """Seconds. text: the header's value; of several headers, all values. Raises InvalidRequestError for what is not one
+    plain number above 0."""
     if text is None:
         return default
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise InvalidRequestError(f"{DEADLINE_HEADER} must be a number of seconds above 0; got {text[:80]!r}")
+    seconds = float(text) if _NUMBER.fullmatch(text) else 0.0
+    if not seconds > 0:
+        raise InvalidRequestError(
+            f"{DEADLINE_HEADER} must be one number of seconds above 0, such as 20 or 0.5; got {text[:80]!r}"
+        )
     return seconds

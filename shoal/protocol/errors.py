@@ -13,6 +13,7 @@ from shoal.errors import ShoalError
 _STATUS: dict[type[ShoalError], int] = {
     errors.ShoalError: 500,
     errors.InvalidRequestError: 400,
+    errors.UnsupportedMediaTypeError: 415,
     errors.AuthenticationError: 401,
     errors.NotFoundError: 404,
     errors.RequestTooLargeError: 413,
@@ -22,6 +23,7 @@ _STATUS: dict[type[ShoalError], int] = {
     errors.EngineDeadError: 503,
 }
 _CODES: dict[type[ShoalError], str] = {
+    errors.UnsupportedMediaTypeError: "unsupported_media_type",
     errors.AuthenticationError: "invalid_api_key",
     errors.RequestTooLargeError: "request_too_large",
     errors.RateLimitedError: "rate_limit_exceeded",

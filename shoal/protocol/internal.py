@@ -11,14 +11,18 @@ or Failed was cut off.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import msgspec
 
 from shoal.types.outputs import FinishReason, TokenLogprobs
 
 VERSION = 1
+PREFIX = "/internal/"
 PATH = "/internal/v1/continue"
+# The secret of routers, and the code of the error (401) of one who does not have it.
+TOKEN_HEADER = "x-shoal-internal-token"
+TOKEN_CODE = "invalid_internal_token"
 REQUEST_MEDIA_TYPE = "application/x-shoal-continue"
 STREAM_MEDIA_TYPE = "application/x-shoal-events"
 # /version lists it under "internal": so a router knows what a server can do.
@@ -190,8 +194,14 @@ class FrameReader:
         """Whether a part of an event has come, without its end."""
         return bool(self._buffer)
 
-    def feed(self, data: bytes) -> Iterator[InternalEvent]:
-        """Raises ValueError (msgspec.DecodeError is one) for bytes that are no frames."""
+    def feed(self, data: bytes) -> Iterable[InternalEvent]:
+        """Raises ValueError (msgspec.DecodeError is one) for bytes that are no frames, also while one iterates."""
+        size = _LENGTH.size
+        if not self._buffer and len(data) > size and _LENGTH.unpack_from(data)[0] == len(data) - size:
+            return (_decoder.decode(memoryview(data)[size:]),)  # one whole frame, as nearly always
+        return self._walk(data)
+
+    def _walk(self, data: bytes) -> Iterator[InternalEvent]:
         buffer = self._buffer
         buffer += data
         start = 0

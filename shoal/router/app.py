@@ -25,6 +25,7 @@ from shoal.router.resume import KeptRequest, asks_to_be_kept
 from shoal.router.resume.entrance import NotResumed
 
 _PROBES = frozenset({"/health", "/livez", "/readyz", "/ping", "/metrics", "/version"})
+_SHOWN_BYTES = 500
 
 logger = get_logger(__name__)
 
@@ -55,13 +56,15 @@ class RouterApp:
             await answer.error(error)
         except Exception:
             logger.exception("request %s failed", answer.request_id)
-            if answer.started:  # too late for an answer: cut it off, so that nobody takes it for whole
-                raise
             message = f"internal error of the router; its log has the details under the request id {answer.request_id}"
-            await answer.failure(500, ErrorBody(ErrorDetail(message, error_type(500), None, "internal_error")).encode())
+            body = ErrorBody(ErrorDetail(message, error_type(500), None, "internal_error")).encode()
+            if answer.started:  # too late for an answer: cut it off, so that nobody takes it for whole
+                answer.stream_error = (500, body)
+                raise
+            await answer.failure(500, body)
         finally:
-            status = CLIENT_GONE if gone or not answer.status else answer.status
-            self._log(scope, status, time.monotonic() - started, answer.request_id)
+            status = CLIENT_GONE if gone or not answer.status else answer.outcome
+            self._log(scope, status, time.monotonic() - started, answer)
 
     async def _answer(self, scope: Scope, headers: Mapping[str, str], receive: Receive, answer: Answer) -> None:
         method, path = scope["method"], scope["path"].rstrip("/") or "/"
@@ -106,9 +109,12 @@ class RouterApp:
 
         await self.router.entrance.answer(path, key, headers, fields, answer, run)
 
-    def _log(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
+    def _log(self, scope: Scope, status: int, seconds: float, answer: Answer) -> None:
         path = scope["path"]
         quiet = path in _PROBES or path.startswith("/router/") or self.router.settings.options.disable_log_requests
         log = logger.debug if quiet else logger.info
         shown = path[:200] if path.isprintable() else repr(path[:200])
-        log("%s %s %d %.3f s %s", scope["method"], shown, status, seconds, request_id)
+        log("%s %s %d %.3f s %s", scope["method"], shown, status, seconds, answer.request_id)
+        if answer.stream_error is not None:
+            error = answer.stream_error[1][:_SHOWN_BYTES].decode("utf-8", "replace")
+            logger.warning("request %s: its stream ended with an error: %s", answer.request_id, error)

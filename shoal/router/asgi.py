@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import re
 import time
+import types
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Mapping, MutableMapping
 from typing import Any
 
 import msgspec
@@ -29,8 +31,13 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 
 
 def read_headers(scope: Scope) -> dict[str, str]:
-    """By lower-case name; of a name that is there twice the last one."""
-    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+    """By lower-case name; the values of a name that is there twice are joined by commas (RFC 9110, section 5.3)."""
+    raw = scope["headers"]
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in raw}
+    if len(headers) < len(raw):
+        for name in headers:
+            headers[name] = b", ".join(value for key, value in raw if key == name.encode("latin-1")).decode("latin-1")
+    return headers
 
 
 def request_id_of(headers: Mapping[str, str]) -> str:
@@ -106,7 +113,8 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class Answer:
-    """What one client gets. status: 0 until something was sent, at started_at.
+    """What one client gets. status: 0 until something was sent, at started_at. stream_error: status and error object of
+    an event that ended a stream.
 
     Waiting in `data` is the back-pressure of slow clients.
     """
@@ -115,7 +123,13 @@ class Answer:
         self.status = 0
         self.started_at = 0.0
         self.request_id = request_id
+        self.stream_error: tuple[int, bytes] | None = None
         self._send = send
+
+    @property
+    def outcome(self) -> int:
+        """The status that tells how it ended: of a stream that ended with an error the error's."""
+        return self.status if self.stream_error is None else self.stream_error[0]
 
     @property
     def started(self) -> bool:
@@ -141,6 +155,7 @@ class Answer:
     async def failure(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         """As `error`, of an error object that somebody else wrote."""
         if self.started:
+            self.stream_error = (status, body)
             await self.end(sse.PREFIX + body.strip().replace(b"\n", b" ") + sse.END)
         else:
             await self.whole(status, body, headers=headers)
@@ -158,8 +173,36 @@ class Answer:
             await self.start(200, {"content-type": sse.MEDIA_TYPE, **sse.HEADERS})
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
+    def begin_data(self, data: bytes) -> Callable[[], Awaitable[None]] | None:
+        """As `data`, from outside of a task. Returns None when it is sent, else what a task has to call and await."""
+        if not self.status:
+            return functools.partial(self.data, data)
+        sending = self._send({"type": "http.response.body", "body": data, "more_body": True})
+        if type(sending) is not types.CoroutineType:
+            return lambda: sending
+        try:
+            waits_for = sending.send(None)
+        except StopIteration:
+            return None
+        return functools.partial(_go_on, sending, waits_for)
+
     async def end(self, data: bytes = b"") -> None:
         """The last piece."""
         if not self.status:
             await self.start(200, {"content-type": sse.MEDIA_TYPE, **sse.HEADERS})
         await self._send({"type": "http.response.body", "body": data})
+
+
+@types.coroutine
+def _go_on(sending: Coroutine[Any, Any, None], waits_for: Any) -> Generator[Any, Any, None]:
+    """Await what was begun outside of a task and has come to where it waits for something."""
+    try:
+        while True:
+            try:
+                result = yield waits_for
+            except BaseException as error:
+                waits_for = sending.throw(error)
+            else:
+                waits_for = sending.send(result)
+    except StopIteration:
+        return

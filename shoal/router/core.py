@@ -27,13 +27,13 @@ from shoal.router.policies import (
     read_prompt,
 )
 from shoal.router.pool import Pool
+from shoal.router.probes import Prober
 from shoal.router.request import GenerationRequest, session_of
 from shoal.router.resume import Entrance, KeptStore
 from shoal.router.resume.peers import Peers
 from shoal.router.upstream import make_session
 from shoal.router.watch import watch_forever
 
-_LOOK_SECONDS = 0.1
 _SWEEP_SECONDS = 0.25
 _LONGEST_PROBE = 5.0
 
@@ -43,8 +43,9 @@ logger = get_logger(__name__)
 class Router:
     """Made and closed on the event loop. admitting: new requests are taken."""
 
-    def __init__(self, settings: RouterSettings) -> None:
-        """Raises ConfigError for keys or a policy that are wrong."""
+    def __init__(self, settings: RouterSettings, internal_secret: str | None = None) -> None:
+        """internal_secret: what servers are shown at /internal/…. Raises ConfigError for keys or a policy that are
+        wrong."""
         options = settings.options
         self.settings = settings
         self.keys = make_keys(settings)
@@ -67,12 +68,13 @@ class Router:
         self._ratios: dict[str, TokenRatio] = {}
         self._outputs: dict[str, OutputEstimate] = {}
         self.session = make_session()
-        self.context = ForwardContext(self.pool, self.session, self.metrics, options.stall_timeout, Random())
+        self.context = ForwardContext(
+            self.pool, self.session, self.metrics, options.stall_timeout, Random(), internal_secret
+        )
         self._monitor = Monitor(
             self.pool,
-            self.session,
+            Prober(self.session, probe_timeout(settings), internal_secret),
             interval=options.probe_interval,
-            timeout=probe_timeout(settings),
             golden=settings.golden if options.golden_prompt == "on" else None,
         )
         self.store = KeptStore(options.resume_seconds, options.resume_max_requests, options.resume_max_bytes)
@@ -146,24 +148,37 @@ class Router:
             if not self._answering:
                 self._idle.set()
 
-    async def resolve(self, name: str | None, deadline: float) -> str:
-        """The servers' name of a model. Waits while no server at all has told its models, or some were not asked yet.
+    async def resolve(self, name: str | None, until: float, num_bytes: int) -> str:
+        """The servers' name of a model. Waits while no server at all has told its models, or some were not asked yet:
+        as one of the queue, with so many bytes.
 
-        Raises NotFoundError; UnavailableError when no server has told its models for `deadline` seconds.
+        Raises NotFoundError; UnavailableError when the queue is full, or when it is not known by then.
         """
-        pool, until = self.pool, self.pool.clock() + deadline
-        while True:
-            try:
-                return pool.resolve(name)
-            except NotFoundError:
-                left = until - pool.clock()
-                knows_none = not any(backend.models for backend in pool)
-                if not knows_none and all(backend.was_asked for backend in pool):
-                    raise
-                if left <= 0:
-                    why = "; ".join(f"{backend.url} {backend.why_out(pool.clock())}" for backend in pool)
-                    raise UnavailableError(f"no server has answered so far: {why}") from None
-                await pool.wait_change(min(left, _LOOK_SECONDS))
+        if (model := self._resolve_now(name)) is not None:
+            return model
+        pool = self.pool
+        with self.admission.room(num_bytes):
+            while (left := until - pool.clock()) > 0:
+                await pool.wait_change(left)
+                if (model := self._resolve_now(name)) is not None:
+                    return model
+        why = pool.why_out(backend for backend in pool if not backend.models)
+        again = self.admission.queue.retry_after(pool.clock())
+        raise UnavailableError(f"no server has said so far that it has the model: {why}", retry_after=again)
+
+    def _resolve_now(self, name: str | None) -> str | None:
+        """None while a server may still say that it has it: while nothing is known, and for an alias, behind which the
+        operator has some server, as long as one has not told its models. Raises NotFoundError."""
+        pool = self.pool
+        try:
+            return pool.resolve(name)
+        except NotFoundError:
+            told = [bool(backend.models) for backend in pool]
+            if (name in pool.aliases and not all(told)) or not any(told):
+                return None
+            if all(backend.was_asked for backend in pool):
+                raise
+            return None
 
     def view(self, request: GenerationRequest, headers: Mapping[str, str], priority: int) -> RequestView:
         """What policies see of a request. What is not known of it is estimated by what was seen of others."""

@@ -57,13 +57,14 @@ logger = get_logger(__name__)
 
 @dataclasses.dataclass
 class ForwardContext:
-    """What all requests of a router share."""
+    """What all requests of a router share. internal_secret: what servers are shown at /internal/…."""
 
     pool: Pool
     session: aiohttp.ClientSession
     metrics: RouterMetrics
     stall_timeout: float
     random: Random
+    internal_secret: str | None = None
 
 
 @dataclasses.dataclass
@@ -94,7 +95,8 @@ class Forwarding:
         self._request = request
         self._view = view
         self._answer = answer
-        self._received = self._last_progress = context.pool.clock()
+        self._admitted = context.pool.clock()
+        self._last_progress = request.arrived
         self._excluded: set[Backend] = set()
         self._last_refusal: Refused | None = None
         self._last_reason = ""
@@ -174,8 +176,8 @@ class Forwarding:
     def _gave_up(self) -> Exception:
         if self._last_refusal is not None and not self._answer.started:
             return self._last_refusal
-        why = f"; the last one: {self._last_reason}" if self._last_reason else ""
-        model, deadline = self._request.model, self._request.deadline
+        model, deadline, pool = self._request.model, self._request.deadline, self._context.pool
+        why = f"; the last one: {self._last_reason}" if self._last_reason else f": {pool.why_out(pool.serving(model))}"
         return UnavailableError(f"no server of the model {model!r} could take the request for {deadline:g} s{why}")
 
     # --- one attempt -------------------------------------------------------------------------------------------------
@@ -184,7 +186,7 @@ class Forwarding:
         """Whether the request has come to its end."""
         context, now = self._context, self._context.pool.clock()
         if self.num_attempts == 0:
-            context.metrics.first_sent(now - self._received)
+            context.metrics.first_sent(now - self._admitted)
         elif (self.num_tokens or self._answer.started) and not self._is_realigned:
             context.metrics.moved(self.num_tokens)
         self._is_realigned = False
@@ -202,7 +204,8 @@ class Forwarding:
                 if by_frames:
                     flight.by_frames = True
                     native = NativeAttempt(self._request, self.journal, flight, self._answer, context.stall_timeout)
-                    await native.run(context.session, alone=self.journal.num_crashes >= CRASHES_ALONE)
+                    alone = self.journal.num_crashes >= CRASHES_ALONE
+                    await native.run(context.session, alone, context.internal_secret)
                 else:
                     flight.tells_progress = self._request.stream
                     await ForeignAttempt(self._request, self.text, flight, self._answer).run(context.session)

@@ -16,6 +16,7 @@ A plain request is asked anew from the start. There are no beats: a silent serve
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -23,6 +24,7 @@ import msgspec
 
 from shoal.protocol import sse
 from shoal.router.asgi import Answer
+from shoal.router.body_reader import BodyReader, Rest
 from shoal.router.flight import Flight
 from shoal.router.outcome import CannotContinue, Ended, Lost, Refused
 from shoal.router.request import GenerationRequest
@@ -30,6 +32,7 @@ from shoal.router.text_journal import Chunk, TextJournal, Usage
 from shoal.router.upstream import as_error_object, backend_headers, read_refusal
 
 _MAX_ANSWER_BYTES = 256 * 1024 * 1024
+MAX_EVENT_BYTES = 8 * 1024 * 1024
 _EVENT_STREAM = "text/event-stream"
 _DONE = b"[DONE]"
 
@@ -41,17 +44,35 @@ class _Whole(msgspec.Struct):
 
 
 class EventReader:
-    """Takes bytes as they come and returns the data of whole events. What is left over was cut off."""
+    """Takes bytes as they come and returns the data of whole events (WHATWG HTML, section 9.2.6), several lines of it
+    joined by line feeds. What is left over was cut off."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
+        self._ends_in_return = False
 
     def feed(self, data: bytes) -> list[bytes]:
-        data = self._rest + data
-        if b"\r" in data:
-            data = data.replace(b"\r\n", b"\n")
-        *events, self._rest = data.split(b"\n\n")
+        """Raises Lost for an event that is too large."""
+        if b"\r" in data or self._ends_in_return:
+            data = self._with_line_feeds(data)
+        if self._rest:
+            seen = len(self._rest) - 1
+            self._rest += data
+            if self._rest.find(b"\n\n", max(seen, 0)) < 0:
+                if len(self._rest) > MAX_EVENT_BYTES:
+                    raise Lost(f"it sent an event of more than {MAX_EVENT_BYTES} bytes")
+                return []
+            data = bytes(self._rest)
+        *events, rest = data.split(b"\n\n")
+        self._rest = bytearray(rest)
         return [found for event in events if (found := _data_of(event))]
+
+    def _with_line_feeds(self, data: bytes) -> bytes:
+        """A line may end in CR LF, LF or CR; what follows a CR at the end of a read is not known yet."""
+        if self._ends_in_return:
+            data = data.removeprefix(b"\n")
+        self._ends_in_return = data.endswith(b"\r")
+        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
 def _data_of(event: bytes) -> bytes:
@@ -70,6 +91,7 @@ class ForeignAttempt:
         self._journal = journal
         self._flight = flight
         self._answer = answer
+        self._events = EventReader()
 
     async def run(self, session: aiohttp.ClientSession) -> None:
         request, journal, backend = self._request, self._journal, self._flight.backend
@@ -116,11 +138,12 @@ class ForeignAttempt:
         await self._answer.whole(200, whole)
 
     async def _stream(self, response: aiohttp.ClientResponse) -> None:
-        reader = EventReader()
-        while chunk := await self._read(response):
-            if await self._take(reader.feed(chunk)):
-                return
-        raise Lost("its stream ended before it was whole")
+        flight = self._flight
+        with BodyReader(response) as reader:
+            flight.begin_wait(flight.backend.clock())
+            if not await reader.read(self._take):
+                flight.waiting_since = None
+                raise Lost("its stream ended before it was whole")
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         flight = self._flight
@@ -130,16 +153,20 @@ class ForeignAttempt:
         flight.last_sign = flight.backend.last_sign = flight.backend.clock()
         return chunk
 
-    async def _take(self, events: list[bytes]) -> bool:
-        """Deliver the events of one read. Returns whether the stream has ended well."""
-        journal, parts = self._journal, []
+    def _take(self, piece: bytes) -> Rest | None:
+        """Take in what was received, and pass it on; what has to wait for something is left to the rest."""
+        flight, journal = self._flight, self._journal
+        now = flight.last_sign = flight.backend.last_sign = flight.backend.clock()
+        parts: list[bytes] = []
         before = journal.num_tokens
         failure: Lost | None = None
         done = False
-        for data in events:
+        for data in self._events.feed(piece):
             if data == _DONE:
                 done = True
                 break
+            # Clients get it in one line: within JSON's strings there is no line feed.
+            data = data.replace(b"\n", b" ")
             try:
                 chunk = _decode_chunk(data)
             except msgspec.DecodeError as error:
@@ -152,16 +179,33 @@ class ForeignAttempt:
             if told:
                 parts.append(sse.PREFIX + told + sse.END)
         if journal.num_tokens > before:
-            self._flight.progress(journal.num_tokens - before, self._flight.last_sign)
+            flight.progress(journal.num_tokens - before, now)
+        send = None
+        if not done and failure is None:
+            send = self._answer.begin_data(b"".join(parts)) if parts else None
+            if send is None:
+                return None
+            parts = []
+        flight.waiting_since = None
+        return self._take_rest(send, parts, failure, done)
+
+    async def _take_rest(
+        self, send: Callable[[], Awaitable[None]] | None, parts: list[bytes], failure: Lost | None, done: bool
+    ) -> bool:
+        """Returns whether the stream has ended well."""
+        flight, journal = self._flight, self._journal
+        if send is not None:  # the client is slow, or gets its first bytes
+            await send()
         if done:
             if journal.usage is not None:
-                self._flight.num_prompt_tokens = journal.usage.prompt_tokens
+                flight.num_prompt_tokens = journal.usage.prompt_tokens
             await self._answer.end(b"".join(parts) + sse.DONE)
             return True
         if parts:
             await self._answer.data(b"".join(parts))
         if failure is not None:
             raise failure
+        flight.begin_wait(flight.backend.clock())
         return False
 
 

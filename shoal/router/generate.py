@@ -33,7 +33,7 @@ async def generate(
     arrived = time.monotonic()
     name = model_name(fields)
     deadline = read_deadline(headers.get(DEADLINE_HEADER), router.settings.options.deadline)
-    model = await router.resolve(name, deadline)
+    model = await router.resolve(name, arrived + deadline, len(body))
     key.check_model(name or model)
     request = GenerationRequest(
         path=path,
@@ -42,6 +42,7 @@ async def generate(
         fields=fields,
         model=model,
         deadline=deadline,
+        arrived=arrived,
         # Where the router asks for keys of its own, they are nobody else's business.
         authorization=None if len(router.keys) else headers.get("authorization"),
     )
@@ -60,7 +61,7 @@ async def generate(
         weight=key.weight,
         num_tokens=view.num_tokens,
         num_bytes=len(body),
-        max_wait=deadline,
+        max_wait=max(arrived + deadline - time.monotonic(), 0.0),
         max_concurrent=key.max_concurrent,
     )
     forwarding: Forwarding | None = None
@@ -72,9 +73,12 @@ async def generate(
             router.metrics.queue_time.add(entry.waited)
             forwarding = Forwarding(router.context, request, view, answer, begun)
             await forwarding.run()
-            status = answer.status
+            status = answer.outcome
     except ShoalError:
         status = None  # not taken in: counted as refused
+        raise
+    except Exception:
+        status = 500
         raise
     finally:
         _account(router, request, forwarding, charge, status, arrived, answer, num_counted)

@@ -9,8 +9,6 @@ import asyncio
 import contextlib
 from collections.abc import Iterable
 
-import aiohttp
-
 from shoal.config.router_settings import GoldenSpec
 from shoal.log import get_logger
 from shoal.router.backend import Backend, Health
@@ -36,14 +34,13 @@ class Monitor:
     def __init__(
         self,
         pool: Pool,
-        session: aiohttp.ClientSession,
+        prober: Prober,
         *,
         interval: float,
-        timeout: float,
         golden: GoldenSpec | None,
     ) -> None:
         self._pool = pool
-        self._prober = Prober(session, timeout)
+        self._prober = prober
         self._interval = interval
         self._judge = None if golden is None else GoldenJudge(golden, [backend.url for backend in pool])
         self._tasks: dict[Backend, asyncio.Task[None]] = {}
@@ -131,6 +128,8 @@ class _Watch:
                 self._set_models(await prober.models(backend))
                 self._until_list = _PROBES_PER_LIST
             self._until_list -= 1
+            if health.good and backend.native and not backend.entered and (why := await prober.why_shut_out(backend)):
+                health = Health(alive=True, progressing=True, admitting=False, why=why)
             self._num_silent = 0
         except ProbeError as error:
             self._num_silent += error.silent
@@ -152,8 +151,10 @@ class _Watch:
 
     def _set_health(self, health: Health) -> None:
         backend, before = self._backend, self._backend.health
-        backend.was_asked = True
         backend.health = health
+        if not backend.was_asked:
+            backend.was_asked = True
+            self._monitor._pool.changed()
         if before.alive and not health.alive:
             backend.dead_since = backend.clock()
             # It may come back as another process, with an empty cache, with other weights.

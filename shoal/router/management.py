@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 from shoal.config.router_settings import normal_url
 from shoal.errors import AuthenticationError, NotFoundError, UnavailableError
 from shoal.log import get_logger
+from shoal.network.http_server import comes_from_this_machine
 from shoal.protocol.errors import ErrorBody, ErrorDetail, error_type
 from shoal.router.asgi import Answer, Receive, Scope, read_body
 from shoal.router.backend import Backend
@@ -155,8 +155,8 @@ def _check_health(router: Router) -> None:
         if not any(model in backend.models and backend.accepts(now) for backend in pool)
     ]
     if without or not any(backend.accepts(now) for backend in pool):
-        why = "; ".join(f"{backend.url} {reason}" for backend in pool if (reason := backend.why_out(now)))
-        raise UnavailableError(f"no server takes requests{' for ' + ', '.join(without) if without else ''}: {why}")
+        models = f" for {', '.join(without)}" if without else ""
+        raise UnavailableError(f"no server takes requests{models}: {pool.why_out(pool)}")
 
 
 def _check_operator(router: Router, scope: Scope, headers: Mapping[str, str]) -> None:
@@ -172,18 +172,10 @@ def _check_peer(router: Router, scope: Scope, headers: Mapping[str, str]) -> Non
 
 def _check_key(key: str | None, flag: str, name: str, scope: Scope, headers: Mapping[str, str]) -> None:
     if key is None:
-        if not _is_local(scope):
+        if not comes_from_this_machine(scope):
             raise AuthenticationError(f"only this machine may use /router/… while no {flag} is set")
         return
     kind, _, given = headers.get("authorization", "").partition(" ")
     matches = secrets.compare_digest(key.encode(), given.strip().encode("latin-1", "replace"))
     if kind.lower() != "bearer" or not matches:
         raise AuthenticationError(f"the {name} is missing or wrong; send the header Authorization: Bearer KEY")
-
-
-def _is_local(scope: Scope) -> bool:
-    client = scope.get("client")
-    try:
-        return client is not None and ipaddress.ip_address(client[0]).is_loopback
-    except ValueError:
-        return False

@@ -6,6 +6,8 @@ one read.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import aiohttp
 import msgspec
 
@@ -21,10 +23,11 @@ from shoal.protocol.internal import (
     Progress,
 )
 from shoal.router.asgi import Answer
+from shoal.router.body_reader import BodyReader, Rest
 from shoal.router.flight import Flight
 from shoal.router.outcome import Ended, Lost, Moved, Realign, Refused
 from shoal.router.request import GenerationRequest
-from shoal.router.upstream import as_error_object, backend_headers, read_refusal
+from shoal.router.upstream import as_error_object, backend_headers, internal_headers, read_refusal
 
 URL_PATH = internal.PATH
 
@@ -83,11 +86,13 @@ class NativeAttempt:
         self._flight = flight
         self._answer = answer
         self._stall_timeout = stall_timeout
+        self._frames = FrameReader()
 
-    async def run(self, session: aiohttp.ClientSession, alone: bool) -> None:
+    async def run(self, session: aiohttp.ClientSession, alone: bool, internal_secret: str | None) -> None:
         flight, backend = self._flight, self._flight.backend
         body = internal.encode_request(self._journal.request(self._request, alone))
-        headers = backend_headers(backend.spec, self._request) | {"content-type": internal.REQUEST_MEDIA_TYPE}
+        headers = backend_headers(backend.spec, self._request) | internal_headers(internal_secret)
+        headers["content-type"] = internal.REQUEST_MEDIA_TYPE
         clock = backend.clock
         flight.waiting_since = clock()
         async with session.post(backend.url + URL_PATH, data=body, headers=headers, allow_redirects=False) as response:
@@ -97,31 +102,27 @@ class NativeAttempt:
                 raise Refused(502, as_error_object(502, b"the server answered with something else than frames"), {})
             flight.has_beats = True
             flight.last_sign = clock()
-            reader = FrameReader()
-            read = response.content.readany
-            while True:
+            with BodyReader(response) as reader:
                 flight.begin_wait(clock())
-                chunk = await read()
-                flight.waiting_since = None
-                if not chunk:
-                    rest = " within a frame" if reader.partial else ""
+                if not await reader.read(self._take):
+                    flight.waiting_since = None
+                    rest = " within a frame" if self._frames.partial else ""
                     raise Lost(f"its answer ended{rest} before it was whole", broke=True)
-                now = flight.last_sign = backend.last_sign = clock()
-                if await self._take(reader, chunk, now):
-                    return
 
-    async def _take(self, reader: FrameReader, chunk: bytes, now: float) -> bool:
-        """Deliver the frames of one read. Returns whether the request has ended; raises when that was no good end."""
-        journal, parts = self._journal, []
+    def _take(self, piece: bytes) -> Rest | None:
+        """Take in what was received, and pass it on; what has to wait for something is left to the rest."""
+        flight, journal = self._flight, self._journal
+        now = flight.last_sign = flight.backend.last_sign = flight.backend.clock()
+        parts: list[bytes] = []
         end: Finished | Exception | None = None
         num_tokens = 0
         try:
-            for event in reader.feed(chunk):
+            for event in self._frames.feed(piece):
                 if type(event) is Progress:
                     journal.add(event)
                     num_tokens += len(event.token_ids)
                     if event.num_cached_tokens:
-                        self._flight.num_cached_tokens = event.num_cached_tokens
+                        flight.num_cached_tokens = event.num_cached_tokens
                     if event.data:
                         parts.append(event.data)
                 else:
@@ -133,14 +134,31 @@ class NativeAttempt:
         except Realign as realign:
             end = realign
         if num_tokens:
-            self._flight.progress(num_tokens, now)
+            flight.progress(num_tokens, now)
+        send = None
+        if end is None:
+            if parts:
+                send = self._answer.begin_data(parts[0] if len(parts) == 1 else b"".join(parts))
+            if send is None:
+                return None
+            parts = []
+        flight.waiting_since = None
+        return self._take_rest(send, parts, end)
+
+    async def _take_rest(
+        self, send: Callable[[], Awaitable[None]] | None, parts: list[bytes], end: Finished | Exception | None
+    ) -> bool:
+        """Returns whether the request has ended; raises when that was no good end."""
+        if send is not None:  # the client is slow, or gets its first bytes
+            await send()
         if type(end) is Finished:
             await self._finish(parts, end)
             return True
         if parts:
-            await self._answer.data(parts[0] if len(parts) == 1 else b"".join(parts))
+            await self._answer.data(b"".join(parts))
         if isinstance(end, Exception):
             raise end
+        self._flight.begin_wait(self._flight.backend.clock())
         return False
 
     def _control(

@@ -17,6 +17,7 @@ from shoal.errors import NotFoundError, UnavailableError
 from shoal.log import get_logger
 from shoal.protocol.deadline import DEADLINE_HEADER, read_deadline
 from shoal.protocol.errors import error_headers
+from shoal.protocol.media_type import is_json, media_type_of
 from shoal.router.admission import ApiKey
 from shoal.router.asgi import Answer, Scope
 from shoal.router.backend import Backend
@@ -62,19 +63,18 @@ async def pass_through(
 ) -> None:
     """Raises ShoalError."""
     name = None
-    deadline = read_deadline(headers.get(DEADLINE_HEADER), router.settings.options.deadline)
-    media_type = headers.get("content-type", "").split(";")[0].strip().lower()
-    if body and (media_type == "application/json" or media_type.endswith("+json")):
+    until = router.pool.clock() + read_deadline(headers.get(DEADLINE_HEADER), router.settings.options.deadline)
+    if body and is_json(media_type_of(headers.get("content-type"))):
         fields = parse_object(headers, body)
         name = model_name(fields)
-        model = await router.resolve(name, deadline)
+        model = await router.resolve(name, until, len(body))
         body = with_model(fields, body, model)
     else:
-        model = await router.resolve(None, deadline)
+        model = await router.resolve(None, until, len(body))
     key.check_model(name or model)
     charge = router.limits.charge(key, 1, router.pool.clock())
     router.limits.correct(charge, 0, router.pool.clock())
-    await _Passing(router, scope, headers, body, model, answer).run(deadline)
+    await _Passing(router, scope, headers, body, model, answer).run(until)
 
 
 class _Passing:
@@ -93,9 +93,8 @@ class _Passing:
         self._answer = answer
         self._view = RequestView(answer.request_id, num_prompt_bytes=len(body))
 
-    async def run(self, deadline: float) -> None:
+    async def run(self, until: float) -> None:
         pool = self._router.pool
-        until = pool.clock() + deadline
         excluded: set[Backend] = set()
         last = ""
         while (left := until - pool.clock()) > 0:
@@ -114,7 +113,7 @@ class _Passing:
             last = f"{backend.url}: {failure}"
             excluded.add(backend)
             backend.suspect()
-        why = f"; the last one: {last}" if last else ""
+        why = f"; the last one: {last}" if last else f": {pool.why_out(pool.serving(self._model))}"
         raise UnavailableError(f"no server of the model {self._model!r} could answer{why}")
 
     async def _attempt(self, backend: Backend, may_retry: bool) -> str | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from random import Random
 
 from shoal.config.router_settings import BackendSpec
@@ -109,6 +109,11 @@ class Pool:
             and (native is None or backend.native is native)
             and backend.accepts(now)
         ]
+
+    def why_out(self, backends: Iterable[Backend]) -> str:
+        """Of those that are sent no requests: which they are, and why."""
+        now = self.clock()
+        return "; ".join(f"{backend.url} {why}" for backend in backends if (why := backend.why_out(now)))
 
     def serving(self, model: str) -> list[Backend]:
         """All that have this model, be they there or not."""

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import aiohttp
 import msgspec
 
 from shoal.config.router_settings import GoldenSpec
-from shoal.protocol.internal import CAPABILITY
+from shoal.protocol import internal
 from shoal.router.backend import Backend, Health
 from shoal.router.golden import GoldenAnswer, golden_request, read_golden
-from shoal.router.upstream import authorization_of, describe
+from shoal.router.upstream import authorization_of, describe, internal_headers
 
 # A golden prompt stands in the server's queue like any request.
 GOLDEN_SECONDS = 30.0
 _MAX_BYTES = 4 * 1024 * 1024
+# Each server is asked by a task of its own; so many of them at a time, of which each takes `timeout` at most.
+_MOST_AT_ONCE = 256
 
 
 class ProbeError(Exception):
@@ -39,6 +43,7 @@ class _Models(msgspec.Struct):
 
 class _ErrorDetail(msgspec.Struct):
     message: str = ""
+    code: str | int | None = None
 
 
 class _Error(msgspec.Struct):
@@ -46,11 +51,13 @@ class _Error(msgspec.Struct):
 
 
 class Prober:
-    """Asks. timeout: seconds for one answer."""
+    """Asks. timeout: seconds for one answer. internal_secret: what servers are shown at /internal/…."""
 
-    def __init__(self, session: aiohttp.ClientSession, timeout: float) -> None:
+    def __init__(self, session: aiohttp.ClientSession, timeout: float, internal_secret: str | None = None) -> None:
         self._session = session
         self.timeout = timeout
+        self._internal_secret = internal_secret
+        self._slots = asyncio.Semaphore(_MOST_AT_ONCE)
 
     async def health(self, backend: Backend) -> Health:
         """Raises ProbeError where nobody answers."""
@@ -76,9 +83,20 @@ class Prober:
         if status >= 500:
             raise ProbeError(_why(status, body))
         try:
-            return status == 200 and CAPABILITY in msgspec.json.decode(body, type=_Version).internal
+            return status == 200 and internal.CAPABILITY in msgspec.json.decode(body, type=_Version).internal
         except msgspec.DecodeError:
             return False
+
+    async def why_shut_out(self, backend: Backend) -> str | None:
+        """Why it does not let this router use /internal/…; None when it does. Raises ProbeError."""
+        status, body = await self._get(backend, internal.PATH)  # 405 when it does
+        if status != 401:
+            return None
+        try:
+            error = msgspec.json.decode(body, type=_Error).error
+        except msgspec.DecodeError:
+            return None
+        return f"shuts this router out: {error.message}" if error.code == internal.TOKEN_CODE else None
 
     async def models(self, backend: Backend) -> dict[str, int | None]:
         """Names, and the longest sequence of each where the server says. Raises ProbeError."""
@@ -109,12 +127,15 @@ class Prober:
         return answers
 
     async def _get(self, backend: Backend, path: str) -> tuple[int, bytes]:
-        return await self._ask(backend, "GET", path, self.timeout)
+        async with self._slots:
+            return await self._ask(backend, "GET", path, self.timeout)
 
     async def _ask(
         self, backend: Backend, method: str, path: str, seconds: float, body: bytes | None = None
     ) -> tuple[int, bytes]:
         headers = authorization_of(backend.spec) | ({"content-type": "application/json"} if body is not None else {})
+        if path == internal.PATH:
+            headers |= internal_headers(self._internal_secret)
         limit = aiohttp.ClientTimeout(total=seconds)
         try:
             async with self._session.request(

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from shoal.errors import InvalidRequestError
+from shoal.protocol.media_type import check_json
 
 GENERATING_PATHS = ("/v1/chat/completions", "/v1/completions")
 SESSION_HEADER = "x-session-id"
@@ -22,7 +23,7 @@ class GenerationRequest:
     """A POST to /v1/chat/completions or /v1/completions.
 
     body: JSON for the servers, with their own name of the model. fields: the same, parsed. seed: for a request that
-    brings none. deadline: seconds that it may be without progress.
+    brings none. arrived: when all of it was here (time.monotonic). deadline: seconds that it may be without progress.
     """
 
     path: str
@@ -34,6 +35,7 @@ class GenerationRequest:
     authorization: str | None = None
     seed: int = dataclasses.field(default_factory=lambda: secrets.randbelow(_LARGEST_SEED))
     created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+    arrived: float = dataclasses.field(default_factory=time.monotonic)
 
     @property
     def is_chat(self) -> bool:
@@ -60,13 +62,8 @@ class GenerationRequest:
 
 
 def parse_object(headers: Mapping[str, str], body: bytes) -> dict[str, Any]:
-    """The JSON object of a body. Raises InvalidRequestError for anything else."""
-    media_type = headers.get("content-type", "").split(";")[0].strip().lower()
-    # Strictly, because what browsers send from any page without asking (forms, plain text) shall not get in.
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise InvalidRequestError(
-            f"the body is {media_type[:100] or 'of no type'}; send Content-Type: application/json"
-        )
+    """The JSON object of a body. Raises UnsupportedMediaTypeError, or InvalidRequestError for anything else."""
+    check_json(headers.get("content-type"))
     if not body.strip():
         raise InvalidRequestError("the body is empty; send a JSON object")
     try:

@@ -16,8 +16,8 @@ import socket
 from shoal.config.router_settings import RouterSettings, SettingsSource
 from shoal.errors import ConfigError
 from shoal.log import get_logger
-from shoal.network import format_url, listen, port_of
-from shoal.network.http_server import HttpServer, http_config, loop_factory
+from shoal.network import format_url, internal_secret, listen, port_of
+from shoal.network.http_server import Cors, HttpServer, check_tls, http_config, loop_factory
 from shoal.router.app import RouterApp
 from shoal.router.core import Router, make_keys, make_policy
 
@@ -35,6 +35,8 @@ def route(source: SettingsSource, settings: RouterSettings) -> None:
     """
     make_keys(settings)
     make_policy(settings)
+    check_tls(settings.options)
+    internal_secret(settings.options.internal_token)
     listening = contextlib.closing(listen(settings.options.host, settings.options.port))
     with listening as listener, asyncio.Runner(loop_factory=loop_factory()) as runner:
         runner.run(RouterService(source, settings, listener).run())
@@ -53,8 +55,9 @@ class RouterService:
     async def run(self) -> None:
         # From here on: what changes in the file later is seen.
         self._seen = self.source.fingerprint()
-        router = Router(self.settings)
-        http = HttpServer(http_config(RouterApp(router)))
+        options = self.settings.options
+        router = Router(self.settings, internal_secret(options.internal_token))
+        http = HttpServer(http_config(Cors(RouterApp(router), options=options), options))
         loop = asyncio.get_running_loop()
         # What nohup has this process ignore stays so.
         ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -133,12 +136,13 @@ class RouterService:
         options = self.settings.options
         if options.host not in _LOOPBACK and not len(make_keys(self.settings)):
             logger.warning("everybody who reaches %s can use this router; --api-key asks for a key", options.host)
-        url = format_url(options.host, port_of(self.listener))
+        url = format_url(options.host, port_of(self.listener), "https" if options.ssl_certfile else "http")
+        insecure = " -k" if options.ssl_certfile else ""
         body = shlex.quote(json.dumps({"model": "MODEL", "prompt": "Hello", "max_tokens": 32}))
         lines = [
             f"The router of {len(self.settings.backends)} servers is at {url}/v1. Its servers: shoal router status"
-            + ("" if options.port == 9000 else f" --router {url}"),
-            f"  curl {url}/v1/completions -H 'Content-Type: application/json' -d {body}",
+            + ("" if options.port == 9000 and not options.ssl_certfile else f" --router {url}"),
+            f"  curl{insecure} {url}/v1/completions -H 'Content-Type: application/json' -d {body}",
             "Ctrl-C lets running requests finish; a second Ctrl-C does not.",
         ]
         print("\n".join(lines), flush=True)

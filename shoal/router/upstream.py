@@ -10,6 +10,7 @@ import msgspec
 
 from shoal.config.router_settings import BackendSpec
 from shoal.protocol.errors import ErrorBody, ErrorDetail, error_type
+from shoal.protocol.internal import TOKEN_HEADER
 from shoal.router.outcome import Refused
 from shoal.router.request import GenerationRequest
 
@@ -39,6 +40,11 @@ def authorization_of(spec: BackendSpec, given: str | None = None) -> dict[str, s
     if spec.api_key is not None:
         return {"authorization": f"Bearer {spec.api_key}"}
     return {"authorization": given} if given else {}
+
+
+def internal_headers(secret: str | None) -> dict[str, str]:
+    """For /internal/… of a server."""
+    return {} if secret is None else {TOKEN_HEADER: secret}
 
 
 def backend_headers(spec: BackendSpec, request: GenerationRequest) -> dict[str, str]:

@@ -7,10 +7,10 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.cors import CORSMiddleware
 
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.engine.async_engine import AsyncEngine
+from shoal.network.http_server import Cors
 from shoal.observability.metrics import EngineMetrics
 from shoal.server.chat import chat_router
 from shoal.server.completions import completions_router
@@ -18,7 +18,7 @@ from shoal.server.documentation import complete_openapi
 from shoal.server.error_handlers import install_error_handlers
 from shoal.server.health import health_router
 from shoal.server.internal import internal_router
-from shoal.server.middleware import STATIC_PATH, Authentication, RequestContext
+from shoal.server.middleware import STATIC_PATH, Authentication, InternalAccess, RequestContext
 from shoal.server.models import models_router
 from shoal.server.state import ServerState
 from shoal.server.tokenization import tokenization_router
@@ -33,11 +33,13 @@ def create_app(
     metrics: EngineMetrics | None = None,
     facts: Mapping[str, Any] | None = None,
     chat_template: str | None = None,
+    internal_secret: str | None = None,
 ) -> FastAPI:
     """The app over a started engine, whose start and end are the caller's.
 
     metrics: what the engine's MetricsObserver counts into. facts: what /version tells of the engine.
-    chat_template: the Jinja text that the engine's tokenizer was given in place of the model's.
+    chat_template: the Jinja text that the engine's tokenizer was given in place of the model's. internal_secret: what
+    routers must show at /internal/….
     """
     state = ServerState.make(engine, options, model, metrics, facts, chat_template)
     # /docs with its scripts served from here: many machines that serve models reach nothing outside.
@@ -56,12 +58,7 @@ def create_app(
     install_error_handlers(app)
     # The last one added is the outermost.
     app.add_middleware(Authentication, keys=options.api_key)
-    app.add_middleware(
-        CORSMiddleware,
-        allow_origins=options.allowed_origins,
-        allow_methods=["*"],
-        allow_headers=["*"],
-        expose_headers=["x-request-id", "retry-after"],
-    )
+    app.add_middleware(InternalAccess, secret=internal_secret, has_keys=bool(options.api_key))
+    app.add_middleware(Cors, options=options)
     app.add_middleware(RequestContext, log_requests=not options.disable_log_requests)
     return app

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 
 from shoal.errors import RequestTooLargeError
+from shoal.protocol.media_type import check_json
 from shoal.protocol.parsing import Body, parse_body
 
 
 async def read_body(request: Request, kind: type[Body], max_bytes: int) -> Body:
-    """Raises RequestTooLargeError, InvalidRequestError, ClientDisconnect, or HTTPException for what is not JSON."""
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    # Strictly, because what browsers send from any page without asking (forms, plain text) shall not get in.
-    if media_type != "application/json" and not media_type.endswith("+json"):
-        raise HTTPException(415, f"the body is {media_type[:100] or 'of no type'}; send Content-Type: application/json")
+    """Raises UnsupportedMediaTypeError, RequestTooLargeError, InvalidRequestError or ClientDisconnect."""
+    check_json(request.headers.get("content-type"))
     return parse_body(kind, await read_bytes(request, max_bytes))
 
 

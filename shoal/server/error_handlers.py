@@ -13,7 +13,7 @@ from starlette.responses import Response
 from shoal.errors import ShoalError
 from shoal.protocol.errors import ErrorBody, ErrorDetail, error_body, error_headers, error_type, status_of
 
-_CODES = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
+_CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
 def error_response(error: ShoalError) -> Response:

@@ -57,7 +57,9 @@ class Origin:
         return cls(
             request_id=request.scope.get("shoal.request_id") or uuid.uuid4().hex,
             created=int(time.time()),
-            deadline_seconds=read_deadline(request.headers.get(DEADLINE_HEADER), DEFAULT_DEADLINE_SECONDS),
+            deadline_seconds=read_deadline(
+                ", ".join(request.headers.getlist(DEADLINE_HEADER)) or None, DEFAULT_DEADLINE_SECONDS
+            ),
         )
 
     def seeded(self, params: SamplingParams) -> SamplingParams:

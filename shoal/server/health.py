@@ -2,7 +2,7 @@
 
 | path | 200 when |
 |---|---|
-| /livez | the engine core is there or comes back, of several replicas one at least; else restart the server |
+| /livez | the engine core is there and gets on, or comes back, of several replicas one at least; else restart the server |
 | /readyz | new requests are taken; send none while they are not, or while the engine is restarting |
 | /health, /ping | as /readyz, and those that run get their tokens, on every replica that is there |
 
@@ -38,7 +38,7 @@ def health_router(state: ServerState) -> APIRouter:
         return json_response({"status": "ok", "replicas": f"{num_there} of {len(replicas)}"})
 
     async def is_alive(request: Request) -> Response:
-        """Whether the engine core is there."""
+        """Whether the engine core is there and gets on; where it stays so, the server is to be started anew."""
         return answer(_not_alive(engine))
 
     async def is_ready(request: Request) -> Response:
@@ -56,6 +56,16 @@ def health_router(state: ServerState) -> APIRouter:
 
 
 def _not_alive(engine: AsyncEngine) -> ShoalError | None:
+    """A stall that lasts is the end, too: the server ends a core that stalls and starts it again within seconds, so this
+    is seen for long only where it cannot."""
+    stalled = engine.stalled
+    num_there = sum(replica.failure is None for replica in engine.replicas)
+    if stalled and len(stalled) == num_there:
+        return UnavailableError(f"{_names(engine, stalled)} no progress although there is work")
+    return _gone(engine)
+
+
+def _gone(engine: AsyncEngine) -> ShoalError | None:
     return None if engine.alive else EngineDeadError("the engine core is gone")
 
 
@@ -64,7 +74,7 @@ def _not_ready(engine: AsyncEngine) -> ShoalError | None:
         return UnavailableError("the server is shutting down and takes no new requests")
     if engine.restarting:
         return UnavailableError(engine.why_restarting)
-    return _not_alive(engine)
+    return _gone(engine)
 
 
 def _not_healthy(engine: AsyncEngine) -> ShoalError | None:

@@ -10,7 +10,6 @@ import math
 
 import msgspec
 from fastapi import APIRouter
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -20,6 +19,7 @@ from shoal.protocol import internal
 from shoal.protocol.chat import ChatCompletionRequest
 from shoal.protocol.completions import CompletionRequest
 from shoal.protocol.internal import AnswerJournal, ContinueRequest
+from shoal.protocol.media_type import media_type_of, unsupported
 from shoal.protocol.parsing import parse_body
 from shoal.server.body import check_size, read_bytes
 from shoal.server.chat import chat_generation
@@ -48,11 +48,10 @@ def internal_router(state: ServerState) -> APIRouter:
 
 
 async def _read(request: Request, max_request_bytes: int) -> ContinueRequest:
-    """Raises InvalidRequestError, naming what is wrong, RequestTooLargeError, or HTTPException for another type."""
-    media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
-    if media_type != internal.REQUEST_MEDIA_TYPE:
-        found = media_type[:100] or "of no type"
-        raise HTTPException(415, f"the body is {found}; send Content-Type: {internal.REQUEST_MEDIA_TYPE}")
+    """Raises InvalidRequestError, naming what is wrong, or RequestTooLargeError."""
+    content_type = request.headers.get("content-type")
+    if media_type_of(content_type) != internal.REQUEST_MEDIA_TYPE:
+        raise unsupported(content_type, internal.REQUEST_MEDIA_TYPE)
     data = await read_bytes(request, max_request_bytes + internal.MAX_JOURNAL_BYTES)
     try:
         version = internal.version_of(data)

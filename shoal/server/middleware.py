@@ -1,4 +1,4 @@
-"""What every HTTP request passes on its way in: an id, a line in the log, the API key. Pure ASGI, outermost first.
+"""What every HTTP request passes on its way in: an id, a line in the log, the keys. Pure ASGI, outermost first.
 
 Nothing here may touch the body: answers are streamed through it.
 """
@@ -16,6 +16,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.errors import AuthenticationError
 from shoal.log import get_logger
+from shoal.network.http_server import comes_from_this_machine
+from shoal.protocol.internal import PREFIX, TOKEN_CODE, TOKEN_HEADER
 from shoal.server.error_handlers import error_response, internal_error_response
 
 # Where no key is asked for: probes, scrapers and the documentation. All else is guarded.
@@ -72,6 +74,40 @@ class RequestContext:
     def _log(self, scope: Scope, status: int, seconds: float, request_id: str) -> None:
         log = logger.debug if scope["path"] in _PROBES or not self._log_requests else logger.info
         log("%s %s %d %.3f s %s", scope["method"], _printable(scope["path"]), status, seconds, request_id)
+
+
+class InternalAccess:
+    """Keeps /internal/… for routers: for who shows the secret, where there is one. Else an API key will do, where there
+    are any; else only this machine may use it."""
+
+    def __init__(self, app: ASGIApp, *, secret: str | None, has_keys: bool) -> None:
+        self._app = app
+        self._secret = secret
+        self._has_keys = has_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        why_not = self._why_not(scope) if scope["type"] == "http" and scope["path"].startswith(PREFIX) else None
+        if why_not is None:
+            await self._app(scope, receive, send)
+        else:
+            await error_response(AuthenticationError(why_not, TOKEN_CODE))(scope, receive, send)
+
+    def _why_not(self, scope: Scope) -> str | None:
+        if self._secret is not None:
+            given = Request(scope).headers.get(TOKEN_HEADER, "")
+            if secrets.compare_digest(self._secret.encode(), given.encode("latin-1")):
+                return None
+            found = "is wrong" if given else "is missing"
+            return (
+                f"the secret of {PREFIX}… {found} ({TOKEN_HEADER}); give the router this server's --internal-token, or "
+                "the cluster's token that it has (SHOAL_CLUSTER_TOKEN)"
+            )
+        if self._has_keys or comes_from_this_machine(scope):
+            return None
+        return (
+            f"only this machine may use {PREFIX}… while the server has neither a secret for it nor an API key; give "
+            "server and router the same --internal-token"
+        )
 
 
 class Authentication:

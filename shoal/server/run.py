@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import signal
 import socket
-import ssl
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +26,8 @@ from shoal.engine.watch import DEFAULT_PROGRESS_TIMEOUT
 from shoal.errors import ConfigError, EngineDeadError
 from shoal.log import get_logger
 from shoal.messages import CoreReady
-from shoal.network import format_url, listen, port_of
-from shoal.network.http_server import HttpServer, http_config, loop_factory
+from shoal.network import format_url, internal_secret, listen, port_of
+from shoal.network.http_server import HttpServer, check_tls, http_config, loop_factory
 from shoal.observability.metrics import EngineMetrics
 from shoal.server.app import create_app
 from shoal.server.observer import MetricsObserver
@@ -50,9 +49,9 @@ def serve(
 ) -> None:
     """Serve until Ctrl-C, SIGTERM or the end of the terminal (SIGHUP), then return.
 
-    make_core: the client of one engine core. Raises ConfigError (TLS files, chat template, host), StartupError (port
-    taken, the engine does not come up), ModelError, or EngineDeadError when the engine core died and is not started
-    again.
+    make_core: the client of one engine core. Raises ConfigError (TLS files, chat template, host, token), StartupError
+    (port taken, the engine does not come up), ModelError, or EngineDeadError when the engine core died and is not
+    started again.
     """
     check_tls(options)
     served_names(options, model)
@@ -61,19 +60,6 @@ def serve(
         service = _Service(config, options, model, chat_template, listener, make_core)
         with asyncio.Runner(loop_factory=loop_factory()) as runner:
             runner.run(service.run())
-
-
-def check_tls(options: ServerOptions) -> None:
-    """Raise ConfigError for TLS files that are missing, do not go together or cannot be read."""
-    if not options.ssl_certfile and not options.ssl_keyfile:
-        return
-    if not options.ssl_certfile:
-        raise ConfigError("--ssl-keyfile needs --ssl-certfile with the certificate (PEM)")
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(options.ssl_certfile, options.ssl_keyfile)
-    except (OSError, ssl.SSLError) as error:
-        files = " and ".join(filter(None, (options.ssl_certfile, options.ssl_keyfile)))
-        raise ConfigError(f"TLS cannot use {files}: {error}; both must be PEM files that belong together") from error
 
 
 def read_chat_template(options: ServerOptions) -> str | None:
@@ -113,9 +99,8 @@ class _Service:
         self.listener = listener
         self.client = make_client(config, make_core, restart_limits(config, options))
         self.gate = Gate()
-        self.http = HttpServer(
-            http_config(self.gate, ssl_keyfile=options.ssl_keyfile, ssl_certfile=options.ssl_certfile)
-        )
+        self.http = HttpServer(http_config(self.gate, options))
+        self.internal_secret = internal_secret(options.internal_token, config.parallel.token_file)
         self.stop = asyncio.Event()
         self.hurry = asyncio.Event()
 
@@ -193,7 +178,13 @@ class _Service:
         )
         await engine.start()
         self.gate.app = create_app(
-            engine, self.options, self.model, metrics=metrics, facts=ready.info, chat_template=self.chat_template
+            engine,
+            self.options,
+            self.model,
+            metrics=metrics,
+            facts=ready.info,
+            chat_template=self.chat_template,
+            internal_secret=self.internal_secret,
         )
         self._announce(engine, ready, time.monotonic() - started)
         return engine

@@ -13,7 +13,7 @@ from pathlib import Path
 # It is started by its path: on a node the repository's root is not where Python looks.
 sys.path[0] = str(Path(__file__).parents[2])
 
-from shoal import log  # noqa: E402
+from shoal import env, log  # noqa: E402
 from shoal.config.options import ServerOptions  # noqa: E402
 from tests.router.fakes.core import Pace  # noqa: E402
 from tests.router.fakes.native import FakeService  # noqa: E402
@@ -41,6 +41,7 @@ def main() -> None:
         host=arguments.host,
         port=arguments.port,
         served_model_name=[arguments.served_model_name],
+        api_key=[key] if (key := env.api_key()) else [],
         shutdown_timeout=arguments.shutdown_timeout,
         disable_log_requests=True,
     )

@@ -30,6 +30,12 @@ def test_flags(load):
     assert (settings.options.host, settings.options.port) == ("127.0.0.1", 0)
 
 
+def test_the_key_of_servers_that_have_none_of_their_own(load):
+    file = "backends:\n  - http://a\n  - {url: http://b, api_key: its-own}\n"
+    settings = load("--backend", "http://c", "--backend-api-key", "of-all", file=file)
+    assert [spec.api_key for spec in settings.backends] == ["of-all", "of-all", "its-own"]
+
+
 FILE = """\
 policy: round-robin
 port: 7000

@@ -59,13 +59,20 @@ def test_file_takes_dashes_underscores_and_aliases(config_file):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("max-modle-len: 4", "config.yaml: max-modle-len is not an option; did you mean max-model-len\\?"),
+        ("max-modle-len: 4", "config.yaml, line 1: max-modle-len is not an option; did you mean max-model-len\\?"),
         ("max_modle_len: 4", "max_modle_len is not an option; did you mean max_model_len\\?"),
-        ("port: '8000'", "config.yaml: port must be an integer.*got '8000' \\(str\\)"),
+        ("port: '8000'", "config.yaml, line 1: port must be an integer.*got '8000' \\(str\\)"),
         ("enforce_eager: 'yes'", "enforce_eager must be true or false"),
-        ("model: {path: x}", "model must be a string; got {'path': 'x'}"),
-        ("- port", "must hold `name: value` lines; found a list"),
-        ("1: 2", "the key 1 must be an option's name"),
+        ("model: {pth: x}", "line 1: model.pth is not known; there is path, type"),
+        ("model: {path: 3}", "line 1: model.path must be a string; got 3"),
+        ("port: 1\ncommunication: tcp", "line 2: communication must hold protocol, interface or timeout"),
+        ("communication:\n  protocol: udp", "line 2: communication.protocol must be one of auto, tcp, rdma; got 'udp'"),
+        ("communication: {timeout: 5}\nstep_timeout: 6", "line 1: communication sets step_timeout, .* elsewhere"),
+        ("nodes: []", "line 1: nodes names no machine"),
+        ("nodes:\n  - port: 8000", "line 2: nodes\\[0\\] has no `host:`"),
+        ("nodes:\n  - host: a\n    port: 0", "line 3: nodes\\[0\\].port must be an integer from 1 to 65535; got 0"),
+        ("- port", "must hold `name: value` lines; found"),
+        ("1: 2", "1 is not an option"),
         ("port: 1\nport: [", "line 2 is not YAML|line 3 is not YAML"),
         ("port: 1\nmax-model-len: 2\nmax_model_len: 3", "a second time"),
         ("config: other.yaml", "config is not an option"),
@@ -77,9 +84,9 @@ def test_what_a_file_may_not_say(config_file, text, message):
 
 
 def test_files_that_cannot_be_read(tmp_path, config_file):
-    with pytest.raises(ConfigError, match="cannot read the config file .*missing.yaml: No such file"):
+    with pytest.raises(ConfigError, match="cannot read .*missing.yaml: No such file"):
         serve("--config", str(tmp_path / "missing.yaml"))
-    with pytest.raises(ConfigError, match="cannot read the config file"):
+    with pytest.raises(ConfigError, match="cannot read"):
         serve("--config", str(tmp_path))
     with pytest.raises(ConfigError, match="--config needs a value"):
         serve("--config")
@@ -121,3 +128,17 @@ def test_unused_variables_are_told(monkeypatch, caplog):
     with caplog.at_level("WARNING"):
         warn_about_environment()
     assert "SHOAL_PROT is not used: did you mean SHOAL_PORT?" in caplog.text
+
+
+def test_groups_of_a_file_are_options(config_file):
+    file = config_file(
+        "nodes:\n  - {host: 10.0.0.1, port: 8000}\n  - {host: 'fd00::2', port: 8001}\n  - third.example\n"
+        "model: {path: /models/x, type: large}\ncommunication: {protocol: tcp, interface: eth1, timeout: 30}\n"
+        "max-model-len: 64\n"
+    )
+    model, _, _, parallel, server = serve("--config", file)
+    assert (model.model, model.max_model_len, server.model_label) == ("/models/x", 64, "large")
+    assert parallel.nodes == ["10.0.0.1:8000", "[fd00::2]:8001", "third.example"]
+    assert (parallel.communication_protocol, parallel.communication_interface) == ("tcp", "eth1")
+    assert parallel.step_timeout == 30.0
+    assert serve("--config", file, "--step-timeout", "5")[3].step_timeout == 5.0

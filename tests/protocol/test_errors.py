@@ -15,6 +15,7 @@ STATUS = {
     "ShoalError": 500, "ConfigError": 500, "ModelError": 500, "StartupError": 500, "EngineError": 500,
     "CollectiveError": 500,
     "InvalidRequestError": 400, "AuthenticationError": 401, "NotFoundError": 404, "RequestTooLargeError": 413,
+    "UnsupportedMediaTypeError": 415,
     "RateLimitedError": 429, "UnavailableError": 503, "EngineDeadError": 503,
 }  # fmt: skip
 CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, ShoalError)]

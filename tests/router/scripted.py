@@ -77,6 +77,8 @@ class ScriptedServer:
         path = scope["path"]
         if path == "/version":
             await _json(send, {"version": "0", **({"internal": [internal.CAPABILITY]} if self.native else {})})
+        elif path == internal.PATH and scope["method"] == "GET":
+            await _json(send, ERROR, 405)
         elif path == "/v1/models":
             await _json(send, {"data": [{"id": name, "max_model_len": 64} for name in self.models]})
         elif path in ("/health", "/readyz", "/livez"):

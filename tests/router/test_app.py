@@ -19,7 +19,7 @@ async def test_bodies_that_are_none(run_router):
         assert words in error_of(await post("/v1/completions", content=content, headers=json_type), 400)["message"]
     assert (
         "text/plain"
-        in error_of(await post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 400)[
+        in error_of(await post("/v1/completions", content=b"{}", headers={"content-type": "text/plain"}), 415)[
             "message"
         ]
     )
@@ -112,7 +112,7 @@ async def test_draining_a_server(run_router):
         await running.complete()
     assert len(servers[0].requests) == 2
     assert "there is http" in error_of(await post("/router/drain", json={"url": "http://x"}), 404)["message"]
-    error_of(await post("/router/drain", content=b"url=1"), 400)
+    error_of(await post("/router/drain", content=b"url=1"), 415)
 
 
 async def test_the_operators_endpoints_are_the_operators(run_router):

@@ -13,6 +13,8 @@ from shoal.cli.main import main
 from shoal.network import free_port
 from tests.router.conftest import error_of, text_of
 from tests.router.scripted import ScriptedServer, served
+from tests.server.live_server import trusting
+from tests.server.test_access import make_certificate
 
 GOLDEN = 'golden: {prompt: "golden?"}\n'
 
@@ -105,6 +107,33 @@ async def test_a_life(start_program, tmp_path):
         assert "Traceback" not in program.log
 
 
+async def test_tls_and_web_pages(start_program, tmp_path):
+    """The flags of `shoal serve`: certificates of server and clients, and origins."""
+    certificate, key = make_certificate(tmp_path)
+    server = ScriptedServer()
+    async with served(server) as server.url:
+        program = await start_program(
+            "--backend", server.url, "--golden-prompt", "off", "--probe-interval", "0.05",
+            "--ssl-certfile", certificate, "--ssl-keyfile", key, "--ssl-ca-certs", certificate,
+            "--allowed-origins", "https://app.example",
+        )  # fmt: skip
+        await program.until_logged("is in")
+        url = program.url.replace("http://", "https://")
+        context = trusting(certificate)
+        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=context) as client:
+            with pytest.raises(httpx.HTTPError):  # it has no certificate to show
+                await client.get("/health")
+        context.load_cert_chain(certificate, key)
+        async with httpx.AsyncClient(base_url=url, trust_env=False, verify=context) as client:
+            body = {"model": "m", "prompt": "count", "max_tokens": 5, "stream": True}
+            response = await client.post("/v1/completions", json=body, headers={"origin": "https://app.example"})
+            assert text_of(response) == " 0 1 2 3 4"
+            assert response.headers["access-control-allow-origin"] == "https://app.example"
+        with pytest.raises(httpx.HTTPError):
+            await program.client.get("/health")
+        assert await program.end() == 0
+
+
 async def test_what_does_not_end_by_itself_is_ended(start_program):
     server = ScriptedServer()
     async with served(server) as server.url:
@@ -126,6 +155,8 @@ async def test_what_does_not_end_by_itself_is_ended(start_program):
     [
         (["router"], 2, "no server to route to"),
         (["router", "http://x"], 2, "servers are given as --backend http://x"),
+        (["router", "--backend", "http://x", "--ssl-keyfile", "k"], 2, "--ssl-keyfile needs --ssl-certfile"),
+        (["router", "--backend", "http://x", "--internal-token", "short"], 2, "--internal-token must be 16 or more"),
         (["router", "drain"], 2, "which server? shoal router drain URL"),
         (["router", "--backend", "http://x", "--policy", "rond-robin"], 2, "did you mean round-robin?"),
         (["router", "--backend", "http://x", "--peer", "10.0.0.1:9000"], 2, "--peer must be a URL such as http://"),

@@ -142,16 +142,18 @@ async def in_process_server(
     tokens_per_step: int = 1,
     kind: str = "byte_level",
     engine: Mapping[str, Any] | None = None,
+    secret: str | None = None,
     **options: Any,
 ) -> AsyncIterator[InProcessServer]:
-    """kind: of the tokenizer. options: of ServerOptions."""
+    """kind: of the tokenizer. secret: of /internal/…. options: of ServerOptions."""
     config = make_config()
     core = CachingClient(config, script, tokens_per_step)
     running = AsyncEngine(core, config, chatting(kind), **(engine or {}))
     await running.start()
     settings = ServerOptions(**{"served_model_name": ["tiny"], "disable_log_requests": True, **options})
     try:
-        yield InProcessServer(core, running, create_app(running, settings, ModelOptions(model="tiny")))
+        app = create_app(running, settings, ModelOptions(model="tiny"), internal_secret=secret)
+        yield InProcessServer(core, running, app)
     finally:
         await running.close()
         assert running.num_unfinished == 0

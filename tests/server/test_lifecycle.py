@@ -15,7 +15,8 @@ import pytest
 
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.errors import ConfigError
-from shoal.server.run import check_tls, read_chat_template
+from shoal.network.http_server import check_tls
+from shoal.server.run import read_chat_template
 from shoal.server.state import served_names
 from tests.config.model_directory import write_model_directory
 from tests.server.serving import Serving, make_model, serving, streaming

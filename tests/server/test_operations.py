@@ -25,8 +25,9 @@ def test_probes_tell_the_truth() -> None:
         server.do(server.core.gate.clear)  # the engine hangs …
         with in_background(server, {"prompt": "a"}):
             server.wait_until(lambda: server.engine.num_unfinished == 1 and not server.engine.progressing)
-            assert statuses() == [200, 200, 503, 503]  # … which is not dead, but not healthy
-            assert "no progress" in error_of(http.get("/health"), 503)["message"]
+            assert statuses() == [503, 200, 503, 503]  # … and if it stays so, a new server is better
+            for path in ("/livez", "/health"):
+                assert "no progress" in error_of(http.get(path), 503)["message"]
             server.do(server.core.gate.set)
         assert statuses() == [200] * 4
         server.do(server.engine.begin_drain)

@@ -17,7 +17,8 @@ from shoal.cluster.deploy.actors import needs_admin_key
 from shoal.cluster.deploy.controller_actor import CONTROLLER, ControllerActor
 from shoal.cluster.deploy.ray_fleet import find_actor, forget_state, lasting, load_state, near
 from shoal.cluster.deploy.records import Deployment, DeployStatus
-from shoal.cluster.node import NodePlan, start_node, stop_node
+from shoal.cluster.node import start_node, stop_node
+from shoal.cluster.ray_node import NodePlan
 from shoal.config.deploy_file import DeployPlan
 from shoal.errors import ConfigError, StartupError
 from shoal.executor import ray_head, ray_join

@@ -69,7 +69,7 @@ class Keeper:
         self._grace = order["grace"]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __spec__.name, "--then", str(os.getpid()), *order["command"]],
+                ends_with_this_process(order["command"]),
                 env=order["environment"],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -124,6 +124,11 @@ class Keeper:
 def _signal_group(group: int, number: signal.Signals) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, number)
+
+
+def ends_with_this_process(command: list[str]) -> list[str]:
+    """What to start, in the main thread, in the place of `command`: it gets SIGTERM when this process is gone."""
+    return [sys.executable, "-m", "shoal.cluster.deploy.keeper", "--then", str(os.getpid()), *command]
 
 
 def _become(keeper: int, command: list[str]) -> None:

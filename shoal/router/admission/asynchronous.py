@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 
 from shoal.errors import UnavailableError
 from shoal.router.admission.entry import Entry, EntryState
@@ -43,6 +43,20 @@ class AsyncAdmission:
             # Whatever came first, the admission, an end or a cancellation: the queue knows where the entry is.
             self._wakers.pop(entry, None)
             self._settle(self.queue.cancel(entry, self._clock()))
+
+    @contextlib.contextmanager
+    def room(self, num_bytes: int) -> Iterator[None]:
+        """A place of the queue for one that waits for something else, before it is `admit`ted.
+
+        Raises UnavailableError with `retry_after` when there is none.
+        """
+        if not self.queue.reserve(num_bytes):
+            retry_after = self.queue.retry_after(self._clock())
+            raise UnavailableError(f"{self._why_no_room()}; {_again(retry_after)}", retry_after=retry_after)
+        try:
+            yield
+        finally:
+            self.queue.unreserve(num_bytes)
 
     def set_capacity(self, capacity: int) -> None:
         """From now on that many at once; those who may go now are woken."""
@@ -83,11 +97,17 @@ class AsyncAdmission:
         self._settle(self.queue.expire(self._clock()))
 
     def _error(self, entry: Entry) -> UnavailableError:
-        again = f"try again in {entry.retry_after:.0f} seconds"
-        if self.queue.closed:
-            what = "the router is shutting down and takes no new requests"
-        elif entry.state is EntryState.EXPIRED:
-            what = f"the request waited {entry.max_wait:g} seconds and no server had room for it"
+        if entry.state is EntryState.EXPIRED and not self.queue.closed:
+            what = f"the request waited {entry.max_wait:.3g} seconds and no server had room for it"
         else:
-            what = f"too many requests wait already ({self.queue.num_waiting}, {self.queue.waiting_bytes} bytes)"
-        return UnavailableError(f"{what}; {again}", retry_after=entry.retry_after)
+            what = self._why_no_room()
+        return UnavailableError(f"{what}; {_again(entry.retry_after)}", retry_after=entry.retry_after)
+
+    def _why_no_room(self) -> str:
+        if self.queue.closed:
+            return "the router is shutting down and takes no new requests"
+        return f"too many requests wait already ({self.queue.num_waiting}, {self.queue.waiting_bytes} bytes)"
+
+
+def _again(retry_after: float) -> str:
+    return f"try again in {retry_after:.0f} seconds"

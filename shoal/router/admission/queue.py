@@ -41,14 +41,29 @@ class AdmissionQueue:
         self._rate = CompletionRate()
         self._deadlines: list[tuple[float, int, Entry]] = []
         self._number = 0
+        self._num_reserved = self._reserved_bytes = 0
 
     @property
     def num_waiting(self) -> int:
-        return self._waiting.num_waiting
+        return self._waiting.num_waiting + self._num_reserved
 
     @property
     def waiting_bytes(self) -> int:
-        return self._waiting.waiting_bytes
+        return self._waiting.waiting_bytes + self._reserved_bytes
+
+    def reserve(self, num_bytes: int) -> bool:
+        """Take room for a request that waits for something else before it can be offered, if there is any."""
+        self._num_reserved += 1
+        self._reserved_bytes += num_bytes
+        if self.closed or not self._fits():
+            self.unreserve(num_bytes)
+            return False
+        return True
+
+    def unreserve(self, num_bytes: int) -> None:
+        """It does not wait any more, or is offered now."""
+        self._num_reserved -= 1
+        self._reserved_bytes -= num_bytes
 
     def offer(self, entry: Entry, now: float) -> list[Entry]:
         """A new request. Its `state` afterwards: ADMITTED, QUEUED, or REFUSED with `retry_after`.

@@ -6,6 +6,7 @@ The answer is made by a task that knows no client; store.py owns the requests, e
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -296,6 +297,8 @@ class KeptRequest:
                 if self._blocked and self._unread() <= self.max_ring_bytes:
                     self._notify()
                 if ends:
+                    if answer.status == 200:
+                        answer.stream_error = self.failure
                     await answer.end(data)
                     return
                 await answer.data(data)
@@ -318,6 +321,10 @@ class KeptAnswer(Answer):
     def __init__(self, kept: KeptRequest) -> None:
         super().__init__(kept.take, kept.request_id)
         self._kept = kept
+
+    def begin_data(self, data: bytes) -> Callable[[], Awaitable[None]]:
+        """What it may wait for (other routers, a slow reader) is a task's business."""
+        return functools.partial(self.data, data)
 
     async def failure(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
         self._kept.fail(status, body)

@@ -57,21 +57,26 @@ class PeerLink:
         self._router = router
         self._session = session
         self._dirty: dict[KeptRequest, float] = {}
+        self._down_since = 0.0
         self._gone: list[Name] = []
         self._waiting: list[asyncio.Future[None]] = []
         self._wake = asyncio.Event()
         self._urgent = asyncio.Event()
 
     def lag(self, now: float) -> float:
+        if self.why_down is not None:
+            return now - self._down_since
         return now - next(iter(self._dirty.values())) if self._dirty else 0.0
 
     def touch(self, kept: KeptRequest) -> None:
-        if kept not in self._dirty:
+        # A peer that is away is told of everything when it is back.
+        if self.why_down is None and kept not in self._dirty:
             self._dirty[kept] = time.monotonic()
             self._wake.set()
 
     def forget(self, name: Name) -> None:
-        if self.why_down is None and len(self._gone) < _MOST_GONE:
+        """A peer that is away may still have it, and is told when it is back."""
+        if len(self._gone) < _MOST_GONE:
             self._gone.append(name)
             self._wake.set()
 
@@ -101,7 +106,7 @@ class PeerLink:
             await self.tell()
             if was_down and self.why_down is None:
                 for kept in all_kept():
-                    kept.cursors.pop(self, None)
+                    kept.cursors[self] = Cursor()
                     self.touch(kept)
 
     async def tell(self) -> None:
@@ -130,7 +135,8 @@ class PeerLink:
         dirty = dict(list(self._dirty.items())[:_MOST_NEWS])
         for kept in dirty:
             del self._dirty[kept]
-            cursor = kept.cursors.get(self, Cursor())
+            # It is here before the answer is: what is dropped in between, the peer has to forget.
+            cursor = kept.cursors.setdefault(self, Cursor())
             if cursor.refused or kept.dropped or kept.owner is not None:
                 continue
             news, after = news_of(kept, cursor)
@@ -141,9 +147,7 @@ class PeerLink:
         try:
             reply = await self._post(data)
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError) as error:
-            self._down(describe(error) if str(error) else "it does not answer")
-            for kept, since in dirty.items():
-                self._dirty.setdefault(kept, since)
+            self._down(describe(error) if str(error) else "it does not answer", min(dirty.values(), default=None))
             return False
         self._up(len(data))
         del self._gone[:num_gone]
@@ -176,11 +180,12 @@ class PeerLink:
             logger.info("the router %s is there again", self.url)
         self.why_down = None
 
-    def _down(self, why: str) -> None:
+    def _down(self, why: str, oldest: float | None) -> None:
         if self.why_down is None:
             logger.warning("the router %s cannot be told of requests: %s", self.url, why)
+            self._down_since = time.monotonic() if oldest is None else oldest
         self.why_down = why
-        self._gone.clear()
+        self._dirty.clear()
 
 
 class Peers:

@@ -75,6 +75,27 @@ async def test_many_random_cancellations(seed: int) -> None:
         assert admission.queue.num_running == 1
 
 
+async def test_room_for_those_who_wait_for_something_else() -> None:
+    """They take places and bytes of the queue like those in it, and give them back however they end."""
+    admission = AsyncAdmission(AdmissionQueue(1, QueueLimits(max_waiting=2, max_waiting_bytes=100)))
+    with admission.room(60), pytest.raises(UnavailableError, match="too many requests wait") as caught:
+        assert (admission.queue.num_waiting, admission.queue.waiting_bytes) == (1, 60)
+        with admission.room(41):
+            pass
+    assert caught.value.retry_after is not None and caught.value.retry_after >= 1
+    async with admission.admit(Entry()):
+        with admission.room(1), admission.room(1):
+            with pytest.raises(UnavailableError):
+                async with admission.admit(Entry()):
+                    pass
+            with pytest.raises(UnavailableError), admission.room(1):
+                pass
+        admission.close()
+        with pytest.raises(UnavailableError, match="shutting down"), admission.room(1):
+            pass
+    assert is_clean(admission)
+
+
 async def test_those_who_wait_are_let_in_by_priority() -> None:
     admission = AsyncAdmission(AdmissionQueue(1))
     order: list[int] = []

@@ -74,6 +74,8 @@ class _Rewriter:
             for model in models["data"]:
                 model["owned_by"] = "vllm"
             body = json.dumps(models).encode()
+        elif status == 401:  # its middleware knows nothing of the API's errors
+            body = b'{"error":"Unauthorized"}'
         elif status >= 400:
             body = json.dumps(_error_like_vllm(status, json.loads(body))).encode()
         headers = [(name, value) for name, value in self._start["headers"] if name != b"content-length"]

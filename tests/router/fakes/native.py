@@ -125,6 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shutdown-timeout", type=float, default=30.0)
     parser.add_argument("--max-engine-restarts", type=int, default=5)
     parser.add_argument("--engine-restart-window", type=float, default=600.0)
+    parser.add_argument("--internal-token")
+    parser.add_argument("--api-key", action="append", default=[])
     parser.add_argument("--log-level", default="error")
 
 
@@ -148,6 +150,8 @@ def run_service(arguments: argparse.Namespace, disguise: Wrapper | None = None) 
         shutdown_timeout=arguments.shutdown_timeout,
         max_engine_restarts=arguments.max_engine_restarts,
         engine_restart_window=arguments.engine_restart_window,
+        internal_token=arguments.internal_token,
+        api_key=arguments.api_key,
         disable_log_requests=True,
     )
     with asyncio.Runner(loop_factory=loop_factory()) as runner:

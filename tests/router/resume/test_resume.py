@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import time
+import weakref
 
 import pytest
 
@@ -399,6 +402,53 @@ async def test_a_peer_that_is_away_delays_nothing_and_is_told_when_it_is_back(ru
     link.url = real
     await until_known(other)
     assert (await other.send("k")).status_code == 200
+
+
+@pytest.mark.parametrize("how", ["away", "on its way", "no reply"])
+async def test_a_peer_forgets_what_went_while_it_could_not_be_told(run_routers, monkeypatch, how):
+    one, other = await run_routers(ScriptedServer())
+    link = one.router.peers.links[0]
+    await until(lambda: link.num_messages > 0)
+    arrived, go_on, post = asyncio.Event(), asyncio.Event(), link._post
+
+    async def post_and_wait(data):
+        reply = await post(data)
+        if len(other.router.store) and not arrived.is_set():
+            arrived.set()
+            await go_on.wait()
+            if how == "no reply":
+                raise OSError("the reply was lost")
+        return reply
+
+    if how == "away":
+        await one.send("k")
+        await until_known(other)
+        real, link.url = link.url, "http://127.0.0.1:1"
+        await until(lambda: link.why_down is not None)
+    else:
+        monkeypatch.setattr(link, "_post", post_and_wait)
+        asking = asyncio.create_task(one.send("k"))
+        await arrived.wait()
+        await asking
+    (kept,) = one.router.store
+    one.router.store.drop(kept)
+    assert len(other.router.store) == 1
+    go_on.set()
+    if how == "away":
+        link.url = real
+    await until_known(other, 0)
+
+
+async def test_a_peer_that_stays_away_costs_no_memory(run_routers):
+    one, _ = await run_routers(ScriptedServer(), resume_seconds=0.1)
+    link = one.router.peers.links[0]
+    link.url = "http://127.0.0.1:1"
+    await until(lambda: link.why_down is not None)
+    await one.send("k")
+    held = weakref.ref(*one.router.store)
+    assert link.lag(time.monotonic()) > 0
+    await until_known(one, 0)
+    await until(lambda: gc.collect() >= 0 and held() is None)
 
 
 async def test_a_peer_that_has_forgotten_is_told_all_of_it(run_routers):
