@@ -1,0 +1,80 @@
+"""The commands that bring a layout up, as they are typed."""
+
+from __future__ import annotations
+
+import shlex
+
+from shoal.cluster.plan.devices import Machine
+from shoal.cluster.plan.memory import Load
+from shoal.cluster.plan.placement import Layout
+from shoal.config.knobs import NOT_YET
+from shoal.config.model_config import SUPPORTED_ARCHITECTURES
+
+_DEFAULT_UTILIZATION = 0.9
+_DEFAULT_NUM_SEQS = {True: 64, False: 256}  # on CPUs, on GPUs
+
+
+def serve_flags(layout: Layout, load: Load, machine: Machine, *, checkpoint_dtype: str) -> list[str]:
+    """Of `shoal serve`, without the model. data_parallel_size is that of one server."""
+    flags: list[str] = []
+    for name, size in (
+        ("tensor", layout.tensor_size),
+        ("pipeline", layout.pipeline_size),
+        ("data", _per_server(layout)),
+    ):
+        if size > 1:
+            flags += [f"--{name}-parallel-size", str(size)]
+    if layout.way == "ray":
+        flags += ["--distributed-executor-backend", "ray"]
+    if layout.shares_experts:
+        flags.append("--enable-expert-parallel")
+    flags += ["--max-model-len", str(load.max_model_len)]
+    if load.dtype != checkpoint_dtype:
+        flags += ["--dtype", load.dtype]
+    if load.num_seqs != _DEFAULT_NUM_SEQS[machine.device.is_cpu]:
+        flags += ["--max-num-seqs", str(load.num_seqs)]
+    if load.utilization != _DEFAULT_UTILIZATION and not machine.device.is_cpu:
+        flags += ["--gpu-memory-utilization", f"{load.utilization:g}"]
+    if load.kv_dtype != load.dtype:
+        flags += ["--kv-cache-dtype", load.kv_dtype]
+    return flags
+
+
+def _per_server(layout: Layout) -> int:
+    return layout.data_size // layout.num_nodes if layout.way == "servers" else layout.data_size
+
+
+def commands(model: str, layout: Layout, load: Load, machine: Machine, *, checkpoint_dtype: str) -> list[str]:
+    """In the order in which they are typed; a comment says where, if on several machines."""
+    flags = serve_flags(layout, load, machine, checkpoint_dtype=checkpoint_dtype)
+    serve = shlex.join(["shoal", "serve", model, *flags])
+    if layout.way == "one":
+        return [serve]
+    if layout.way == "ray":
+        return [
+            "shoal node start --head    # on one of the machines; it prints the next line",
+            f"SHOAL_CLUSTER_TOKEN=… shoal node start --address HEAD:6379    # on each of the others "
+            f"({layout.num_nodes - 1})",
+            f"{serve}    # on the head",
+        ]
+    nodes = [*machine.names[: layout.num_nodes]] or [f"NODE{index + 1}" for index in range(layout.num_nodes)]
+    backends = " ".join(f"http://{node}:8000" for node in nodes)
+    return [
+        f"{serve} --host 0.0.0.0 --api-key KEY    # on each of {layout.num_nodes} machines",
+        f"shoal router --backend-api-key KEY --backend {backends}    # on one of them",
+    ]
+
+
+def obstacles(architecture: str, quantization: str, layout: Layout | None, load: Load) -> list[str]:
+    """What of this the version at hand does not serve: a plan is no promise of a server."""
+    found = []
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        names = ", ".join(SUPPORTED_ARCHITECTURES)
+        found.append(f"{architecture} cannot be served in this version (it serves {names}): the plan is arithmetic")
+    if quantization and "quantization" in NOT_YET:
+        found.append(NOT_YET["quantization"])
+    if layout is not None and layout.shares_experts and "enable_expert_parallel" in NOT_YET:
+        found.append(NOT_YET["enable_expert_parallel"])
+    if load.kv_dtype != load.dtype and "kv_cache_dtype" in NOT_YET:
+        found.append(NOT_YET["kv_cache_dtype"])
+    return found
