@@ -15,8 +15,9 @@ import shoal
 ROOT = Path(shoal.__file__).parent
 # As in pyproject.toml, contracts "torch-free" and "client-side".
 WITHOUT_TORCH = (
-    "errors", "version", "env", "types", "stats", "log", "messages", "protocol", "config", "network", "scheduling",
-    "observability", "benchmark", "router", "cluster", "server", "llm", "cli", "engine.async_engine", "engine.client",
+    "errors", "version", "env", "types", "stats", "log", "messages", "protocol", "checksum", "config", "network",
+    "scheduling", "observability", "benchmark", "router", "cluster", "server", "llm", "cli", "engine.async_engine",
+    "engine.client",
 )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 | path | 200 when |
 |---|---|
-| /livez | the engine core is there and gets on, or comes back, of several replicas one at least; else restart the server |
+| /livez | the engine core is there and gets on, or comes back, of several replicas one; else restart the server |
 | /readyz | new requests are taken; send none while they are not, or while the engine is restarting |
 | /health, /ping | as /readyz, and those that run get their tokens, on every replica that is there |
 
@@ -56,8 +56,8 @@ def health_router(state: ServerState) -> APIRouter:
 
 
 def _not_alive(engine: AsyncEngine) -> ShoalError | None:
-    """A stall that lasts is the end, too: the server ends a core that stalls and starts it again within seconds, so this
-    is seen for long only where it cannot."""
+    """A stall that lasts counts as death: the server itself ends a core that stalls and starts it again within seconds,
+    so a prober sees one for long only where that failed."""
     stalled = engine.stalled
     num_there = sum(replica.failure is None for replica in engine.replicas)
     if stalled and len(stalled) == num_there:
