@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from pathlib import Path
 
 from tests.chaos.faults import ALL_KINDS, FAULTS
-from tests.chaos.harness import ENGINES, Plan, run
+from tests.chaos.harness import ENGINES, Plan, Result, run
 
 
 def main() -> int:
@@ -38,9 +39,20 @@ def main() -> int:
         with_router=not arguments.no_router,
         router_flags=tuple(arguments.router_flags),
     )
-    result = asyncio.run(run(plan, file=arguments.resume, tell=lambda text: print(text, flush=True)))
+    try:
+        result = asyncio.run(_run(plan, arguments.resume))
+    except (asyncio.CancelledError, KeyboardInterrupt):
+        print("ended before it was through; --resume FILE goes on behind the faults that were written down")
+        return 130
     print(result.summary())
     return 0 if result.ok else 1
+
+
+async def _run(plan: Plan, file: Path | None) -> Result:
+    """SIGTERM ends the run as Ctrl-C does: with all that it started."""
+    task = asyncio.ensure_future(run(plan, file=file, tell=lambda text: print(text, flush=True)))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    return await task
 
 
 if __name__ == "__main__":

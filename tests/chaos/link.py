@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import time
 
 MODES = ("open", "error", "hang", "half_event", "dropped", "reset")
 _MARKER = re.compile(rb"chaos-[0-9a-f]{12}")
@@ -43,7 +44,7 @@ class Link:
         self._open.set()
         self.mode = "open"
         self.num_struck = 0
-        self.seen: set[str] = set()  # the markers of all requests that came this way
+        self.seen: dict[str, float] = {}  # the markers of all requests that came this way, and when they did last
         self.last_marker: str | None = None
 
     async def start(self) -> None:
@@ -134,7 +135,7 @@ class Link:
         searched = connection.tail + data
         if connection.marker is None and (found := _MARKER.search(searched)):
             connection.marker = self.last_marker = found[0].decode()
-            self.seen.add(connection.marker)
+            self.seen[connection.marker] = time.monotonic()
         connection.tail = searched[-_MARKER_BYTES:]
 
     async def _return(self, reader: asyncio.StreamReader, connection: _Connection) -> None:

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,13 +19,20 @@ import httpx
 import psutil
 
 from shoal.network import free_port
+from tests.chaos.client import Door
 from tests.chaos.link import Link
 
 ROOT = Path(__file__).parents[2]
+NUM_RANKS = 2  # of a real replica
 _KV_USAGE = re.compile(r"^\w+:kv_cache_usage_perc\S* (\S+)$", re.MULTILINE)
 _RUNNING = re.compile(r"^\w+:num_requests_(?:running|waiting)\S* (\S+)$", re.MULTILINE)
+_ROUTER_METRIC = re.compile(r"^shoal_router:(\w+)(?:\{.*\})? (\S+)$", re.MULTILINE)
 # Faults that follow each other within seconds are no loop of a broken engine: none counts a second later.
 RESTARTS = ("--max-engine-restarts", "100", "--engine-restart-window", "1")
+# One that is told to end hands its requests on after so many seconds, those that are not through by then.
+IMPATIENT = ("--shutdown-timeout", "0.3")
+# Requests with a key are kept so long after their client went: short, so that the end of a run can wait for it.
+KEPT_SECONDS = 15.0
 
 
 class Program:
@@ -96,6 +103,13 @@ class Program:
             except TimeoutError:
                 self.kill_all()
 
+    async def until(self, condition: Callable[[], bool], timeout: float, otherwise: str) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} {otherwise} within {timeout:g} s")
+            await asyncio.sleep(0.01)
+
     async def until_answers(self, url: str, timeout: float) -> None:
         """Wait for 200 at this address."""
         deadline = time.monotonic() + timeout
@@ -113,12 +127,13 @@ class Program:
 
 
 class Replica(Program, abc.ABC):
-    """A server behind a link. url: its own address; the router is given the link's."""
+    """A server behind a link. url: its own address; the router is given the link's. flags: more of its program."""
 
     model = ""
     start_seconds = 30.0
 
-    def __init__(self, name: str, directory: Path, environment: dict[str, str]) -> None:
+    def __init__(self, name: str, directory: Path, environment: dict[str, str], *flags: str) -> None:
+        self.flags = flags
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.link = Link(self.port)
@@ -166,17 +181,23 @@ class FakeReplica(Replica):
     model = "fake"
 
     def __init__(
-        self, name: str, directory: Path, environment: dict[str, str], *, pace: float = 50.0, kind: str = "native"
+        self,
+        name: str,
+        directory: Path,
+        environment: dict[str, str],
+        *flags: str,
+        pace: float = 50.0,
+        kind: str = "native",
     ) -> None:
         self.control_port = free_port()
         self._pace, self._kind = pace, kind
-        super().__init__(name, directory, environment)
+        super().__init__(name, directory, environment, *flags)
 
     def command(self) -> list[str]:
         program = [sys.executable, "-m", f"tests.router.fakes.{self._kind}", "--port", str(self.port)]
         return [
             *program, "--control-port", str(self.control_port), "--tokens-per-second", str(self._pace),
-            "--log-level", "info", *RESTARTS,
+            "--log-level", "info", *RESTARTS, *self.flags,
         ]  # fmt: skip
 
     async def until_up(self) -> None:
@@ -204,13 +225,21 @@ class RealReplica(Replica):
 
     def command(self) -> list[str]:
         return [
-            sys.executable, "-m", "shoal.cli.main", "serve", "shoal-tiny", "--device", "cpu", "-tp", "2",
+            sys.executable, "-m", "shoal.cli.main", "serve", "shoal-tiny", "--device", "cpu", "-tp", str(NUM_RANKS),
             "--port", str(self.port), "--max-model-len", "512", "--max-num-seqs", "64", "--startup-timeout", "120",
-            "--disable-log-requests", "--kv-cache-memory", "64MiB", *RESTARTS,
+            "--disable-log-requests", "--kv-cache-memory", "64MiB", *RESTARTS, *self.flags,
         ]  # fmt: skip
 
     def workers(self) -> list[psutil.Process]:
         return self.descendants("shoal.worker")
+
+    async def in_use(self) -> list[str]:
+        """Of requests, and of engines that came before the last restart."""
+        left = await super().in_use()
+        for module, wanted in (("shoal.engine", 1), ("shoal.worker", NUM_RANKS)):
+            if (found := len(self.descendants(module))) != wanted:
+                left.append(f"{self.name} has {found} processes of {module}, and should have {wanted}")
+        return left
 
     async def break_engine(self, rng: Any, *, core: bool) -> None:
         victims = self.descendants("shoal.engine") if core else self.workers()
@@ -227,18 +256,42 @@ class RealReplica(Replica):
 
 
 class Router(Program):
-    """`shoal router` in front of replicas' links."""
+    """`shoal router` in front of replicas' links. peer_ports: of the others, which it tells of requests with a key."""
 
-    def __init__(self, replicas: Sequence[Replica], directory: Path, environment: dict[str, str], *flags: str) -> None:
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
+    def __init__(
+        self,
+        name: str,
+        port: int,
+        peer_ports: Sequence[int],
+        replicas: Sequence[Replica],
+        directory: Path,
+        environment: dict[str, str],
+        *flags: str,
+    ) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.door = Door(self.url)
         backends = [argument for replica in replicas for argument in ("--backend", replica.link.url)]
+        peers = [argument for other in peer_ports for argument in ("--peer", f"http://127.0.0.1:{other}")]
         program = [sys.executable, "-m", "shoal.cli.main", "router"]
-        command = [*program, "--port", str(self.port), *backends, *flags]
-        super().__init__("router", command, directory / "router.log", environment)
+        kept = ["--resume-seconds", str(KEPT_SECONDS)]
+        command = [*program, "--port", str(port), *backends, *peers, *kept, *flags]
+        super().__init__(name, command, directory / f"{name}.log", environment)
 
     async def until_up(self) -> None:
         await self.until_answers(f"{self.url}/health", 60)
+
+    async def until_peers_know(self) -> None:
+        """The other routers can be told of requests, and were told of all that there are."""
+        deadline, num_good = time.monotonic() + 60, 0
+        while num_good < 2:
+            metrics = await self.metrics()
+            good = (
+                all(metrics.get("peer_up", ())) and max(metrics.get("replication_lag_seconds", ()), default=0.0) < 0.5
+            )
+            num_good = num_good + 1 if good else 0
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.name} cannot tell its peers of requests:\n{self.output[-3000:]}")
+            await asyncio.sleep(0.1)
 
     async def drain(self, replica: Replica, *, back: bool = False) -> None:
         """What `shoal router drain URL` asks for, or its undoing."""
@@ -247,3 +300,27 @@ class Router(Program):
             response = await http.post(f"{self.url}/router/{verb}", json={"url": replica.link.url})
         if response.status_code != 200:
             raise RuntimeError(f"{verb} of {replica.name}: status {response.status_code}: {response.text}")
+
+    async def metrics(self) -> Mapping[str, list[float]]:
+        """The values of each metric, whatever their labels."""
+        async with httpx.AsyncClient(verify=False, trust_env=False, timeout=5) as http:
+            text = (await http.get(f"{self.url}/metrics")).text
+        values: dict[str, list[float]] = {}
+        for name, value in _ROUTER_METRIC.findall(text):
+            values.setdefault(name, []).append(float(value))
+        return values
+
+    async def in_use(self) -> list[str]:
+        """What of requests is left in the router: nothing, once all have ended and their time to be kept is over."""
+        try:
+            metrics = await self.metrics()
+        except httpx.HTTPError as error:
+            return [f"{self.name} tells nothing: {type(error).__name__}"]
+        counts = ("backend_requests_running", "backend_outstanding_tokens", "num_requests_waiting")
+        left = []
+        for name in (*counts, "kept_requests", "kept_bytes"):
+            if name not in metrics:
+                left.append(f"{self.name} has no metric {name}")
+            elif total := sum(metrics[name]):
+                left.append(f"{self.name}: {name} is {total:g}")
+        return left

@@ -11,12 +11,15 @@ import aiohttp
 import pytest
 
 from tests.chaos.cases import make_cases
-from tests.chaos.harness import Load, undisturbed
+from tests.chaos.client import Door
+from tests.chaos.harness import undisturbed
+from tests.chaos.load import Load
 from tests.namespaces import Host, Network, connected_hosts, needs_namespaces
 
 pytestmark = needs_namespaces
 
 PORT = 8000
+SECRET = "a-secret-of-the-routers"
 CASES = make_cases("fake", 32, seed=11)
 
 
@@ -26,9 +29,19 @@ def network():
     with connected_hosts(3) as network:
         front, *others = network.hosts
         for host in others:
-            start(host, "tests.router.fakes.native", "--host", host.address, "--port", str(PORT))
+            flags = ["--host", host.address, "--port", str(PORT), "--internal-token", SECRET]
+            start(host, "tests.router.fakes.native", *flags)
         backends = [argument for host in others for argument in ("--backend", f"http://{host.address}:{PORT}")]
-        flags = ["--stall-timeout", "2", "--probe-interval", "0.2", "--log-level", "warning"]
+        flags = [
+            "--stall-timeout",
+            "2",
+            "--probe-interval",
+            "0.2",
+            "--log-level",
+            "warning",
+            "--internal-token",
+            SECRET,
+        ]
         start(front, "shoal.cli.main", "router", "--port", str(PORT), *backends, *flags)
         yield network
 
@@ -60,7 +73,7 @@ async def serve_through(network: Network, fault) -> None:
         wanted = await undisturbed(http, f"http://{others[0].address}:{PORT}", CASES, 16)
         url = f"http://127.0.0.1:{PORT}"
         await until_up(http, f"{url}/health")
-        load = Load(url, CASES, wanted, random.Random(3))
+        load = Load([Door(url)], CASES, wanted, random.Random(3))
         load.start(http, 32)
         await asyncio.sleep(1.0)
         before = {outcome.marker for outcome in load.running.values()}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.chaos import records
+from tests.chaos.cases import Case
+from tests.chaos.client import Outcome
 from tests.chaos.faults import ALL_KINDS
-from tests.chaos.harness import Plan, kind_of
+from tests.chaos.harness import Plan, kind_of, wait_of
 from tests.chaos.records import FaultRecord
 
 
@@ -47,3 +51,19 @@ def test_every_kind_comes_once_before_any_comes_again():
     order = [kind_of(plan, number) for number in range(3 * len(ALL_KINDS))]
     turns = [order[turn * len(ALL_KINDS) : (turn + 1) * len(ALL_KINDS)] for turn in range(3)]
     assert all(sorted(turn) == sorted(ALL_KINDS) for turn in turns) and turns[0] != turns[1]
+
+
+@pytest.mark.parametrize(
+    ("times", "wait"),
+    [
+        ([9.0, 12.0, 12.1], 2.0),
+        ([10.05, 10.25, 12.5, 12.6], 2.25),
+        ([10.05, 10.25, 10.35, 14.0], 0.2),
+        ([9.0, 9.9], None),
+    ],
+    ids=["silent at once", "some were on their way", "a later pause is not the fault's", "nothing was to come"],
+)
+def test_the_wait_for_the_next_token(times, wait):
+    outcome = Outcome(Case(0, "/v1/completions", {"stream": True}), "chaos-0", 1.0, times=times)
+    found = wait_of(outcome, struck=10.0, begun=10.2)
+    assert found == (None if wait is None else pytest.approx(wait))
