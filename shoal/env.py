@@ -85,6 +85,11 @@ def cuda_visible_devices() -> list[str] | None:
     return devices[: devices.index("-1")] if "-1" in devices else devices
 
 
+def in_kubernetes() -> bool:
+    """KUBERNETES_SERVICE_HOST, which every container of a pod has."""
+    return _text("KUBERNETES_SERVICE_HOST") is not None
+
+
 def no_color() -> bool:
     """NO_COLOR, set to anything but nothing (no-color.org), or TERM=dumb."""
     return bool(_text("NO_COLOR")) or os.environ.get("TERM") == "dumb"

@@ -28,6 +28,7 @@ INTERFACE = "eth0"
 ROOT = Path(__file__).parent.parent
 _CLONE_NEWNET = 0x40000000
 _DEADLINE_SECONDS = 20.0
+_JUMBO = 9000
 # `ip netns exec` gives the process a mount namespace of its own, so the file below is seen by that process only.
 _ENTER = 'mount --bind "$1" /etc/hosts && hostname "$2" && shift 2 && exec "$@"'
 
@@ -149,6 +150,7 @@ class Network:
     def __init__(self, num_hosts: int, directory: Path) -> None:
         self.name = f"shoal-{secrets.token_hex(4)}"
         self._switch = f"{self.name}-switch"
+        self._cables: list[subprocess.Popen[str]] = []
         subnet = f"10.{random.SystemRandom().randrange(256)}.{random.SystemRandom().randrange(256)}"
         # 127.0.0.1 is what container images and 127.0.1.1 what Debian writes for the machine's own name.
         self.hosts = [
@@ -176,6 +178,9 @@ class Network:
                 _ip("-n", host.namespace, "link", "set", interface, "up")
 
     def remove(self) -> None:
+        for cable in self._cables:
+            cable.kill()
+            cable.wait()
         existing = _ip("netns", "list")
         for host in self.hosts:
             if host.namespace in existing:
@@ -194,13 +199,37 @@ class Network:
         """Undo `cut`."""
         _ip("-n", self._switch, "link", "set", self._port(host), "master", "bridge", "up")
 
-    def delay(self, host: Host, milliseconds: float) -> None:
-        """Hold back what a host sends. Skips the test where the kernel lacks the netem queue."""
-        netem = ["root", "netem", "delay", f"{milliseconds}ms"]
-        command = ["tc", "-n", host.namespace, "qdisc", "replace", "dev", INTERFACE, *netem]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"this kernel cannot delay packets ({done.stderr.strip() or 'tc failed'})")
+    def impair(self, host: Host, *, seconds: float = 0.0, loss: float = 0.0, largest: int = 0) -> None:
+        """Put a bad cable (see bad_link) between a host and the switch, once: each frame is held for `seconds`, and the
+        share `loss` of them lost, in both directions; packets of more than `largest` bytes are lost (0: none).
+
+        Skips the test where there are no TAP devices.
+        """
+        if not os.access("/dev/net/tun", os.R_OK | os.W_OK):
+            pytest.skip("bad links need /dev/net/tun")
+        near, far, bridge = (f"{name}-{host.hostname}" for name in ("near", "far", "bridge"))
+        command = [sys.executable, "-m", "tests.bad_link", near, far, str(seconds), str(loss), str(largest)]
+        cable = subprocess.Popen(
+            ["ip", "netns", "exec", self._switch, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        self._cables.append(cable)
+        assert cable.stdout is not None and cable.stdout.readline() == "up\n"
+        _ip("-n", self._switch, "link", "add", bridge, "type", "bridge")
+        for interface, master in ((self._port(host), bridge), (near, bridge), (far, "bridge")):
+            _ip("-n", self._switch, "link", "set", interface, "mtu", str(_JUMBO), "master", master, "up")
+        _ip("-n", self._switch, "link", "set", bridge, "up")
+
+    def set_mtu(self, host: Host, mtu: int, *, at_switch: int | None = None) -> None:
+        """Of the host's interface, and of the switch's port that it is connected to (default: the same)."""
+        _ip("-n", host.namespace, "link", "set", INTERFACE, "mtu", str(mtu))
+        _ip("-n", self._switch, "link", "set", self._port(host), "mtu", str(at_switch or mtu))
+
+    def add_dead_interface(self, host: Host, name: str, address: str) -> None:
+        """Another interface that is up, with an address, and leads nowhere: the other end answers nobody."""
+        _ip("-n", host.namespace, "link", "add", name, "type", "veth", "peer", "name", f"{name}-end")
+        for interface in (name, f"{name}-end"):
+            _ip("-n", host.namespace, "link", "set", interface, "up")
+        _ip("-n", host.namespace, "address", "add", f"{address}/24", "dev", name)
 
     @staticmethod
     def _port(host: Host) -> str:

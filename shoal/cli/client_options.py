@@ -6,6 +6,10 @@ import dataclasses
 from typing import Any
 
 from shoal.cli.bench_options import BENCH_SECTIONS
+from shoal.cli.doctor_options import DoctorOptions
+from shoal.cli.k8s_options import K8S_SECTIONS
+from shoal.cli.plan_options import PlanOptions
+from shoal.cli.verify_options import VerifyOptions
 from shoal.config.options import option
 
 
@@ -81,6 +85,9 @@ class NodeStartOptions:
     )
     # Not `port`: SHOAL_PORT is the server's.
     head_port: int = option(6379, "With --head: port to listen on.", aliases=("port",), minimum=1, maximum=65535)
+    dashboard: bool = option(
+        False, "With --head: start Ray's dashboard, on 127.0.0.1:8265 of this machine; needs ray[default]."
+    )
     num_gpus: int | None = option(None, "GPUs to offer; default: all.", minimum=0)
     num_cpus: int | None = option(None, "CPUs to offer; default: all.", minimum=0)
     resources: str | None = option(None, 'More resources, for Ray: JSON such as {"disk": 1}.')
@@ -98,6 +105,14 @@ class ClusterOptions:
     token_file: str | None = option(
         None, "File with the cluster's token; default: SHOAL_CLUSTER_TOKEN, else ~/.shoal/cluster-token."
     )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StatusOptions:
+    """The answer."""
+
+    json: bool = option(False, "Print JSON instead of lines.")
+    watch: bool = option(False, "Show it again every two seconds, until Ctrl-C.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,9 +154,14 @@ CLIENT_SECTIONS = (
     CollectEnvOptions,
     NodeStartOptions,
     ClusterOptions,
+    StatusOptions,
     RouterClientOptions,
     RouterTargetOptions,
     DeployOptions,
     DeployStatusOptions,
+    PlanOptions,
+    VerifyOptions,
+    *K8S_SECTIONS,
+    DoctorOptions,
     *BENCH_SECTIONS,
 )

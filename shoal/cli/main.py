@@ -29,6 +29,11 @@ COMMANDS = {
     "bench": ("shoal.cli.bench", "measure an engine or a server: bench serve, latency, throughput, startup"),
     "node": ("shoal.cli.node", "make this machine a node of a cluster: node start, node stop"),
     "deploy": ("shoal.cli.deploy", "keep replicas of models on a cluster: deploy CONFIG, deploy status, deploy stop"),
+    "config": ("shoal.cli.config", "the YAML files: config schema, config check FILE"),
+    "plan": ("shoal.cli.plan", "what a model takes, every layout that fits a machine, and the one to take"),
+    "verify": ("shoal.cli.verify", "SHA-256 sums of a model's files, against a list and across all nodes"),
+    "doctor": ("shoal.cli.doctor", "look for what keeps a machine, or a cluster, from serving, and say what mends it"),
+    "k8s": ("shoal.cli.k8s", "manifests for Kubernetes: k8s render"),
     "status": ("shoal.cli.status", "show the nodes of the cluster"),
     "collect-env": ("shoal.cli.collect_env", "print versions, CPU, memory, GPUs: what a bug report needs"),
 }

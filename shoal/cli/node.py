@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from shoal import env, network
 from shoal.cli.client_options import CLIENT_SECTIONS, NodeStartOptions
 from shoal.cli.command import Command, CommandGroup
-from shoal.cluster.node import NodePlan, join_command, start_node, stop_node, watch
+from shoal.cluster.node import join_command, start_node, stop_node, watch
+from shoal.cluster.ray_node import NodePlan
 from shoal.config.options import RouterOptions
 from shoal.config.sources import SERVE_SECTIONS, warn_about_environment
 from shoal.errors import ConfigError
@@ -28,6 +30,8 @@ def _start(options: NodeStartOptions) -> int:
         raise ConfigError(
             "say which: `shoal node start --head` begins a cluster, `shoal node start --address HEAD:PORT` joins one"
         )
+    if options.dashboard and not options.head:
+        raise ConfigError("--dashboard goes with --head: Ray's dashboard is the head's, and shows all nodes")
     _check_resources(options.resources)
     warn_about_environment((*SERVE_SECTIONS, RouterOptions, *CLIENT_SECTIONS))
     token = _make_token(options.token_file) if options.head else network.load_token(options.token_file)
@@ -39,6 +43,7 @@ def _start(options: NodeStartOptions) -> int:
         num_cpus=options.num_cpus,
         num_gpus=options.num_gpus,
         resources=options.resources,
+        dashboard=options.dashboard,
     )
     with _signals_interrupt():
         record = start_node(plan)
@@ -46,7 +51,7 @@ def _start(options: NodeStartOptions) -> int:
             _keep_token(token)
             print("\n".join(_describe(record, token)), flush=True)
             if options.block:
-                watch(record)
+                watch(token, lambda line: print(line, file=sys.stderr, flush=True))
                 print("The node has ended.")
         except KeyboardInterrupt:
             stop_node()

@@ -33,6 +33,12 @@ def table() -> dict[int, Entry]:
     return {entry.process.pid: entry for entry in entries if entry is not None}
 
 
+def identify(pid: int) -> ProcessRecord | None:
+    """The process with this pid now; None where there is none."""
+    entry = _read(pid)
+    return entry.process if entry is not None else None
+
+
 def is_alive(process: ProcessRecord) -> bool:
     entry = _read(process.pid)
     return entry is not None and entry.process == process

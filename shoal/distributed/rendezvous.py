@@ -7,6 +7,7 @@ other's memory.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -58,7 +59,7 @@ class ParallelGroups:
 
     @property
     def status_address(self) -> str | None:
-        """Where another process of this host opens the records (`StatusBoard.open`); None for a rank alone."""
+        """Where another process of this host opens the records (`StatusBoard.open`); None where there are none."""
         return self._board.address if self._board is not None else None
 
     def meet(self, phase: str) -> None:
@@ -83,8 +84,10 @@ def single_rank_groups(dims: ParallelDims | None = None) -> ParallelGroups:
     dims = dims or ParallelDims()
     if dims.world_size != 1:
         raise ValueError(f"one rank alone has no groups of a grid of {dims.world_size}")
-    status = StatusRecord(dims)
-    return ParallelGroups(dims, {name: GroupCoordinator([0], 0, name=name) for name in GROUPS}, status)
+    # On a board all the same, where there can be one: the node's daemon reads it there.
+    board = StatusBoard.create(1) if sys.platform == "linux" else None
+    status = board.record(dims, 0) if board is not None else StatusRecord(dims)
+    return ParallelGroups(dims, {name: GroupCoordinator([0], 0, name=name) for name in GROUPS}, status, board)
 
 
 def form_groups(

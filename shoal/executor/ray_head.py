@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import importlib.util
+import os
 import platform
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgspec
 
@@ -29,10 +31,11 @@ _ANSWER_SECONDS = 20.0
 # Ray itself ends every process of a cluster a minute after its head is gone, without a word that names it.
 HEAD_GONE_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
+_FOLLOW_SECONDS = 0.3
 
 
 class Node(msgspec.Struct):
-    """A node as the head knows it. resources: what it has in all: "CPU", "GPU" and others."""
+    """A node as the head knows it. resources: what it has in all: "CPU", "GPU" and others. free: what is left of it."""
 
     node_id: str
     address: str
@@ -40,6 +43,7 @@ class Node(msgspec.Struct):
     alive: bool
     is_head: bool
     resources: dict[str, float]
+    free: dict[str, float] = {}
 
 
 class Answer(msgspec.Struct):
@@ -97,7 +101,7 @@ def ask_head(head: str, token: str | None) -> Answer:
     if done.returncode != 0:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or [f"exit code {done.returncode}"]
         raise StartupError(f"cannot ask the head at {head}: {lines[-1]}")
-    answer = msgspec.json.decode(done.stdout.splitlines()[-1], type=Answer)
+    answer = decode_answer(done.stdout.splitlines()[-1])
     if answer.refused:
         raise StartupError(
             f"the head at {head} refuses the cluster token given here. It must be the head's: copy the file "
@@ -162,8 +166,27 @@ class HeadWatch:
                     return
 
 
-def _main(endpoint: str) -> int:
-    """The asking process. GcsClient is what `ray start` itself asks with; a whole driver would take seconds."""
+def follow_head(endpoint: str, token: str) -> subprocess.Popen[bytes]:
+    """A process that prints what the head at ADDRESS:PORT says, an Answer a line (`decode_answer`), again and again.
+
+    It ends when the head says nothing more, and with this process.
+    """
+    variables = {"RAY_BACKEND_LOG_LEVEL": "fatal", **ray_variables(token)}
+    command = [sys.executable, "-m", "shoal.executor.ray_head", endpoint, str(os.getpid())]
+    return subprocess.Popen(
+        command, env=env.subprocess_environment(variables), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
+
+
+def decode_answer(line: bytes) -> Answer:
+    return msgspec.json.decode(line, type=Answer)
+
+
+def _main(endpoint: str, follower: int | None = None) -> int:
+    """The asking process. GcsClient is what `ray start` itself asks with; a whole driver would take seconds.
+
+    follower: the process for which to go on.
+    """
     try:
         with private_names():
             from ray._raylet import GcsClient  # type: ignore[attr-defined]
@@ -179,11 +202,20 @@ def _main(endpoint: str) -> int:
         while metadata is None and time.monotonic() < deadline:  # the head writes it after it begins to listen
             time.sleep(0.1)
             metadata = client.internal_kv_get(b"CLUSTER_METADATA", b"cluster", timeout=_ANSWER_SECONDS)
-        infos = client.get_all_node_info(timeout=_ANSWER_SECONDS).values()
+        _print_answer(client, metadata)
+        while follower == os.getppid():
+            time.sleep(_FOLLOW_SECONDS)
+            _print_answer(client, metadata)
     except AuthenticationError:
         print(msgspec.json.encode(Answer(refused=True)).decode())
-        return 0
+    return 0
+
+
+def _print_answer(client: Any, metadata: bytes | None) -> None:
+    infos = client.get_all_node_info(timeout=_ANSWER_SECONDS).values()
+    usage = client.get_all_resource_usage(timeout=_ANSWER_SECONDS).resource_usage_data.batch
     versions = msgspec.json.decode(metadata or b"{}")
+    free = {each.node_id: dict(each.resources_available) for each in usage}
     nodes = [
         Node(
             node_id=info.node_id.hex(),
@@ -192,13 +224,13 @@ def _main(endpoint: str) -> int:
             alive=info.state == 0,  # GcsNodeInfo.ALIVE
             is_head=info.is_head_node,
             resources=dict(info.resources_total),
+            free=free.get(info.node_id, {}),
         )
         for info in infos
     ]
     answer = Answer(versions.get("ray_version", ""), versions.get("python_version", ""), nodes)
-    print(msgspec.json.encode(answer).decode())
-    return 0
+    print(msgspec.json.encode(answer).decode(), flush=True)
 
 
 if __name__ == "__main__":
-    sys.exit(_main(sys.argv[1]))
+    sys.exit(_main(sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else None))

@@ -27,8 +27,8 @@ class ProcessRecord(msgspec.Struct, frozen=True):
 class NodeRecord(msgspec.Struct, frozen=True):
     """A node of a cluster on this machine.
 
-    head: HOST:PORT of the cluster. address: of this node. processes: of the session `session`, the first being its
-    leader, which may have ended. directory: of Ray's sockets and logs. boot: identifies the machine's last boot.
+    head: HOST:PORT of the cluster. address: of this node. processes: Ray's lasting ones, of the session `session`, whose
+    leader has ended. directory: of Ray's sockets and logs. boot: identifies the machine's last boot. daemon: the node's.
     """
 
     head: str
@@ -38,6 +38,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     processes: list[ProcessRecord]
     directory: str
     boot: str
+    daemon: ProcessRecord | None = None
 
 
 def record_path() -> Path:

@@ -38,6 +38,6 @@ def test_an_address_that_the_head_does_not_reach():
         shoal(other, "node", "stop")
         shoal(other, *join, SHOAL_CLUSTER_TOKEN=token)
         table = shoal(head, "status")
-        assert re.findall(rf"node2 +{other.address} +1 +0 +(\w+)\n", table) == ["alive"], table
+        assert re.findall(rf"node2 +{other.address} +1 +0 +(\w+) +up ", table) == ["alive"], table
         for host in (other, head):
             shoal(host, "node", "stop")

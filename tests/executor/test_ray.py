@@ -155,8 +155,9 @@ def test_a_head_that_is_gone_ends_the_engine_before_ray_does(tmp_path):
         with program(head, 2, 1) as run:
             run.says()
             run.until_workers(2)
-            (pid,) = cluster.processes(head, "gcs_server")
-            os.kill(pid, signal.SIGKILL)
+            for name in ("shoal.cluster.daemon", "gcs_server"):  # the daemon would start Ray's part again
+                (pid,) = cluster.processes(head, name)
+                os.kill(pid, signal.SIGKILL)
             said = [run.says(), run.says()]
             assert {each["rank"] for each in said} == {0, 1}
             seen = f"cannot reach the head at {head.address}:6379: nothing listens there"
