@@ -9,6 +9,7 @@ from shoal import env, log
 from shoal.cli.client_options import CLIENT_SECTIONS
 from shoal.cli.command import Command
 from shoal.cluster.doctor.preflight import check_before_serving, is_wanted
+from shoal.cluster.file_node import FileNode
 from shoal.cluster.one_file import entrance, take_place
 from shoal.config.options import (
     CacheOptions,
@@ -24,6 +25,9 @@ from shoal.errors import ConfigError
 from shoal.executor.node_agent import work_for_node_0
 from shoal.network.node_record import is_node
 
+# For machines of one file to be there, where --startup-timeout says nothing else.
+_MACHINES_SECONDS = 600.0
+
 
 def _run(
     model: ModelOptions,
@@ -35,9 +39,29 @@ def _run(
     log.configure(server.log_level)
     env.export_log_level(server.log_level)
     warn_about_environment((*SERVE_SECTIONS, RouterOptions, *CLIENT_SECTIONS))
-    place = None
-    if parallel.nodes:
-        parallel, server, place = take_place(model, parallel, server)
+    if not parallel.nodes:
+        return _serve(model, cache, scheduler, parallel, server)
+    parallel, server, place = take_place(model, parallel, server)
+    if parallel.distributed_executor_backend != "ray" or place.num_machines == 1:
+        return _serve(model, cache, scheduler, parallel, server, entrance(place, server))
+    node = FileNode(place, parallel.token_file, parallel.startup_timeout or _MACHINES_SECONDS)
+    with node.run_beside():
+        if place.rank == 0:
+            return _serve(model, cache, scheduler, parallel, server)
+        with entrance(place, server):
+            node.stay()
+    return 0
+
+
+def _serve(
+    model: ModelOptions,
+    cache: CacheOptions,
+    scheduler: SchedulerOptions,
+    parallel: ParallelOptions,
+    server: ServerOptions,
+    beside_agent: contextlib.AbstractContextManager[None] | None = None,
+) -> int:
+    """beside_agent: entered where this machine works for another one that holds the engine."""
     engine_config = resolve(model, cache, scheduler, parallel, is_node=is_node())
     if engine_config.device == "cuda" and num_gpus() > 1:
         # Loaded here: a machine with one device has nothing to plan.
@@ -56,7 +80,7 @@ def _run(
     if is_wanted(engine_config.parallel) and not server.skip_preflight:
         check_before_serving(model.model, engine_config.parallel, has_weights=model.load_format != "dummy")
     if engine_config.parallel.node_rank > 0:
-        with entrance(place, server) if place is not None else contextlib.nullcontext():
+        with beside_agent or contextlib.nullcontext():
             work_for_node_0(engine_config)
         return 0
     # Loaded here, since it cannot be without the packages that were just looked for.

@@ -1,7 +1,8 @@
-"""A cluster from one file: each machine finds itself in the list of `nodes:`, and takes its place without Ray.
+"""A cluster from one file: each machine finds itself in the list of `nodes:`, and takes its place.
 
 The first machine holds the engine and serves; the others work for it, and answer on their own port through a router
-before it. `shoal serve` calls it; `executor/node_agent.py` brings the machines together and ends them together.
+before it. `shoal serve` calls it. Without Ray `executor/node_agent.py` brings the machines together and ends them
+together; with it, `file_node`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,11 @@ class Place:
     address: str
     port: int
     head: str
-    num_machines: int
+    machines: tuple[Machine, ...]
+
+    @property
+    def num_machines(self) -> int:
+        return len(self.machines)
 
 
 def take_place(
@@ -75,14 +80,11 @@ def take_place(
             len(machines), tensor, pipeline,
         )  # fmt: skip
     parallel = dataclasses.replace(
-        parallel,
-        tensor_parallel_size=tensor,
-        pipeline_parallel_size=pipeline,
-        data_parallel_size=data,
-        nnodes=len(machines),
-        node_rank=place.rank,
-        master_addr=(place.address if place.rank == 0 else machines[0].host) if len(machines) > 1 else None,
+        parallel, nodes=[], tensor_parallel_size=tensor, pipeline_parallel_size=pipeline, data_parallel_size=data
     )
+    if len(machines) > 1 and parallel.distributed_executor_backend != "ray":
+        master = place.address if place.rank == 0 else machines[0].host
+        parallel = dataclasses.replace(parallel, nnodes=len(machines), node_rank=place.rank, master_addr=master)
     host = place.address if server.host == ServerOptions.host else server.host
     server = dataclasses.replace(server, host=host, port=place.port)
     logger.info("this machine is %s, number %d of %d", place.address, place.rank + 1, place.num_machines)
@@ -118,7 +120,7 @@ def find_place(machines: Sequence[Machine]) -> Place:
     rank, address = found[0]
     head = machines[0]
     host = address if rank == 0 else (head.addresses[0] if head.addresses else head.host)
-    return Place(rank, address, machines[rank].port, network.format_endpoint(host, head.port), len(machines))
+    return Place(rank, address, machines[rank].port, network.format_endpoint(host, head.port), tuple(machines))
 
 
 @contextlib.contextmanager

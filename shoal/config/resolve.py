@@ -104,7 +104,7 @@ def _resolve_parallel(
         raise ConfigError(
             f"distributed_executor_backend uni runs one rank, and {num_ranks} are wanted; mp and ray run several"
         )
-    if options.nodes and options.nnodes == 1 < len(options.nodes):
+    if options.nodes:
         raise ConfigError("nodes is for `shoal serve`; elsewhere give nnodes, node_rank and master_addr")
     if options.nnodes > 1:
         _check_nodes(options, config.backend, num_ranks * options.data_parallel_size)

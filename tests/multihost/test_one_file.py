@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 from pathlib import Path
 
 import openai
@@ -72,6 +74,28 @@ def test_one_machine_that_goes_ends_all(tmp_path: Path) -> None:
         servers[1].process.kill()
         assert servers[0].exit_code(20) == 1
         assert "node2" in servers[0].output
+        for host in network.hosts:
+            host.wait_until_empty(10)
+
+
+def test_on_a_ray_cluster_whose_status_shows_it(tmp_path: Path) -> None:
+    expected = tokens_of_one_process(PROMPTS, _NUM_TOKENS, max_model_len=512)
+    with connected_hosts(2) as network:
+        file = write_file(tmp_path / "config.yaml", network, "distributed_executor_backend: ray")
+        servers = start(network, file, [1, 0])
+        servers[0].until(r"at http://.*/v1")
+        servers[1].until(r" is in: shoal-tiny")
+        assert answers(network, 1) == expected
+        for host in network.hosts:
+            command = (sys.executable, "-m", "shoal.cli", "status", "--json")
+            status = json.loads(host.run(*command, env={"SHOAL_CLUSTER_TOKEN": TOKEN}))
+            assert {(node["address"], node["state"]) for node in status["nodes"]} == {
+                (each.address, "alive") for each in network.hosts
+            }
+        # Whichever goes, all go, and nothing is left of the nodes.
+        servers[1].process.send_signal(signal.SIGTERM)
+        assert [server.exit_code(40) for server in (servers[1], servers[0])] == [0, 1]
+        assert "has ended; all machines of the file end together" in servers[0].output
         for host in network.hosts:
             host.wait_until_empty(10)
 
