@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import bisect
 import contextlib
 import dataclasses
 import itertools
@@ -28,13 +29,13 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import httpx
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from shoal.network import free_port  # noqa: E402
+from shoal.network.http_server import loop_factory  # noqa: E402
 from shoal.stats import percentile  # noqa: E402
 from tests.router.fakes.process import FakeProcess, fake_servers  # noqa: E402
 from tests.router.fakes.vocabulary import encode_text  # noqa: E402
@@ -90,7 +91,8 @@ async def _until_up(url: str, process: subprocess.Popen[bytes]) -> None:
 # --- a client that costs little --------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Sent:
-    """One request. arrivals: when each token came. A token is one letter here, so tokens are counted by the text."""
+    """One request. arrivals: when each token came. A token is one letter here, so tokens are counted by the text.
+    status: 0 where no answer began."""
 
     id: str
     began: float
@@ -108,6 +110,7 @@ class Sent:
 _numbers = itertools.count()
 _BENCH_ID = re.compile(r"bench-\d+-end")
 _TEXT = re.compile(rb'"text":"([a-z]+)"')
+_LENGTH = re.compile(rb"\r\ncontent-length: (\d+)\r\n", re.IGNORECASE)
 
 
 def body_of(prompt: str, num_tokens: int) -> bytes:
@@ -118,60 +121,131 @@ def body_of(prompt: str, num_tokens: int) -> bytes:
     return json.dumps(content).encode()
 
 
-async def stream(http: aiohttp.ClientSession, url: str, body: bytes) -> Sent:
-    sent = Sent(f"bench-{next(_numbers)}-end", time.monotonic())
-    headers = {"content-type": "application/json", "x-request-id": sent.id}
-    try:
-        async with http.post(f"{url}/v1/completions", data=body, headers=headers) as response:
-            sent.status = response.status
-            sent.retry_after = "retry-after" in response.headers
-            tail = b""
-            async for data in response.content.iter_any():
-                now = time.monotonic()
-                data = tail + data
-                end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
-                for text in _TEXT.findall(data[:end]):
-                    sent.arrivals += [now] * len(text)
-                sent.whole = sent.whole or b"[DONE]" in data
-                tail = data[end:]
-    except aiohttp.ClientError:
-        sent.whole = False
-    sent.ended = time.monotonic()
-    return sent
+class _Connection(asyncio.Protocol):
+    """While an answer comes, its pieces are only kept, with their times: the client shares the cores with what it
+    measures. pieces: of the answer that comes now."""
+
+    transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[float, bytes]] = []
+        self.ended = asyncio.Event()
+        self.lost = False
+        self._left: int | None = None  # bytes of a body whose length is known
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport  # type: ignore[assignment]
+
+    def send(self, request: bytes) -> None:
+        self.pieces, self._left = [], None
+        self.ended.clear()
+        self.transport.write(request)
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.monotonic(), data))
+        if len(self.pieces) == 1 and (length := _LENGTH.search(data)):
+            self._left = int(length[1]) + data.index(b"\r\n\r\n") + 4
+        if self._left is not None:
+            self._left -= len(data)
+        if self._left == 0 or (self._left is None and data.endswith(b"0\r\n\r\n")):  # no event ends so
+            self.ended.set()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.lost = True
+        self.ended.set()
 
 
-def session() -> aiohttp.ClientSession:
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=300), trust_env=False
-    )
+class Client:
+    """Connections to one server, each used again when its answer is whole."""
+
+    def __init__(self, url: str) -> None:
+        self._host, self._port = url.removeprefix("http://").split(":")
+        self._free: list[_Connection] = []
+
+    async def stream(self, body: bytes) -> Sent:
+        sent = Sent(f"bench-{next(_numbers)}-end", time.monotonic())
+        head = "POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\n"
+        try:
+            connection = await self._take()
+        except OSError:
+            sent.ended = time.monotonic()
+            return sent
+        head += f"x-request-id: {sent.id}\r\ncontent-length: {len(body)}\r\n\r\n"
+        connection.send(head.encode() + body)
+        try:
+            async with asyncio.timeout(300):
+                await connection.ended.wait()
+        finally:
+            sent.ended = time.monotonic()
+            if not connection.lost and connection.ended.is_set():
+                self._free.append(connection)
+            else:
+                connection.transport.close()
+        _read(sent, connection.pieces)
+        return sent
+
+    async def _take(self) -> _Connection:
+        while self._free:
+            connection = self._free.pop()
+            if not connection.lost:
+                return connection
+        _, connection = await asyncio.get_running_loop().create_connection(_Connection, self._host, int(self._port))
+        return connection
+
+    def close(self) -> None:
+        for connection in self._free:
+            connection.transport.close()
+
+
+def _read(sent: Sent, pieces: Sequence[tuple[float, bytes]]) -> None:
+    """What an answer said, and when each of its tokens came."""
+    whole = b"".join(data for _, data in pieces)
+    head = whole[: whole.find(b"\r\n\r\n") + 4]
+    if not head:
+        return
+    sent.status = int(head.split(b" ", 2)[1])
+    sent.retry_after = b"\r\nretry-after: " in head.lower()
+    sent.whole = b"data: [DONE]\n\n" in whole[-64:]
+    ends = list(itertools.accumulate(len(data) for _, data in pieces))
+    for text in _TEXT.finditer(whole):
+        event_end = whole.find(b"\n\n", text.end()) + 2
+        if event_end > 1:  # else it was cut off
+            when = pieces[bisect.bisect_left(ends, event_end)][0]
+            sent.arrivals += [when] * len(text[1])
 
 
 # --- overhead --------------------------------------------------------------------------------------------------------
 async def overhead(seconds: float) -> dict[str, Any]:
-    """Once with all tokens of a step at one time, as one engine makes them, and once spread as by eight engines."""
+    """Once with all tokens of a step at one time, as one engine makes them, and once spread as by eight engines; by
+    Shoal's frames and by the OpenAI API."""
     return {
-        f"{phases} engines' steps" if phases > 1 else "one engine's steps": await _overhead(seconds, phases)
+        f"{kind}, {phases} phases": await _overhead(seconds, kind, phases)
+        for kind in ("native", "foreign")
         for phases in (1, 8)
     }
 
 
-async def _overhead(seconds: float, phases: int) -> dict[str, Any]:
+async def _overhead(seconds: float, kind: str, phases: int) -> dict[str, Any]:
     options = {"tokens_per_second": TOKENS_PER_SECOND, "max_num_seqs": 2 * STREAMS, "num_phases": phases}
     figures: dict[str, Any] = {}
-    with fake_servers("native", records_times=True, **options) as (server,):
+    with fake_servers(kind, records_times=True, **options) as (server,):
+        program = psutil.Process(server.process.pid)
         async with router([server]) as through:
             for name, url in (("direct", server.url), ("router", through.url)):
                 await _many_streams(url, 2.0)  # imports, connections
-                cpu, began = through.cpu_seconds(), time.monotonic()
+                cpu, server_cpu, began = through.cpu_seconds(), _cpu_seconds(program), time.monotonic()
                 sent = await _many_streams(url, seconds)
-                busy = (through.cpu_seconds() - cpu) / (time.monotonic() - began)
+                busy, elapsed = through.cpu_seconds() - cpu, time.monotonic() - began
+                server_cpu = _cpu_seconds(program) - server_cpu
                 first, later = _delays(sent, server.token_times())
                 broken = sum(not one.whole or len(one.arrivals) != TOKENS for one in sent)
-                waits = [one.first for one in sent if one.arrivals]
+                num_tokens = sum(len(one.arrivals) for one in sent)
                 figures[name] = {
-                    "streams": len(sent), "broken": broken, "cpu": busy,
-                    "first token": _quantiles(waits), "first token after its step": _quantiles(first),
-                    "later tokens after their step": _quantiles(later),
+                    "streams": len(sent), "broken": broken, "tokens per second": num_tokens / elapsed,
+                    "router cores": busy / elapsed, "router cpu per token": busy / num_tokens,
+                    "server cpu per token": server_cpu / num_tokens,
+                    "first token": _quantiles([one.first for one in sent if one.arrivals]),
+                    "first token after its step": _quantiles(first), "later tokens after their step": _quantiles(later),
                 }  # fmt: skip
     added = {
         name: {which: figures["router"][name][which] - figures["direct"][name][which] for which in ("p50", "p99")}
@@ -184,10 +258,20 @@ async def _overhead(seconds: float, phases: int) -> dict[str, Any]:
     ]
     heads = ["ms", "direct p50", "direct p99", "router p50", "router p99", "added p50", "added p99"]
     steps = "all tokens of a step at once" if phases == 1 else f"tokens spread as by {phases} engines"
-    _print_table(f"{STREAMS} streams × {TOKENS_PER_SECOND} tokens/s, {steps}", heads, rows)
-    print(f"the router's CPU seconds a second: {figures['router']['cpu']:.2f}; broken streams: ", end="")
-    print(f"{figures['direct']['broken']} direct, {figures['router']['broken']} through the router\n")
+    _print_table(f"{STREAMS} streams × {TOKENS_PER_SECOND} tokens/s from a {kind} server, {steps}", heads, rows)
+    direct, routed = figures["direct"], figures["router"]
+    print(
+        f"the router: {routed['router cores']:.2f} cores, {routed['router cpu per token'] * 1e6:.0f} µs of CPU a token "
+        f"of {routed['tokens per second']:.0f} a second; the server: {direct['server cpu per token'] * 1e6:.0f} µs a "
+        f"token direct, {routed['server cpu per token'] * 1e6:.0f} µs through the router; broken streams: "
+        f"{direct['broken']} direct, {routed['broken']} through the router\n"
+    )
     return {"added seconds": added, **figures}
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 async def _many_streams(url: str, seconds: float) -> list[Sent]:
@@ -195,15 +279,16 @@ async def _many_streams(url: str, seconds: float) -> list[Sent]:
     done: list[Sent] = []
     until = time.monotonic() + seconds
 
-    async def one_after_the_other(number: int, http: aiohttp.ClientSession) -> None:
+    async def one_after_the_other(number: int) -> None:
         rng = random.Random(number)
         await asyncio.sleep(rng.uniform(0, min(1.0, seconds / 2)))
         while time.monotonic() < until:
-            done.append(await stream(http, url, body_of(f"stream {number} {rng.random()}", TOKENS)))
+            done.append(await client.stream(body_of(f"stream {number} {rng.random()}", TOKENS)))
             await asyncio.sleep(rng.uniform(0, 0.04))  # or all keep to the engine's steps for ever
 
-    async with session() as http:
-        await asyncio.gather(*(one_after_the_other(number, http) for number in range(STREAMS)))
+    client = Client(url)
+    await asyncio.gather(*map(one_after_the_other, range(STREAMS)))
+    client.close()
     return done
 
 
@@ -226,12 +311,14 @@ async def _open_loop(url: str, requests: Sequence[tuple[float, bytes]]) -> list[
     """Send each at its time, whatever became of those before."""
     began = time.monotonic()
 
-    async def at(when: float, body: bytes, http: aiohttp.ClientSession) -> Sent:
+    async def at(when: float, body: bytes) -> Sent:
         await asyncio.sleep(max(0.0, began + when - time.monotonic()))
-        return await stream(http, url, body)
+        return await client.stream(body)
 
-    async with session() as http:
-        return list(await asyncio.gather(*(at(when, body, http) for when, body in requests)))
+    client = Client(url)
+    sent = await asyncio.gather(*(at(when, body) for when, body in requests))
+    client.close()
+    return list(sent)
 
 
 def _counters(server: FakeProcess) -> dict[str, float]:
@@ -335,21 +422,27 @@ async def overload(seconds: float) -> dict[str, Any]:
     options = {"tokens_per_second": TOKENS_PER_SECOND, "max_num_seqs": slots}
     with fake_servers("native", "native", **options) as servers:
         async with router(servers, "--max-running", str(2 * slots), "--max-num-waiting", "64") as through:
+            await (client := Client(through.url)).stream(body_of("imports", num_tokens))
+            client.close()
             watching = asyncio.create_task(_watch(through, memory))
             sent = await _open_loop(through.url, requests)
+            await asyncio.sleep(2)
             watching.cancel()
     kinds = Counter(_kind(one) for one in sent)
     served = [one for one in sent if one.status == 200]
     figures = {
         "requests": len(sent), "capacity per second": capacity, "kinds": dict(kinds),
-        "rss at the start": memory[0], "rss after half the time": memory[len(memory) // 2], "rss at most": max(memory),
+        "rss at the start": memory[0], "rss after half the time": memory[len(memory) // 2],
+        "rss at the end": memory[-1], "rss at most": max(memory),
         "served per second": len(served) / seconds,
         "whole answer": _quantiles([one.ended - one.began for one in served if one.whole]),
+        "refusal": _quantiles([one.ended - one.began for one in sent if one.status in (429, 503)]),
     }  # fmt: skip
     rows = [[name, str(count)] for name, count in sorted(kinds.items())]
     rows += [[name, f"{figures[name] / 2**20:.0f} MiB"] for name in figures if name.startswith("rss")]
     rows += [["served a second", f"{figures['served per second']:.1f} of {capacity:.0f}"]]
-    rows += [["answer p50, p99", " ".join(f"{figures['whole answer'][which]:.2f} s" for which in ("p50", "p99"))]]
+    for name in ("whole answer", "refusal"):
+        rows += [[f"{name} p50, p99", " ".join(f"{figures[name][which]:.3f} s" for which in ("p50", "p99"))]]
     _print_table(f"10 × the capacity for {seconds:g} s: {len(sent)} requests", ["", ""], rows)
     return figures
 
@@ -402,7 +495,8 @@ def main() -> None:
     figures = {}
     for part in arguments.parts or PARTS:
         measure, own_seconds = PARTS[part]
-        figures[part] = asyncio.run(measure(arguments.seconds or own_seconds))
+        with asyncio.Runner(loop_factory=loop_factory()) as runner:
+            figures[part] = runner.run(measure(arguments.seconds or own_seconds))
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(figures, indent=1))
 

@@ -27,8 +27,9 @@ class ProcessRecord(msgspec.Struct, frozen=True):
 class NodeRecord(msgspec.Struct, frozen=True):
     """A node of a cluster on this machine.
 
-    head: HOST:PORT of the cluster. address: of this node. processes: Ray's lasting ones, of the session `session`, whose
-    leader has ended. directory: of Ray's sockets and logs. boot: identifies the machine's last boot. daemon: the node's.
+    head: HOST:PORT of the cluster. address: of this node. processes: Ray's lasting ones, of the session `session`,
+    whose leader has ended. directory: of Ray's sockets, and of logs. boot: identifies the machine's last boot. daemon:
+    the node's; None before it is started, and from when the node is being ended.
     """
 
     head: str
