@@ -13,8 +13,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import msgspec
+
 from shoal import network
-from shoal.cluster import node, reach
+from shoal.cluster import node, processes, reach
 from shoal.cluster.daemon import client
 from shoal.cluster.daemon.node_services import PEERS, RAY_NODES
 from shoal.cluster.daemon.reports import LEFT, LOST
@@ -24,7 +26,7 @@ from shoal.cluster.ray_node import NodePlan, ports_of
 from shoal.errors import ConfigError, NodeError, StartupError
 from shoal.executor.ray_head import DEFAULT_PORT
 from shoal.log import get_logger
-from shoal.network.node_record import read_record
+from shoal.network.node_record import read_record, write_record
 
 _LOOK_SECONDS = 1.0
 _REMIND_SECONDS = 10.0
@@ -45,6 +47,7 @@ class FileNode:
         self._head = network.format_endpoint(network.split_endpoint(place.head)[0], DEFAULT_PORT)
         self._token = network.load_token(token_file)
         self._endpoint = network.format_endpoint(place.address, ports_of(self._head).daemon)
+        self._addresses: set[str] = set()
         self._reason = ""
 
     @contextlib.contextmanager
@@ -54,13 +57,11 @@ class FileNode:
         Raises StartupError where a machine does not come, and where another one has ended.
         """
         before = {number: signal.signal(number, _interrupt) for number in _SIGNALS}
-        record = read_record()
-        is_ours = record is None or record.head != self._head
+        is_ours = False
         stopping = threading.Event()
         watcher = threading.Thread(target=self._watch, args=(stopping,), name="file-node", daemon=True)
         try:
-            if is_ours:
-                self._start()
+            is_ours = self._start()
             self._wait_for_all()
             watcher.start()
             yield
@@ -70,7 +71,7 @@ class FileNode:
             for number in _SIGNALS:
                 signal.signal(number, signal.SIG_IGN)
             stopping.set()
-            if is_ours:
+            if is_ours and self._is_here():
                 node.stop_node()
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -82,12 +83,35 @@ class FileNode:
         while True:
             signal.pause()
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """Whether the node is this process's: not where `shoal node start` made it one of the same cluster.
+
+        Raises StartupError where it is one of another cluster, or where another `shoal serve` holds it.
+        """
+        me = processes.identify(os.getpid())
+        record = read_record()
+        if record is not None and record.head == self._head and node.runs(record):
+            if record.owner is None:
+                return False
+            if processes.is_alive(record.owner):
+                raise StartupError(f"`shoal serve` of this file runs on this machine already (pid {record.owner.pid})")
+            logger.info("taking over the node that an earlier `shoal serve` left behind")
+            write_record(msgspec.structs.replace(record, owner=me))
+            node.revive_daemon(self._token)
+            return True
         is_head = self._place.rank == 0
         if not is_head:
             self._wait_for_head()
         logger.info("starting this machine's node of the cluster %s", self._head)
-        node.start_node(NodePlan(head=None if is_head else self._head, token=self._token, node_ip=self._place.address))
+        record = node.start_node(
+            NodePlan(head=None if is_head else self._head, token=self._token, node_ip=self._place.address)
+        )
+        write_record(msgspec.structs.replace(record, owner=me))
+        return True
+
+    def _is_here(self) -> bool:
+        record = read_record()
+        return record is not None and record.head == self._head
 
     def _wait_for_head(self) -> None:
         host, port = network.split_endpoint(self._head)
@@ -105,9 +129,18 @@ class FileNode:
 
     def _wait_for_all(self) -> None:
         def missing() -> str:
-            nodes = client.ask(self._endpoint, self._token, RAY_NODES, Nothing()).nodes
-            alive = {each.address for each in nodes if each.alive}
-            return ", ".join(str(each) for each in self._others if not alive.intersection(each.addresses))
+            try:
+                nodes = client.ask(self._endpoint, self._token, RAY_NODES, Nothing()).nodes
+            except NodeError as error:
+                return str(error)
+            alive = {each.address for each in nodes if each.alive} - {self._place.address}
+            there = {address for each in self._others for address in each.addresses if address in alive}
+            absent = [each for each in self._others if each.addresses and not there.intersection(each.addresses)]
+            # A name that only its own machine resolves: whoever has come and is nobody else's.
+            nameless = [each for each in self._others if not each.addresses]
+            strangers = sorted(alive - there)
+            self._addresses = there | set(strangers[: len(nameless)])
+            return ", ".join(map(str, absent + nameless[len(strangers) :]))
 
         self._wait(missing)
         logger.info("all %d machines are there", self._place.num_machines)
@@ -124,18 +157,26 @@ class FileNode:
             time.sleep(_LOOK_SECONDS)
 
     def _watch(self, stopping: threading.Event) -> None:
-        """End this process where another machine has said that it goes, or the first one is silent for long."""
+        """End this process where another machine of the file says that it goes, where the first one is silent for long,
+        or where this machine's node has been ended."""
         head = network.split_endpoint(self._head)[0]
+        came: set[str] = set()
         while not stopping.wait(_LOOK_SECONDS):
             try:
                 peers = client.ask(self._endpoint, self._token, PEERS, Nothing()).peers
-            except NodeError:  # a daemon that ended is started again
-                continue
+            except NodeError:
+                peers = []
+                if not stopping.is_set() and not node.revive_daemon(self._token):
+                    self._reason = "this machine's node has been ended; all machines of the file end together"
             for peer in peers:
+                if peer.address not in self._addresses:
+                    continue
                 silent = peer.seconds_since_heard or 0.0
-                if peer.state == LEFT:
+                if peer.state != LEFT:
+                    came.add(peer.address)
+                elif peer.address in came:
                     self._reason = f"{peer.hostname} ({peer.address}) has ended; all machines of the file end together"
-                elif peer.state == LOST and peer.address == head and silent > _HEAD_LOST_SECONDS:
+                if peer.state == LOST and peer.address == head and silent > _HEAD_LOST_SECONDS:
                     self._reason = f"the first machine, {peer.address}, has not been heard of for {silent:.0f} s"
             if self._reason:
                 logger.error("%s", self._reason)

@@ -136,6 +136,16 @@ def watch(token: str, say: Callable[[str], None]) -> None:
             time.sleep(_WATCH_SECONDS)
 
 
+def revive_daemon(token: str) -> bool:
+    """Start the daemon of this machine's node again where it has ended by itself. Whether there still is a node."""
+    record = read_record()
+    if record is None or record.daemon is None:
+        return False
+    if not processes.is_alive(record.daemon):
+        _start_daemon(record, token)
+    return True
+
+
 def join_command(record: NodeRecord, token: str) -> str:
     """What to type on the other machines, complete."""
     return f"SHOAL_CLUSTER_TOKEN={token} shoal node start --address {record.head}"
@@ -188,12 +198,17 @@ def _last_words(directory: str) -> str:
         return "nothing"
 
 
+def runs(record: NodeRecord) -> bool:
+    """Whether anything of the node is alive."""
+    return bool(processes.alive([*record.processes, *filter(None, [record.daemon])]))
+
+
 def _refuse_second_node() -> None:
     record = read_record()
     if record is None:
         return
     has_daemon = record.daemon is not None and processes.is_alive(record.daemon)
-    if has_daemon or processes.alive(record.processes):
+    if runs(record):
         raise StartupError(
             f"a node of the cluster {record.head} runs on this machine already ({record.address}"
             f"{'' if has_daemon else '; its daemon has ended'}); `shoal node stop` ends it"

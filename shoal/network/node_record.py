@@ -29,7 +29,8 @@ class NodeRecord(msgspec.Struct, frozen=True):
 
     head: HOST:PORT of the cluster. address: of this node. processes: Ray's lasting ones, of the session `session`,
     whose leader has ended. directory: of Ray's sockets, and of logs. boot: identifies the machine's last boot. daemon:
-    the node's; None before it is started, and from when the node is being ended.
+    the node's; None before it is started, and from when the node is being ended. owner: the `shoal serve` that started
+    the node and ends it with itself; None where `shoal node` did.
     """
 
     head: str
@@ -40,6 +41,7 @@ class NodeRecord(msgspec.Struct, frozen=True):
     directory: str
     boot: str
     daemon: ProcessRecord | None = None
+    owner: ProcessRecord | None = None
 
 
 def record_path() -> Path:

@@ -100,6 +100,39 @@ def test_on_a_ray_cluster_whose_status_shows_it(tmp_path: Path) -> None:
             host.wait_until_empty(10)
 
 
+def test_a_node_of_another_cluster_is_left_alone(tmp_path: Path) -> None:
+    with connected_hosts(2) as network:
+        host, shoal = network.hosts[0], (sys.executable, "-m", "shoal.cli")
+        host.run(*shoal, "node", "start", "--head", "--port", "7000", env={"SHOAL_CLUSTER_TOKEN": TOKEN})
+        server = start(
+            network, write_file(tmp_path / "config.yaml", network, "distributed_executor_backend: ray"), [0]
+        )[0]
+        assert server.exit_code(60) == 1
+        assert "a node of the cluster" in server.output and "runs on this machine already" in server.output
+        assert "alive" in host.run(*shoal, "status", env={"SHOAL_CLUSTER_TOKEN": TOKEN})
+        host.run(*shoal, "node", "stop")
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_left_is_taken_over_and_goes_with_its_node(tmp_path: Path) -> None:
+    with connected_hosts(2) as network:
+        file = write_file(tmp_path / "config.yaml", network, "distributed_executor_backend: ray")
+        servers = start(network, file, [1, 0])
+        servers[0].until(r"at http://.*/v1")
+        servers[1].process.kill()
+        servers[1].process.wait()
+        again = start(network, file, [1])[1]
+        again.until("taking over the node")
+        again.until(r" is in: shoal-tiny")
+        expected = tokens_of_one_process(PROMPTS, _NUM_TOKENS, max_model_len=512)
+        assert answers(network, 1) == expected
+        network.hosts[1].run(sys.executable, "-m", "shoal.cli", "node", "stop")
+        assert [again.exit_code(40), servers[0].exit_code(40)] == [1, 1]
+        assert "this machine's node has been ended" in again.output
+        for host in network.hosts:
+            host.wait_until_empty(10)
+
+
 def test_a_machine_that_is_not_in_the_file(tmp_path: Path) -> None:
     with connected_hosts(3) as network:
         file = write_file(tmp_path / "config.yaml", network)
