@@ -71,11 +71,20 @@ is_address "$head_ip" || fail "HEAD_IP must be an address, such as 10.0.0.1; got
 ! is_loopback "$head_ip" || fail "HEAD_IP $head_ip is each machine itself; give the address that the others reach the head at"
 [[ $role == --head || $role == --worker ]] || fail "the third argument must be --head or --worker; got '$role'"
 [[ $hf_home == /* ]] || fail "HF_HOME must be an absolute path; got '$hf_home'"
+# docker takes a colon for the end of a volume's path.
+[[ $hf_home != *:* ]] || fail "HF_HOME must have no ':' in it, since docker cuts volumes there; got '$hf_home'"
 [[ -d $hf_home ]] || fail "HF_HOME: there is no directory $hf_home on this machine (mkdir -p makes it)"
 for argument in "$@"; do
+  # Short flags without a value may stand together: -itd.
+  if [[ $argument =~ ^-[iPqt]*d ]]; then
+    fail "$argument: this script waits for the container, to clean up after it; leave -d out"
+  fi
+  if [[ $argument == --ipc || ($argument == --ipc=* && $argument != --ipc=host) ]] && [[ -z ${SHM_SIZE:-} ]]; then
+    fail "$argument: the ranks of the machine share its /dev/shm (--ipc host); SHM_SIZE=16g gives the container its own"
+  fi
   case $argument in
     --name | --name=*) fail "the container's name is CONTAINER_NAME=…, not $argument: cleaning up needs it" ;;
-    -d | --detach | --detach=*) fail "$argument: this script waits for the container, to clean up after it" ;;
+    --detach | --detach=*) fail "$argument: this script waits for the container, to clean up after it" ;;
     --network | --network=* | --net | --net=*) fail "$argument: the nodes need the machine's own network (--network host)" ;;
   esac
 done

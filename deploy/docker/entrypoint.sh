@@ -64,6 +64,17 @@ own_of() {
   done < <(addresses_of "$1")
 }
 
+# Refuses a head at the loopback where other machines are to join it: there each of them is its own head.
+refuse_loopback() {
+  local address
+  ((10#${NUM_NODES:-1} > 1)) || return 0
+  address=$(own_of "$1")
+  [[ -n $address ]] || read -r address < <(addresses_of "$1")
+  [[ $address != 127.* && $address != ::1 ]] ||
+    fail "IP_OF_HEAD_NODE=$IP_OF_HEAD_NODE is $address, each machine itself, and NUM_NODES is $NUM_NODES; give the address" \
+      "that the others reach the head at (here: $(hostname -I 2>/dev/null || true))"
+}
+
 # Sets `host` and `port` from IP_OF_HEAD_NODE: HOST, HOST:PORT, [v6], [v6]:PORT or a bare v6 address.
 split_head() {
   host=$1 port=6379
@@ -171,6 +182,7 @@ main() {
   [[ -z ${IP_OF_HEAD_NODE:-} ]] || split_head "$IP_OF_HEAD_NODE"
   if [[ -n ${IP_OF_HEAD_NODE:-} ]]; then
     [[ -n $(addresses_of "$host") ]] || fail "IP_OF_HEAD_NODE: the name '$host' does not resolve here"
+    refuse_loopback "$host"
     if [[ -z $(own_of "$host") ]]; then
       [[ -n ${SHOAL_CLUSTER_TOKEN:-} || -r ${HOME:-/}/.shoal/cluster-token ]] ||
         fail "SHOAL_CLUSTER_TOKEN is not set: the head prints it (docker logs), and all nodes need the same"

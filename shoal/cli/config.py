@@ -52,11 +52,17 @@ def _check(options: CheckOptions) -> int:
 
 
 def _check_serve(file: str) -> str:
-    model, *_, parallel, _ = KnobTable(SERVE_SECTIONS).build(read_yaml(file, KnobTable(SERVE_SECTIONS)))
+    errors: list[ConfigError] = []
+    values = read_yaml(file, KnobTable(SERVE_SECTIONS), errors)
+    if errors:
+        raise ConfigError("\n".join(str(error) for error in errors))
+    model, *_, parallel, _ = KnobTable(SERVE_SECTIONS).build(values)
     assert isinstance(model, ModelOptions) and isinstance(parallel, ParallelOptions)
     said = f"model {model.model}"
     if model.model != ModelOptions.model and not Path(model.model).exists():
         said += " (not on this machine)"
+    if parallel.token_file is not None and not Path(parallel.token_file).expanduser().exists():
+        said += f", token_file {parallel.token_file} (not on this machine)"
     return f"{said}, {len(parallel.nodes)} machines" if parallel.nodes else said
 
 

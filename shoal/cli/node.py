@@ -97,8 +97,15 @@ def _describe(record: NodeRecord, token: str) -> list[str]:
     if not record.is_head:
         return [f"This machine ({record.address}) is a node of the cluster {record.head}.", "", *_ENDING]
     if network.is_loopback(record.address):
+        others = [interface.address for interface in network.interfaces() if not interface.is_loopback]
+        why = (
+            f"Other machines cannot reach that address; to let them join, start it with --node-ip and one of "
+            f"{', '.join(others)}."
+            if others
+            else "This machine has no other address, so no other can join."
+        )
         return [
-            f"The cluster is up at {record.head}. This machine has no other address, so no other can join.",
+            f"The cluster is up at {record.head}. {why}",
             "",
             *_ENDING,
         ]

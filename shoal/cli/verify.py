@@ -38,7 +38,7 @@ from shoal.cluster.verify.comparison import (
 )
 from shoal.cluster.verify.nodes import NodeHashing, find_nodes
 from shoal.cluster.verify.service import HashAnswer, find_root
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, ShoalError
 
 _REFRESHES_PER_SECOND = 5
 
@@ -74,6 +74,9 @@ def _verify_here(options: VerifyOptions, listed: Mapping[str, str] | None) -> in
         )
     sums = FileSums(found.sums, found.unreadable)
     if listed is None:
+        if not found.sums and not found.unreadable:
+            _say(f"shoal verify: there are no files in {root}")
+            return 1
         _print_sums(found.sums)
         for name, reason in found.unreadable.items():
             _say(f"{_shown(name)}: {reason}")
@@ -133,7 +136,8 @@ def _verify_nodes(options: VerifyOptions, cluster: ClusterOptions, listed: Mappi
         _print_sums({name: digest for name, digest in some.sums.items() if name not in differing})
     absent = {**nodes.absent, **hashing.errors}
     _report_nodes(differences, absent, found, listed)
-    return 1 if differences or absent else 0
+    has_files = any(sums.sums or sums.unreadable for sums in found.values()) or bool(listed)
+    return 1 if differences or absent or not has_files else 0
 
 
 def _without_list(found: FileSums, path: str, check: str, listed: Mapping[str, str] | None) -> FileSums:
@@ -163,6 +167,9 @@ def _report_nodes(
             _say(f"  {str(difference.expected).ljust(min(width, 64))}  ({source})")
     num_files = len({name for sums in found.values() for name in (*sums.sums, *sums.unreadable)} | set(listed or ()))
     num_nodes = len(found) + len(absent)
+    if not num_files and found:
+        _say(f"shoal verify: there are no files on {_count(len(found), 'node')}")
+        return
     if not differences and not absent:
         _say(f"shoal verify: {_count(num_files, 'file')} are the same on {_count(num_nodes, 'node')}")
         return
@@ -192,11 +199,18 @@ def _is_same(path: Path, other: str) -> bool:
 
 
 def _print_sums(sums: Mapping[str, str]) -> None:
-    """As bytes: a name need not be text."""
+    """As bytes: a name need not be text. Raises ShoalError where they cannot be written."""
     out = sys.stdout.buffer
-    for name, digest in sums.items():
-        out.write(os.fsencode(format_sum(name, digest)) + b"\n")
-    out.flush()
+    try:
+        for name, digest in sums.items():
+            out.write(os.fsencode(format_sum(name, digest)) + b"\n")
+        out.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        # What the buffer still holds would be written once more at exit, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+        raise ShoalError(f"cannot write the sums: {error.strerror or error}") from error
 
 
 def _say(line: str) -> None:

@@ -67,8 +67,10 @@ class Entry:
         """
         return self.options_of(KnobTable(sections), beside)
 
-    def options_of(self, table: KnobTable, beside: Collection[str] = ()) -> dict[str, Any]:
-        """The same for a table."""
+    def options_of(
+        self, table: KnobTable, beside: Collection[str] = (), errors: list[ConfigError] | None = None
+    ) -> dict[str, Any]:
+        """The same for a table. errors: takes the error of each key, where the others are to be read all the same."""
         values: dict[str, Any] = {}
         for name, entry in self.fields().items():
             if name in beside:
@@ -79,7 +81,10 @@ class Entry:
                     raise ConfigError(f"{name} sets {knob.name} a second time")
                 values[knob.name] = knob.from_value(entry.value, entry.name)
             except ConfigError as error:
-                raise ConfigError(f"{self.path}, line {entry.line}: {self._said(entry, str(error))}") from None
+                told = ConfigError(f"{self.path}, line {entry.line}: {self._said(entry, str(error))}")
+                if errors is None:
+                    raise told from None
+                errors.append(told)
         return values
 
     def _said(self, entry: Entry, message: str) -> str:

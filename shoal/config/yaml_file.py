@@ -7,6 +7,8 @@ Of a server's file three keys may also be grouped: `model: {path, type}`, `nodes
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
+import re
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ COMMUNICATION_GROUP = {
     "timeout": "step_timeout",
 }
 _GROUPS = {"model": MODEL_GROUP, "communication": COMMUNICATION_GROUP}
+# What `nodes:` says in its own way, and the value that says nothing.
+_INSTEAD_OF_NODES = {"nnodes": 1, "node_rank": 0, "master_addr": None}
+_HOST_NAME = re.compile(r"[a-z0-9_]([a-z0-9_.-]*[a-z0-9_.])?", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,10 +38,11 @@ class NodeEntry:
     port: int | None = option(None, "Port of its service; default: --port.", minimum=1, maximum=65535)
 
 
-def read_yaml(path: str | Path, table: KnobTable) -> dict[str, Any]:
+def read_yaml(path: str | Path, table: KnobTable, errors: list[ConfigError] | None = None) -> dict[str, Any]:
     """The options that the file sets, by field name.
 
     Raises ConfigError, naming the file and the line, for what cannot be read, unknown keys and wrong types.
+    errors: takes those of single keys and groups instead, so that all of them can be told.
     """
     root = read_entries(str(path))
     if root.value is None:
@@ -49,13 +55,25 @@ def read_yaml(path: str | Path, table: KnobTable) -> dict[str, Any]:
             groups["nodes"] = fields["nodes"]
         if "communication" in fields and "communication" not in groups:
             raise fields["communication"].error("must hold protocol, interface or timeout")
-    values = root.options_of(table, beside=groups)
+    values = root.options_of(table, groups, errors)
     for name, entry in groups.items():
-        found = {"nodes": _nodes(entry)} if name == "nodes" else _grouped(entry, _GROUPS[name], table)
-        for option_name, value in found.items():
-            if option_name in values:
-                raise entry.error(f"sets {option_name}, which the file sets elsewhere, too")
-            values[option_name] = value
+        try:
+            found = {"nodes": _nodes(entry)} if name == "nodes" else _grouped(entry, _GROUPS[name], table)
+            for option_name, value in found.items():
+                if option_name in values:
+                    raise entry.error(f"sets {option_name}, which the file sets elsewhere, too")
+                values[option_name] = value
+        except ConfigError as error:
+            if errors is None:
+                raise
+            errors.append(error)
+    if "nodes" in fields:
+        for name, default in _INSTEAD_OF_NODES.items():
+            if values.get(name, default) != default:
+                told = fields.get(name, root).error("says what nodes says; give one of the two")
+                if errors is None:
+                    raise told
+                errors.append(told)
     return values
 
 
@@ -74,15 +92,46 @@ def _grouped(entry: Entry, names: dict[str, str], table: KnobTable) -> dict[str,
 def _nodes(entry: Entry) -> list[str]:
     """Each as HOST or HOST:PORT."""
     nodes = []
+    seen: dict[str, Entry] = {}
     for item in entry.items():
         if isinstance(item.value, str):
+            host = _host_of(item)
             nodes.append(item.value)
-            continue
-        node = NodeEntry(**item.options(NodeEntry))
-        if node.host is None:
-            raise item.error("has no `host:`; it is the machine's address, or a name that leads to it")
-        host = f"[{node.host}]" if ":" in node.host else node.host
-        nodes.append(host if node.port is None else f"{host}:{node.port}")
+        else:
+            node = NodeEntry(**item.options(NodeEntry))
+            if node.host is None:
+                raise item.error("has no `host:`; it is the machine's address, or a name that leads to it")
+            host = node.host
+            written = f"[{host}]" if ":" in host else host
+            nodes.append(written if node.port is None else f"{written}:{node.port}")
+        machine = _check_host(item, host)
+        if machine in seen:
+            first = seen[machine]
+            raise item.error(f"is {host}, as {first.name} in line {first.line} is: a machine is named once")
+        seen[machine] = item
     if not nodes:
         raise entry.error("names no machine")
     return nodes
+
+
+def _host_of(item: Entry) -> str:
+    """Of HOST, HOST:PORT, [v6], [v6]:PORT or a bare v6 address."""
+    text: str = item.value
+    if match := re.fullmatch(r"\[([^\]]*)\](?::(.*))?|([^:/]*):([^:/]*)", text):
+        host, port = (match[1], match[2]) if match[1] is not None else (match[3], match[4])
+        if port is not None and not (port.isascii() and port.isdecimal() and 0 < int(port) < 65536):
+            raise item.error(f"must be HOST or HOST:PORT with a port from 1 to 65535; found {text!r}")
+        return host
+    return text
+
+
+def _check_host(item: Entry, host: str) -> str:
+    """The host in one spelling; raises ConfigError for what is neither an address nor a name."""
+    if ":" in host or re.fullmatch(r"[0-9.]+", host):
+        try:
+            return str(ipaddress.ip_address(host))
+        except ValueError:
+            pass
+    elif _HOST_NAME.fullmatch(host):
+        return host.lower().rstrip(".")
+    raise item.error(f"must have an address or a name as its host, such as 10.0.0.1 or node1; found {host!r}")

@@ -57,6 +57,11 @@ def test_nothing_fits(capsys):
     ("arguments", "words"),
     [
         (["--gpus", "8xH101"], "did you mean H100"),
+        (["--gpus", "1000x8xH100-80"], "up to 256 nodes with 2048 GPUs in all"),
+        (["--gpus", "4096xH100-80"], "up to 256 nodes with 2048 GPUs in all"),
+        (["--gpus", "257xcpu-16c-32GB"], "up to 256 nodes"),
+        (["--gpus", "3xcpu-16c"], "a CPU is given by its cores and memory, such as 3xcpu-16c-32GB"),
+        (["--gpus=-1xH100-80"], "nodes and GPUs are counted from 1"),
         (["--gpus", "nonsense nonsense"], "is not known"),
         (["--gpus", "8xH100", "--cluster"], "give one of them"),
         (["--gpus", "2x8xH100", "--node-link", "string"], "'string' is not known; known: 1gbe"),

@@ -76,6 +76,21 @@ def test_a_byte_that_flips_between_two_runs_is_found(model: Path, capsysbinary: 
     assert [old == new for old, new in zip(before.splitlines(), after.splitlines(), strict=True)] == [True, False, True]
 
 
+def test_a_directory_without_files(tmp_path: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert main(["verify", str(tmp_path), "--no-cache"]) == 1
+    assert lines_of(capsysbinary) == (b"", [f"shoal verify: there are no files in {tmp_path}"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_sums_that_cannot_be_written(model: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "shoal.cli.main", "verify", str(model)],
+            stdout=full, stderr=subprocess.PIPE, text=True, timeout=60,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "shoal: error: cannot write the sums: No space left on device\n")
+
+
 @pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="root may read everything")
 def test_what_may_not_be_read_is_named(model: Path) -> None:
     (model / "model.safetensors").chmod(0)

@@ -10,7 +10,10 @@ import pytest
 import yaml
 
 from shoal.cli.config import COMMAND
+from shoal.config.knobs import KnobTable
 from shoal.config.schema import file_schema
+from shoal.config.sources import SERVE_SECTIONS
+from shoal.config.yaml_file import read_yaml
 from shoal.errors import ConfigError
 
 RIGHT = {
@@ -58,3 +61,39 @@ def test_wrong_files(schema: dict[str, Any], text: str, tmp_path: Path) -> None:
     (tmp_path / "file.yaml").write_text(text)
     with pytest.raises(ConfigError, match=WRONG[text]):
         check(tmp_path / "file.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model: m\nnodes:\n- {host: ''}", r"line 3: nodes\[0\] must have an address or a name as its host"),
+        ("nodes:\n- {host: 'http://10.0.0.1'}", "line 2: .*found 'http://10.0.0.1'"),
+        ("nodes: ['http://10.0.0.1:80']", "found 'http://10.0.0.1:80'"),
+        ("nodes:\n- a\n- {host: 300.0.0.1}", r"line 3: nodes\[1\] .*found '300.0.0.1'"),
+        ("nodes: ['a:0']", "a port from 1 to 65535; found 'a:0'"),
+        ("nodes:\n- 10.0.0.1:80\n- {host: 10.0.0.1}", r"line 3: nodes\[1\] is 10.0.0.1, as nodes\[0\] in line 2 is"),
+        ("nodes: ['[fd00::1]:80', 'fd00:0::1']", "a machine is named once"),
+        ("nodes: [a, b]\nnnodes: 2", "line 2: nnodes says what nodes says"),
+        ("nodes: [a, b]\nnode-rank: 1", "line 2: node_rank says what nodes says"),
+        ("nodes: [a, b]\nmaster_addr: a", "line 2: master_addr says what nodes says"),
+    ],
+)
+def test_machines_that_cannot_be(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "file.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        check(tmp_path / "file.yaml")
+    with pytest.raises(ConfigError, match=message):
+        read_yaml(tmp_path / "file.yaml", KnobTable(SERVE_SECTIONS))
+
+
+def test_all_errors_are_told_and_a_missing_token_is_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("model: m\nport: x\nnodes: ['']\nmax_modle_len: 1\n")
+    with pytest.raises(ConfigError) as caught:
+        check(file)
+    assert sorted(line.split(": ")[0][-6:] for line in str(caught.value).splitlines()) == ["line 2", "line 3", "line 4"]
+    file.write_text(
+        "nodes: [10.0.0.1, 'node-2.example:8000', 'fd00::1']\ntoken_file: /nope\ndistributed_executor_backend: mp\n"
+    )
+    assert check(file) == 0
+    assert "token_file /nope (not on this machine), 3 machines" in capsys.readouterr().out

@@ -139,6 +139,11 @@ def test_everybody_else_joins_it(run: Run, programs: Programs, head: str, addres
         ({"MODEL_PATH": "m", "GPU_MEMORY_UTILIZATION": "95"}, "GPU_MEMORY_UTILIZATION must be a share above 0"),
         ({"IP_OF_HEAD_NODE": "203.0.113.7"}, "SHOAL_CLUSTER_TOKEN is not set: the head prints it"),
         ({"IP_OF_HEAD_NODE": "no-such-host.invalid"}, "the name 'no-such-host.invalid' does not resolve"),
+        (
+            {"IP_OF_HEAD_NODE": "127.0.0.1", "NUM_NODES": "2"},
+            "IP_OF_HEAD_NODE=127.0.0.1 is 127.0.0.1, each machine itself",
+        ),
+        ({"IP_OF_HEAD_NODE": "[::1]:6379", "NUM_NODES": "2"}, "is ::1, each machine itself, and NUM_NODES is 2"),
         ({"IP_OF_HEAD_NODE": "a b"}, "IP_OF_HEAD_NODE must be HOST or HOST:PORT"),
     ],
 )

@@ -21,8 +21,7 @@ _SLOW_SHARE = 1 / 3
 def check(links: Sequence[LinkFacts], names: Mapping[str, str]) -> list[Finding]:
     """names: of nodes, by address."""
     findings = []
-    rates = [link.bandwidth_bytes_per_s for link in links if link.bandwidth_bytes_per_s]
-    usual = statistics.median(rates) if rates else 0.0
+    usual = _usual_rate(links)
     for link in links:
         source, target = (names.get(address, address) for address in (link.source, link.target))
         report = Reporter(GROUP, f"{source} → {target}")
@@ -43,6 +42,22 @@ def check(links: Sequence[LinkFacts], names: Mapping[str, str]) -> list[Finding]
             report.ok("link", _describe(link))
         findings += report.findings
     return findings
+
+
+def outliers(links: Sequence[LinkFacts]) -> list[LinkFacts]:
+    """Ways that are much slower than most; another process's moment may have been why."""
+    usual = _usual_rate(links)
+    return [link for link in links if _is_slow(link.bandwidth_bytes_per_s, usual)]
+
+
+def _usual_rate(links: Sequence[LinkFacts]) -> float:
+    """Bytes/s; 0 where none was measured."""
+    rates = [link.bandwidth_bytes_per_s for link in links if link.bandwidth_bytes_per_s]
+    return statistics.median(rates) if rates else 0.0
+
+
+def _is_slow(rate: float, usual: float) -> bool:
+    return 0 < rate < usual * _SLOW_SHARE
 
 
 def _describe(link: LinkFacts) -> str:
@@ -117,7 +132,7 @@ def _check_bandwidth(report: Reporter, link: LinkFacts, usual: float) -> None:
     rate = link.bandwidth_bytes_per_s
     if not rate:
         return
-    if rate < usual * _SLOW_SHARE:
+    if _is_slow(rate, usual):
         report.warn(
             "bandwidth",
             f"{format_rate(rate)} in one TCP stream, where most ways have {format_rate(usual)}",

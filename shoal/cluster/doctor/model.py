@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from shoal.cluster.doctor.facts import LayoutFacts, ModelFile, NodeFacts
+from shoal.cluster.doctor.facts import LayoutFacts, ModelFacts, ModelFile, NodeFacts
 from shoal.cluster.doctor.findings import Finding, Reporter
 from shoal.config.sizes import format_size
 
 GROUP = "model"
 _MOST_NAMED = 4
+_CONFIG = "config.json"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def check(node: NodeFacts) -> list[Finding]:
@@ -20,8 +22,13 @@ def check(node: NodeFacts) -> list[Finding]:
     if facts.error or not facts.path:
         report.fail("model path", facts.error or f"there is no {facts.name} here", f"copy {facts.name} to {node.name}")
         return report.findings
-    report.ok("model path", f"{facts.path}, {format_size(facts.weight_bytes)} of weights")
     fetch = f"copy it again: `rsync -a OTHER:{facts.path}/ {facts.path}/`, or `hf download`"
+    if trouble := _config_trouble(facts):
+        report.fail("model path", f"{facts.path}: {trouble}", fetch)
+    else:
+        report.ok("model path", f"{facts.path}, {format_size(facts.weight_bytes)} of weights")
+    if not any(file.name in _TOKENIZERS or file.name.endswith(".tiktoken") for file in facts.files):
+        report.warn("tokenizer", f"{facts.path} has no tokenizer (none of {', '.join(_TOKENIZERS)})", fetch)
     if facts.missing:
         report.fail("shards", f"{_names(facts.missing)}: named in the index of {facts.path}, and missing there", fetch)
     broken = [file for file in facts.files if file.name in facts.weights and _what_is_wrong(file)]
@@ -45,6 +52,9 @@ def check_memory(nodes: Sequence[NodeFacts], layout: LayoutFacts | None) -> list
     if not models:
         return []
     report = Reporter(GROUP, nodes[0].name if len(nodes) == 1 else "")
+    if trouble := next((trouble for model in models if (trouble := _config_trouble(model))), ""):
+        report.skip("memory", f"no plan: {trouble}")
+        return report.findings
     mend = "add machines (`shoal node start --address …`), take a quantized copy of the model, or a smaller one"
     if layout is not None and layout.state == "fits":
         report.ok("memory", layout.text)
@@ -102,6 +112,14 @@ def check_equal(nodes: Sequence[NodeFacts]) -> list[Finding]:
         how = f"equal SHA-256 sums of {len(names)} files" if hashed else f"equal names and sizes of {len(names)} files"
         report.ok("same files", f"{how} on {len(having)} nodes")
     return report.findings
+
+
+def _config_trouble(facts: ModelFacts) -> str:
+    """Why the model's config.json cannot be used; "": it can."""
+    config = next((file for file in facts.files if file.name == _CONFIG), None)
+    if config is None:
+        return f"there is no {_CONFIG}"
+    return f"{_CONFIG} {config.problem}" if config.problem else ""
 
 
 def _content(file: ModelFile | None, hashed: bool) -> str:

@@ -116,20 +116,23 @@ def _check_ways(report: Reporter, facts: NetworkFacts) -> None:
 def _check_variables(report: Reporter, facts: NetworkFacts) -> None:
     nccl, gloo = (facts.variables.get(name, "") for name in ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME"))
     names = [each.name for each in facts.interfaces]
+    better = _outward(facts)
+    are_valid = bool(nccl and gloo)
     for variable, value in (("NCCL_SOCKET_IFNAME", nccl), ("GLOO_SOCKET_IFNAME", gloo)):
         wanted = [name.strip() for name in value.lstrip("^=").split(",") if name.strip()]
         unknown = [name for name in wanted if not any(each.startswith(name) for each in names)]
         if unknown and not value.startswith("^") and len(unknown) == len(wanted):
+            are_valid = False
             report.fail(
                 "variables",
                 f"{variable}={value} names no interface of this machine; there are {', '.join(names)}",
-                f"export {variable}={facts.interface or names[0] if names else 'NAME'}, or unset it",
+                f"export {variable}={better}, or unset it" if better else f"unset {variable}",
             )
-    if nccl and gloo and nccl.lstrip("=") != gloo:
+    if are_valid and nccl.lstrip("=") != gloo:
         report.warn(
             "variables",
             f"NCCL_SOCKET_IFNAME={nccl} and GLOO_SOCKET_IFNAME={gloo} differ: tensors and set-up take different ways",
-            f"export GLOO_SOCKET_IFNAME={nccl.lstrip('=')}",
+            f"export NCCL_SOCKET_IFNAME={better} GLOO_SOCKET_IFNAME={better}" if better else "unset both",
         )
 
 
@@ -159,6 +162,12 @@ def _choose(facts: NetworkFacts) -> str:
     candidates = [each for each in facts.interfaces if each.kind != "loopback" and each.addresses]
     candidates.sort(key=lambda each: (each.kind != "physical", -each.speed_mbits))
     return f"export SHOAL_HOST_IP={candidates[0].addresses[0]} (on {candidates[0].name})" if candidates else ""
+
+
+def _outward(facts: NetworkFacts) -> str:
+    """The interface in use, or the first, that is no loopback; "" where there is none."""
+    outward = [each for each in facts.interfaces if each.kind != "loopback" and each.addresses]
+    return next((each.name for each in outward if each.name == facts.interface), outward[0].name if outward else "")
 
 
 def _used(facts: NetworkFacts) -> InterfaceFacts | None:

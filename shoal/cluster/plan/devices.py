@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import re
 
 from shoal.cluster.plan.gpus import GPUS, Gpu, known_names, variants
@@ -16,6 +17,8 @@ _FORMS = "2x4xL20-46GiB (nodes × GPUs × name and memory), 8xH100-80, 4xH200, 1
 _CPU = re.compile(r"cpu-(\d+)c-(\d+(?:\.\d+)?)(gib|gb)", re.IGNORECASE)
 _MEMORY = re.compile(r"(?:(.*?)[-_ ])?(\d+(?:\.\d+)?)(gib|gb|g)?", re.IGNORECASE)
 _RATES = re.compile(r"(\d+(?:\.\d+)?)gb/s(?:,(\d+(?:\.\d+)?)tflops?)?", re.IGNORECASE)
+# The layouts of more take minutes to look at.
+MOST_NODES, MOST_DEVICES = 256, 2048
 _NEAR = 0.12  # of a card's memory, as people round it: 46, 48 and 44.5 are all an L20's
 
 # A core's, measured on two cores of a server with AVX-512 and AMX (12 GB/s, 0.045 TFLOP/s in bf16), and what the
@@ -72,10 +75,20 @@ class Machine:
 def parse_machine(text: str) -> Machine:
     """Raises ConfigError for what is no machine, with the forms that are, and for a GPU that is not known."""
     shape, _, rates = text.strip().partition("@")
+    if re.match(r"-\s*\d", shape):
+        raise ConfigError(f"--gpus {text!r}: nodes and GPUs are counted from 1; such forms are: {_FORMS}")
     counts, rest = _split_counts(shape)
     if not rest or len(counts) > 2 or 0 in counts or (match := _split_cpu(rest)) and len(counts) > 1:
         raise ConfigError(f"--gpus {text!r} is no machine; such forms are: {_FORMS}")
     numbers = _parse_rates(rates, text) if rates else None
+    if not match and re.match(r"cpu(?:-|$)", rest, re.IGNORECASE):
+        raise ConfigError(f"--gpus {text!r}: a CPU is given by its cores and memory, such as 3xcpu-16c-32GB")
+    num_nodes = counts[0] if len(counts) == 2 or (match and counts) else 1
+    if num_nodes > MOST_NODES or math.prod(counts) > MOST_DEVICES:
+        raise ConfigError(
+            f"--gpus {text!r}: plans are made for up to {MOST_NODES} nodes with {MOST_DEVICES} GPUs in all; plan a "
+            "part of it, and serve as many replicas behind `shoal router`"
+        )
     if match:
         cores, memory = match
         return Machine(num_nodes=counts[0] if counts else 1, per_node=1, device=cpu(cores, memory, numbers), text=text)

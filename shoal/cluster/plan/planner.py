@@ -98,6 +98,12 @@ def make_plan(wish: Wish, machine: Machine) -> Plan:
     if not machine.device.served:
         notes.append(f"Shoal does not run on {machine.device.name}: the figures are arithmetic")
     candidates, rejected = survey(shape, machine, links, load, deterministic=deterministic)
+    usual = _DEFAULT_NUM_SEQS["cpu" if machine.device.is_cpu else "cuda"]
+    if not candidates and wish.scheduler.max_num_seqs is None and load.num_seqs > usual:
+        # Larger steps than the engine's own were for the load; where their graphs and logits leave no room, it waits.
+        smaller = dataclasses.replace(wish, scheduler=dataclasses.replace(wish.scheduler, max_num_seqs=usual))
+        load = _load(smaller, shape, machine.device, deterministic, notes)
+        candidates, rejected = survey(shape, machine, links, load, deterministic=deterministic)
     choice = choose(candidates, load, wish.prefer, machine)
     if choice is not None and not choice.holds_load:
         notes.append(

@@ -77,7 +77,11 @@ def node(number: int = 1, *, num_gpus: int = 2) -> NodeFacts:
         model=ModelFacts(
             name="/models/m",
             path="/models/m",
-            files=[ModelFile("model.safetensors", 1000, 1000), ModelFile("config.json", 10)],
+            files=[
+                ModelFile("model.safetensors", 1000, 1000),
+                ModelFile("config.json", 10),
+                ModelFile("tokenizer.json", 10),
+            ],
             weights=["model.safetensors"],
             weight_bytes=1000,
         ),

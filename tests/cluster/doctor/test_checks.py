@@ -232,6 +232,10 @@ def test_variables_and_speed():
         NODE, "network", variables={"NCCL_SOCKET_IFNAME": "eth0", "GLOO_SOCKET_IFNAME": "eth1"}, interfaces=_TWO
     )
     assert "differ" in only(network.check(facts), "variables", "warn").seen
+    wrong = {"NCCL_SOCKET_IFNAME": "eth9", "GLOO_SOCKET_IFNAME": "lo"}
+    facts = change(NODE, "network", variables=wrong, address="127.0.0.1", interface="lo")
+    found = [finding for finding in network.check(facts) if finding.check == "variables"]
+    assert [finding.mend for finding in found] == ["export NCCL_SOCKET_IFNAME=eth0, or unset it"]
     for fine in ("^docker,lo", "=eth0", "eth"):
         facts = change(NODE, "network", variables={"NCCL_SOCKET_IFNAME": fine})
         assert {finding.status for finding in network.check(facts)} == {"ok"}
@@ -387,6 +391,28 @@ def test_containers():
 def test_a_model_that_is_not_whole(changes, check, seen):
     facts = change(NODE, "model", **changes)
     assert seen in only(model.check(facts), check, "fail").seen
+
+
+_TOKENIZER = ModelFile("tokenizer.json", 10)
+
+
+@pytest.mark.parametrize(
+    ("files", "seen"),
+    [
+        ([_TOKENIZER], "there is no config.json"),
+        ([_TOKENIZER, ModelFile("config.json", 3, problem="is not JSON")], "config.json is not JSON"),
+    ],
+)
+def test_a_model_without_a_config(files, seen):
+    facts = change(NODE, "model", files=[ModelFile("model.safetensors", 1000, 1000), *files])
+    assert seen in only(model.check(facts), "model path", "fail").seen
+    assert seen in only(model.check_memory([facts], LayoutFacts("unknown", "why")), "memory", "skip").seen
+
+
+def test_a_model_without_a_tokenizer():
+    files = [file for file in NODE.model.files if file != _TOKENIZER]
+    assert "has no tokenizer" in only(model.check(change(NODE, "model", files=files)), "tokenizer", "warn").seen
+    assert {finding.status for finding in model.check(NODE)} == {"ok"}
 
 
 def with_sums(number, **sums):

@@ -55,6 +55,14 @@ def test_a_whole_model(tmp_path):
     assert {file.size - file.expected_bytes for file in facts.files if file.name in facts.weights} == {0}
 
 
+@pytest.mark.parametrize(("content", "problem"), [(b"{", "is not JSON"), (b"[]", "no JSON object"), (b"{}", "")])
+def test_a_config(tmp_path, content, problem):
+    directory = write_model(tmp_path / "model")
+    (directory / "config.json").write_bytes(content)
+    (found,) = [file.problem for file in gather_model(str(directory)).files if file.name == "config.json"]
+    assert problem in found and bool(problem) == bool(found)
+
+
 @pytest.mark.parametrize(
     ("content", "problem"),
     [

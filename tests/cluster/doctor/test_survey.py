@@ -93,6 +93,23 @@ def test_all_pairs_are_measured_both_ways():
     assert sorted(rank.rank for machine in machines for rank in machine.ranks if rank.backend == "nccl") == [*range(6)]
 
 
+@pytest.mark.parametrize(("second", "kept"), [(9e8, 9e8), (1e8, 2e8)])
+def test_a_way_slower_than_most_is_measured_twice(second, kept):
+    machines = [Machine(number) for number in (1, 2, 3)]
+    measure, rates = machines[0].measure, iter([2e8, second])
+
+    def measure_slowly(target, opened, seconds):
+        found = measure(target, opened, seconds)
+        slow = target == machines[1].address
+        return msgspec.structs.replace(found, bandwidth_bytes_per_s=next(rates)) if slow else found
+
+    machines[0].measure = measure_slowly
+    facts, _ = survey(machines)
+    assert len(facts.links) == 6
+    assert sorted(link.bandwidth_bytes_per_s for link in facts.links) == [kept, *[1e9] * 5]
+    assert [len(machine.measured) for machine in machines] == [3, 2, 2]
+
+
 def test_a_quick_one_leaves_out_what_takes_time():
     quick = Steps(torch=False, gpus=False, links=False, collectives=False, sums=False)
     machines = [Machine(1), Machine(2)]
@@ -142,7 +159,7 @@ def test_all_reduces_that_cannot_be_or_fail():
 def test_sums_come_to_the_files():
     facts, _ = survey([Machine(1), Machine(2)], model="/models/m")
     sums = [[file.sha256[-8:] for file in each.model.files] for each in facts.nodes]
-    assert sums == [["10.0.0.1", ""], ["10.0.0.2", ""]]
+    assert sums == [["10.0.0.1", "", ""], ["10.0.0.2", "", ""]]
 
 
 @given(st.integers(min_value=1, max_value=17))

@@ -228,6 +228,9 @@ def test_where_shoal_does_not_run_there_is_nothing_to_type():
 def test_more_requests_than_a_step_takes_are_no_reason_to_refuse():
     plan = make_plan(Wish(model=path_of("Llama-3.1-8B"), concurrency=100_000), parse_machine("1xH100"))
     assert plan.choice is not None and not plan.choice.holds_load and plan.load.num_seqs == 1024
+    # A card that has no room for steps as large: steps are as the engine has them, and requests wait.
+    plan = make_plan(Wish(model=path_of("Llama-3.1-8B"), concurrency=100_000), parse_machine("1xL4-24"))
+    assert plan.choice is not None and not plan.choice.holds_load and plan.load.num_seqs == 256
 
 
 # --- where ranks come to stand -----------------------------------------------------------------------------------

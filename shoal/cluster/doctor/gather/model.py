@@ -49,6 +49,8 @@ def _look(name: str, path: Path) -> tuple[ModelFile, set[str] | None]:
     """A file, and the names of its tensors where it has a header that can be read."""
     try:
         size = path.stat().st_size
+        if name == "config.json":
+            return ModelFile(name, size, problem=_what_is_wrong_with_config(path)), None
         if not name.endswith(".safetensors"):
             return ModelFile(name, size), None
         with path.open("rb") as file:
@@ -71,6 +73,14 @@ def _look(name: str, path: Path) -> tuple[ModelFile, set[str] | None]:
         return ModelFile(name, 0, problem=f"cannot be read: {error.strerror or error}"), None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         return ModelFile(name, size, problem=f"its header is damaged ({type(error).__name__})"), None
+
+
+def _what_is_wrong_with_config(path: Path) -> str:
+    try:
+        config = json.loads(path.read_bytes())
+    except ValueError as error:
+        return f"is not JSON: {error}"
+    return "" if isinstance(config, dict) else f"holds no JSON object but a {type(config).__name__}"
 
 
 def _weight_files(path: Path, names: set[str]) -> set[str]:
