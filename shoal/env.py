@@ -202,6 +202,11 @@ def subprocess_environment(changes: Mapping[str, str] | None = None) -> dict[str
     return {**os.environ, **(changes or {})}
 
 
+def c_compiler() -> str | None:
+    """CC: the C compiler that Triton starts; None: it looks for one."""
+    return _text("CC")
+
+
 def triton_cache_directory() -> Path:
     """Where Triton keeps compiled kernels: TRITON_CACHE_DIR, else .triton/cache in TRITON_HOME or at home."""
     explicit = _text("TRITON_CACHE_DIR")

@@ -37,6 +37,6 @@ def make_backend(deterministic: bool, device: torch.device) -> AttentionBackend:
     if torch.cuda.is_available() and has_kernels(device):
         return create_attention_backend("deterministic_cuda")
     raise ConfigError(
-        f"deterministic mode runs on CPU, not on {device.type} here: that takes Triton and an NVIDIA GPU of compute "
-        "capability 8.0 or later; pass --device cpu or leave it off"
+        f"deterministic mode runs on CPU, not on {device.type} here: that takes Triton, a C compiler for it and an "
+        "NVIDIA GPU of compute capability 8.0 or later; pass --device cpu or leave it off"
     )

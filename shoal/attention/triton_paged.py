@@ -16,7 +16,7 @@ from shoal.attention.base import AttentionBackend, AttentionMetadata, HeadTransf
 from shoal.attention.fresh_prompts import FreshPrompts
 from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention
 from shoal.kernels.heads import transform_and_write
-from shoal.kernels.prefill_attention import plan_tiles, prefill_attention, tile_shape
+from shoal.kernels.prefill_attention import plan_tiles, prefill_attention, tile_rows
 
 
 @dataclasses.dataclass(slots=True)
@@ -165,7 +165,8 @@ class TritonPagedAttention(AttentionBackend):
             fresh[index] = self._fresh.attend(ready[own], keys[own], value[own], rows[own], scale)
         if fresh.all():
             return
-        tile_tokens = tile_shape(head_dim, query.dtype, query.device).rows // (num_heads // key.shape[1])
+        group = num_heads // key.shape[1]
+        tile_tokens = tile_rows(group, head_dim, query.dtype, query.device) // group
         kind = (tile_tokens, fresh.tobytes())
         if kind not in plan.tiles:
             plan.tiles[kind] = _upload(plan_tiles(plan.prefills[:, ~fresh], tile_tokens), query.device)

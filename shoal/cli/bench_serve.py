@@ -88,7 +88,7 @@ def _requests(data: BenchDataOptions, seed: int) -> list[ServeRequest]:
 
 
 def _pace(load: BenchLoadOptions) -> Pace:
-    if load.request_rate is not None and load.request_rate <= 0:
+    if load.request_rate is not None and not load.request_rate > 0:  # no number is not above 0 either
         raise ConfigError(f"--request-rate must be above 0 requests a second; got {load.request_rate:g}")
     concurrency = load.concurrency
     if concurrency is None and load.request_rate is None:

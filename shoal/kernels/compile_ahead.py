@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,12 +33,55 @@ def is_compiling_ahead() -> bool:
     return _is_dry.get()
 
 
-def tell_compiled(tell: Callable[[], None]) -> None:
-    """Call `tell` after each kernel that was compiled, from whatever thread: it may take long, and is no standstill."""
-    if has_triton():
-        import triton
+class CompileWatch:
+    """Calls `tell` before and after each kernel that Triton compiles, from whatever thread, and every second meanwhile:
+    compiling may take long, and is no standstill. Of one that takes longer than _LONGEST_SECONDS nothing more is told,
+    nor of one that failed."""
 
-        triton.knobs.runtime.jit_post_compile_hook = lambda *_, **__: tell()
+    _INTERVAL_SECONDS = 1.0
+    _LONGEST_SECONDS = 120.0
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+        # Held while something is told: once a compilation has ended nothing is told of it.
+        self._lock = threading.Lock()
+        self._under_way: dict[Any, float] = {}  # when each began
+        self._thread: threading.Thread | None = None
+
+    def attach(self) -> None:
+        """Does nothing without Triton."""
+        if has_triton():
+            import triton
+
+            triton.knobs.runtime.jit_cache_hook = self._begin
+            triton.knobs.runtime.jit_post_compile_hook = self._end
+
+    def _begin(self, *, key: Any, fn: Any, **_: Any) -> None:
+        """Returns nothing, which has Triton go on."""
+        with self._lock:
+            self._tell()
+            if is_compiling_ahead():  # side by side, at the start, and not each of them has an end of its own
+                return
+            self._under_way[fn.name, key] = time.monotonic()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._tell_meanwhile, name="compile-watch", daemon=True)
+                self._thread.start()
+
+    def _end(self, *, key: Any, fn: Any, **_: Any) -> None:
+        with self._lock:
+            self._under_way.pop((fn.name, key), None)
+            self._tell()
+
+    def _tell_meanwhile(self) -> None:
+        while True:
+            time.sleep(self._INTERVAL_SECONDS)
+            with self._lock:
+                latest = time.monotonic() - self._LONGEST_SECONDS
+                self._under_way = {kernel: begin for kernel, begin in self._under_way.items() if begin > latest}
+                if not self._under_way:
+                    self._thread = None
+                    return
+                self._tell()
 
 
 @contextlib.contextmanager

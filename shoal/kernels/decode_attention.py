@@ -100,7 +100,11 @@ def _add_splits(
     tl.store(output + row[:, None] * D + column[None, :], result, mask=held)
 
 
-@triton.jit(do_not_specialize=["splits", "few_splits", "window", "table_stride"])
+@triton.jit(
+    do_not_specialize=["splits", "few_splits", "window", "table_stride"],
+    # Of a step outside of graphs these are lines of one upload, which lie wherever its number of sequences puts them.
+    do_not_specialize_on_alignment=["table_rows", "seq_lens", "tokens"],
+)
 def _decode_kernel(
     query, key, value, output, keys, values, block_tables, table_rows, seq_lens, tokens,
     positions, table, query_norm, key_norm, eps, partial_sums, partial_stats, counters,

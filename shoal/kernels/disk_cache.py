@@ -22,6 +22,13 @@ from shoal.log import get_logger
 from shoal.version import __version__
 
 _FORMAT = 1
+# A full disk takes an empty file. All kernels of a model are some MiB.
+_PROBE_BYTES = 8 << 20
+# What Triton calls the directory of a kernel: a SHA-256 in base 32.
+_ENTRY = re.compile(r"[A-Z2-7]{52}")
+_ELF = b"\x7fELF"
+# Of the file that lists the files of a kernel.
+_GROUP_PREFIX = "__grp__"
 _logger = get_logger(__name__)
 
 
@@ -41,12 +48,14 @@ def environment_of(device: torch.device) -> dict[str, str]:
 
 
 def find_compiler_cache() -> None:
-    """Have Triton keep its kernels elsewhere where it could not write: it would fail at the first of them."""
+    """Have Triton keep its kernels elsewhere where it could not write: it would fail at the first of them. What is
+    damaged there is dropped: it would fail at each start."""
     directory = env.triton_cache_directory()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(_PROBE_BYTES))
+        _drop_damaged(directory)
     except OSError as error:
         other = Path(tempfile.mkdtemp(prefix="shoal-triton-"))
         env.set_triton_cache_directory(other)
@@ -56,6 +65,44 @@ def find_compiler_cache() -> None:
             directory,
             error.strerror,
         )
+
+
+def _drop_damaged(directory: Path) -> None:
+    """Remove files of Triton's that a power cut or a full disk left cut short, and what refers to them: their kernels
+    are compiled anew. Everything else stays as it is."""
+    num_kernels = 0
+    for entry in directory.iterdir():
+        if not _ENTRY.fullmatch(entry.name):
+            continue
+        try:
+            files = [file for file in entry.iterdir() if file.suffix in (".json", ".cubin")]
+        except OSError:  # gone meanwhile, or not ours to read
+            continue
+        damaged = [file for file in files if _is_damaged(file)]
+        if damaged:
+            num_kernels += 1
+            # Without its list of files Triton takes a kernel for one that it has not compiled yet.
+            for file in {*damaged, *(file for file in files if file.name.startswith(_GROUP_PREFIX))}:
+                file.unlink(missing_ok=True)
+    if num_kernels:
+        _logger.warning(
+            "%d compiled kernels in %s were damaged, as after a power cut or on a full disk: they are compiled anew",
+            num_kernels,
+            directory,
+        )
+
+
+def _is_damaged(file: Path) -> bool:
+    try:
+        if file.suffix == ".json":
+            json.loads(file.read_bytes())
+            return False
+        with file.open("rb") as binary:
+            return binary.read(len(_ELF)) != _ELF
+    except ValueError:
+        return True
+    except OSError:
+        return False
 
 
 class ChoiceCache:

@@ -58,7 +58,10 @@ def _store_partial(partial_sums, partial_stats, own, rows, whole, top, total, su
     tl.store(partial_stats + (own + rows) * 2 + 1, total, mask=rows < G)
 
 
-@triton.jit(do_not_specialize=["window", "max_splits", "table_stride"])
+@triton.jit(
+    do_not_specialize=["window", "max_splits", "table_stride"],
+    do_not_specialize_on_alignment=["table_rows", "seq_lens", "tokens"],
+)
 def _attend_kernel(
     query, keys, values, output, block_tables, tiles, table_rows, seq_lens, tokens, partial_sums, partial_stats,
     query_stride, query_head, cache_head, table_stride, scale_log2, window, max_splits,
@@ -154,7 +157,7 @@ def _attend_kernel(
         tl.store(target, result, mask=live[:, None] & (whole < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["window", "max_splits"])
+@triton.jit(do_not_specialize=["window", "max_splits"], do_not_specialize_on_alignment=["seq_lens", "tokens"])
 def _merge_kernel(
     output, seq_lens, tokens, partial_sums, partial_stats, window, max_splits,
     NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLIT_KEYS: tl.constexpr,
@@ -196,6 +199,11 @@ def _tile_keys(dtype: torch.dtype, head_dim: int) -> int:
 def _query_rows(dtype: torch.dtype, head_dim: int) -> int:
     """Rows of a prompt's tile: as many as the registers hold."""
     return 32 if dtype is torch.float32 or head_dim > 128 else 128
+
+
+def _num_stages(dtype: torch.dtype, head_dim: int) -> int:
+    """As many as fit into 99 KiB of shared memory, as the smaller GPUs have; no bit depends on it."""
+    return 1 if dtype is torch.float32 and head_dim > 128 else _NUM_STAGES
 
 
 def query_tile_tokens(group: int, dtype: torch.dtype, head_dim: int) -> int:
@@ -310,5 +318,5 @@ def _launch(
         BLOCK_SIZE=kv_cache.shape[3], TILE=_tile_keys(query.dtype, head_dim), SPLIT_KEYS=SPLIT,
         WINDOWED=window is not None, PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
         DEPENDENT=has_dependent_launch(query.device), enable_fp_fusion=False,
-        num_warps=4 if rows == 32 else 8, num_stages=_NUM_STAGES, **launch_options(query.device),
+        num_warps=4 if rows == 32 else 8, num_stages=_num_stages(query.dtype, head_dim), **launch_options(query.device),
     )  # fmt: skip

@@ -130,6 +130,11 @@ def tile_shape(head_dim: int, dtype: torch.dtype, device: torch.device) -> Shape
     return Shape(128, 32, 4, 3) if head_dim <= 128 else Shape(128, 32, 8, 2)
 
 
+def tile_rows(group: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of the kernel's tile for G query heads a KV head: a token's heads are in one tile, however many they are."""
+    return max(tile_shape(head_dim, dtype, device).rows, triton.next_power_of_2(group))
+
+
 def plan_tiles(sequences: np.ndarray, tile_tokens: int) -> np.ndarray:
     """Work of one launch, the largest first: [tiles, 4] int32, (row of the block table, first token, number of tokens,
     position of the first). sequences [4, n]: int, (row of the block table, first token, number of new tokens, length
@@ -159,16 +164,17 @@ def prefill_attention(
     """Attend with the tokens that `tiles` name, whose keys and values are in the cache: fills their rows of `output`.
 
     query [T, Hq, D]: any strides but the last; kv_cache [2, Hk, N, block_size, D]; output [T, Hq * D], contiguous;
-    block_tables [rows, B]: int32; tiles: from `plan_tiles`, for `tile_shape(…).rows // G` tokens.
+    block_tables [rows, B]: int32; tiles: from `plan_tiles`, for `tile_rows(…) // G` tokens.
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
+    group = num_heads // num_kv_heads
     shape = tile_shape(head_dim, query.dtype, query.device)
     _prefill_kernel[(num_kv_heads, tiles.shape[0])](
         query, output, kv_cache[0], kv_cache[1], block_tables, tiles, query.stride(0), query.stride(1),
         kv_cache.stride(1), block_tables.stride(0), scale * 1.4426950408889634, sliding_window or 0,
-        NUM_KV_HEADS=num_kv_heads, G=num_heads // num_kv_heads, D=head_dim,
-        D_PAD=max(16, triton.next_power_of_2(head_dim)), BLOCK_SIZE=block_size, BLOCK_M=shape.rows,
+        NUM_KV_HEADS=num_kv_heads, G=group, D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_SIZE=block_size, BLOCK_M=tile_rows(group, head_dim, query.dtype, query.device),
         BLOCK_N=shape.columns, WINDOWED=sliding_window is not None,
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
         num_warps=shape.num_warps, num_stages=shape.num_stages,

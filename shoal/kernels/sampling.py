@@ -187,25 +187,35 @@ def _best_of(scores, columns):
     return tl.where(found_nan, float("nan"), top), tl.min(tl.where(hit, columns, _NO_COLUMN))
 
 
+@triton.jit
+def _row_number(row_numbers, index, has_row_numbers):
+    """int64: the row that is number `index` of those listed, or of all."""
+    listed = tl.load(row_numbers + index, mask=has_row_numbers > 0, other=0)
+    return tl.where(has_row_numbers > 0, listed, index.to(tl.int64))
+
+
 @triton.jit(
-    do_not_specialize=["first_id", "num_chunks", "num_rows"],
+    do_not_specialize=["first_id", "num_chunks", "num_rows", "has_row_numbers", "has_best"],
     do_not_specialize_on_alignment=[
         "temperatures", "min_ps", "row_keys", "row_numbers", "best_logits", "partial", "values", "token_ids"
     ],
 )  # fmt: skip
 def _choose_kernel(
     logits, temperatures, min_ps, row_keys, row_numbers, best_logits, partial, counters, hints, values, token_ids,
-    logits_stride, parameter_stride, first_id, num_tokens, num_chunks, num_rows,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, HAS_ROW_NUMBERS: tl.constexpr,
-    HAS_BEST: tl.constexpr, DEPENDENT: tl.constexpr, FAST: tl.constexpr, THREADS: tl.constexpr,
+    logits_stride, parameter_stride, first_id, num_tokens, num_chunks, num_rows, has_row_numbers, has_best,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, DEPENDENT: tl.constexpr, FAST: tl.constexpr,
+    THREADS: tl.constexpr,
 ):  # fmt: skip
-    """Program (c, r): chunk c of row r. partial: scores, columns, greatest scaled logits, each [R, C]."""
+    """Program (c, r): chunk c of row r. partial: scores, columns, greatest scaled logits, each [R, C].
+
+    Whether there are row_numbers and best_logits is no constant: each would double what must be compiled at the start.
+    """
     chunk = tl.program_id(0)
     index = tl.program_id(1)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
-    number = tl.load(row_numbers + index).to(tl.int64) if HAS_ROW_NUMBERS else index.to(tl.int64)
+    number = _row_number(row_numbers, index, has_row_numbers)
     row = logits + number * logits_stride
     temperature = tl.load(temperatures + index * parameter_stride)
     begin = chunk * CHUNK
@@ -219,7 +229,7 @@ def _choose_kernel(
         key = tl.load(row_keys + index * parameter_stride)
         greatest = float("-inf")
         if min_p > 0:
-            if HAS_BEST:
+            if has_best > 0:
                 greatest = tl.load(best_logits + index) * scale
             else:
                 greatest = _greatest_number(row, begin, end, TILE) * scale
@@ -245,19 +255,19 @@ def _choose_kernel(
         tl.store(hints + index, float("-inf"))
         _finish(
             logits, temperatures, min_ps, row_keys, row_numbers, scores, columns, maxima, values, token_ids, index,
-            logits_stride, parameter_stride, first_id, num_tokens, num_chunks, CHUNK, TILE, CHUNKS, HAS_ROW_NUMBERS,
-            HAS_BEST, FAST,
+            logits_stride, parameter_stride, first_id, num_tokens, num_chunks, has_row_numbers, has_best,
+            CHUNK, TILE, CHUNKS, FAST,
         )  # fmt: skip
 
 
 @triton.jit
 def _finish(
     logits, temperatures, min_ps, row_keys, row_numbers, scores, columns, maxima, values, token_ids, index,
-    logits_stride, parameter_stride, first_id, num_tokens, num_chunks, CHUNK: tl.constexpr, TILE: tl.constexpr,
-    CHUNKS: tl.constexpr, HAS_ROW_NUMBERS: tl.constexpr, HAS_BEST: tl.constexpr, FAST: tl.constexpr,
+    logits_stride, parameter_stride, first_id, num_tokens, num_chunks, has_row_numbers, has_best,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, CHUNKS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Put a row together from its chunks."""
-    number = tl.load(row_numbers + index).to(tl.int64) if HAS_ROW_NUMBERS else index.to(tl.int64)
+    number = _row_number(row_numbers, index, has_row_numbers)
     chunks = tl.arange(0, CHUNKS)
     inside = chunks < num_chunks
     of_winners = tl.load(scores + chunks, mask=inside, other=float("-inf"), cache_modifier=".cg")
@@ -265,7 +275,7 @@ def _finish(
     score, column = _best_of(of_winners, winners)
     temperature = tl.load(temperatures + index * parameter_stride)
     min_p = tl.load(min_ps + index * parameter_stride)
-    if (temperature > 0) & (min_p > 0) & (not HAS_BEST):
+    if (temperature > 0) & (min_p > 0) & (has_best == 0):
         # A chunk cut off what is far below its own best token. Relative to the row's, its winner may go as well.
         key = tl.load(row_keys + index * parameter_stride)
         row = logits + number * logits_stride
@@ -347,11 +357,11 @@ def choose_tokens(
     partial = torch.empty((3, num_rows, num_chunks), dtype=torch.float32, device=device)
     counters, hints = _shared(device, triton.next_power_of_2(max(num_rows, 256)))
     _choose_kernel[(num_chunks, num_rows)](
-        logits, temperatures, min_ps, row_keys, logits if row_numbers is None else row_numbers,
-        logits if best_logits is None else best_logits, partial, counters, hints, outputs[0], outputs[1],
+        logits, temperatures, min_ps, row_keys, outputs[1] if row_numbers is None else row_numbers,
+        hints if best_logits is None else best_logits, partial, counters, hints, outputs[0], outputs[1],
         logits.stride(0), temperatures.stride(0), first_id, num_tokens, num_chunks, num_rows,
+        int(row_numbers is not None), int(best_logits is not None),
         CHUNK=shape.chunk, TILE=shape.tile, CHUNKS=triton.next_power_of_2(num_chunks),
-        HAS_ROW_NUMBERS=row_numbers is not None, HAS_BEST=best_logits is not None,
         DEPENDENT=has_dependent_launch(device), FAST=device.type == "cuda", THREADS=32 * shape.num_warps,
         num_warps=shape.num_warps, maxnreg=shape.max_registers, **launch_options(device),
     )  # fmt: skip

@@ -7,6 +7,7 @@ Called by the worker, from one thread. T tokens, R rows (requests) of a step, H 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from shoal.attention.base import AttentionBackend, AttentionMetadata
 from shoal.config.engine_config import EngineConfig
 from shoal.distributed.rendezvous import ParallelGroups
+from shoal.kernels.compile_ahead import compile_ahead
 from shoal.kv_transfer.hooks import LayerHooks
 from shoal.messages import BatchResult, ScheduledBatch, SlotResult
 from shoal.models.base import CausalLM
@@ -376,11 +378,23 @@ class ModelRunner:
         return num_rows * widest * 4 + scratch + num_graphs * _BYTES_A_GRAPH + _GRAPH_OVERHEAD_BYTES
 
     def capture(self, on_progress: Callable[[int, int], None] | None = None, local_size: int = 1) -> float:
-        """Capture steps as graphs, where this device and backend can. Returns seconds."""
-        if not self._captures:
+        """Capture steps as graphs, where this device and backend can; on any GPU sample once in each way that has
+        kernels of its own, so that they are compiled and loaded. Returns seconds."""
+        if self.device.type != "cuda":
             return 0.0
+        started = time.monotonic()
+        if self._captures:
+            self.graphs = self._capture_graphs(on_progress, local_size)
+        else:
+            with compile_ahead(local_size):
+                self._rehearse_sampling()
+        self._rehearse_sampling()
+        torch.cuda.synchronize(self.device)
+        return time.monotonic() - started
+
+    def _capture_graphs(self, on_progress: Callable[[int, int], None] | None, local_size: int) -> StepGraphs:
         config = self.config
-        self.graphs = StepGraphs(
+        graphs = StepGraphs(
             self.model,
             self.batch,
             self.kv_caches,
@@ -391,8 +405,10 @@ class ModelRunner:
             hidden_size=config.model.hidden_size,
             dtype=getattr(torch, config.dtype),
         )
-        return self.graphs.capture(on_progress, local_size, self._rehearse_sampling)
+        graphs.capture(on_progress, local_size, self._rehearse_sampling)
+        return graphs
 
+    @torch.inference_mode()
     def _rehearse_sampling(self) -> None:
         if self.sampling is None:
             return
@@ -406,14 +422,20 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def warm_up(self, num_tokens: int) -> None:
-        """Run a step of `num_tokens` over the null block: libraries choose their kernels, memory peaks show."""
+    def warm_up(self, num_tokens: int, num_decodes: int = 0) -> None:
+        """Run a step of `num_tokens` over the null block: libraries choose their kernels, memory peaks show.
+
+        num_decodes: so many of the tokens, at most all but one, are sequences of their own with room for the longest
+        context, as decodes beside prompts are.
+        """
         num_tokens = min(num_tokens, self.config.max_num_batched_tokens)
-        lengths = [min(self.config.max_model_len, num_tokens)]
-        positions = torch.arange(num_tokens, device=self.device) % self.config.max_model_len
+        num_decodes = min(num_decodes, num_tokens - 1, self.config.max_num_seqs)
+        longest = self.config.max_model_len
+        lengths = [1] * num_decodes
         while sum(lengths) < num_tokens:
-            lengths.append(min(self.config.max_model_len, num_tokens - sum(lengths)))
-        num_blocks = -(-max(lengths) // self.config.block_size)
+            lengths.append(min(longest, num_tokens - sum(lengths)))
+        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
+        num_blocks = -(-(longest if num_decodes else max(lengths)) // self.config.block_size)
         metadata = AttentionMetadata(
             query_lens=lengths,
             seq_lens=lengths,

@@ -14,7 +14,7 @@ from shoal.attention.registry import make_backend
 from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import balance_layers
 from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
-from shoal.kernels.compile_ahead import compile_ahead, tell_compiled
+from shoal.kernels.compile_ahead import CompileWatch, compile_ahead
 from shoal.kernels.disk_cache import find_compiler_cache
 from shoal.kernels.small_reducer import attach_small_reducer
 from shoal.layers.context import BuildContext
@@ -36,7 +36,10 @@ from shoal.worker.model_runner import ModelRunner
 
 logger = get_logger(__name__)
 
-_WARM_UP_TOKENS = (1, 2, 4, 8, 16, 64)
+# Tokens of a step, and how many of them are decodes.
+_WARM_UP_STEPS = ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (64, 0))
+# For attention with kernels: beside a prompt few decodes, and more than a launch splits the contexts of.
+_MIXED_WARM_UP_STEPS = ((8, 1), (272, 256))
 _MEMORY_SECONDS = 1.0
 OnProgress = Callable[[StartupProgress], None]
 
@@ -90,7 +93,7 @@ class Worker:
         else:
             torch.cuda.set_device(device)
             find_compiler_cache()
-            tell_compiled(self.groups.status.update)
+            CompileWatch(self.groups.status.update).attach()
             facts["all_reduce"] = attach_small_reducer(self.groups.tensor)
         on_progress(StartupProgress("load weights"))
         model, context = self._build(device)
@@ -170,11 +173,12 @@ class Worker:
         on_progress(StartupProgress("warm up"))
         self.groups.status.update(phase="capture")
         # What a step outside of graphs needs: each size that chooses its kernels by itself, and a short prompt.
+        steps = _WARM_UP_STEPS + (_MIXED_WARM_UP_STEPS if self.runner.backend.follows_device else ())
         with compile_ahead(self._local_size):
-            for num_tokens in _WARM_UP_TOKENS:
-                self.runner.warm_up(num_tokens)
-        for num_tokens in _WARM_UP_TOKENS:
-            self.runner.warm_up(num_tokens)
+            for num_tokens, num_decodes in steps:
+                self.runner.warm_up(num_tokens, num_decodes)
+        for num_tokens, num_decodes in steps:
+            self.runner.warm_up(num_tokens, num_decodes)
         capture_seconds = self.runner.capture(
             lambda done, total: on_progress(StartupProgress("capture CUDA graphs", done, total)), self._local_size
         )

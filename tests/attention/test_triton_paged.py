@@ -72,6 +72,12 @@ def test_many_query_heads_for_one_kv_head() -> None:
     check_forward(make_step([1, 4, 1], [30, 20, 200], (40, 2, 32), 16, torch.float32), None)
 
 
+def test_prompts_of_more_query_heads_than_a_tile_has_rows() -> None:
+    """48 for one KV head, where a tile of fp32 has 32."""
+    for window in (None, 20):
+        check_forward(make_step([3, 1, 40], [30, 20, 40], (48, 1, 32), 16, torch.float32), window)
+
+
 @pytest.mark.parametrize("dtype", HALF_TYPES)
 @pytest.mark.parametrize(("head_dim", "block_size"), [(96, 8), (128, 64), (256, 256), (128, 16)])
 def test_types_and_sizes(dtype: torch.dtype, head_dim: int, block_size: int) -> None:

@@ -54,6 +54,7 @@ def test_failures_are_shown(server, capsys):
         (["--file", "x"], "--dataset file and --file FILE go together"),
         (["--endpoint", "chat"], "add --prompt-kind text"),
         (["--request-rate", "0"], "--request-rate must be above 0"),
+        (["--request-rate", "nan"], "--request-rate must be above 0 requests a second; got nan"),
         (["--slo", "fast"], "--slo must be limits of ttft, itl, e2e"),
         (["--extra-body", "[1]"], "--extra-body must be a JSON object"),
         (["--concurrency", "0"], "--concurrency must be an integer, 1 or more"),

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from shoal.kernels.compile_ahead import compile_ahead, is_compiling_ahead, num_threads
+from shoal.kernels.compile_ahead import CompileWatch, compile_ahead, is_compiling_ahead, num_threads
 
 
 @triton.jit
@@ -36,6 +39,45 @@ def test_only_inside_and_also_after_an_error():
         assert is_compiling_ahead()
         raise ValueError
     assert not is_compiling_ahead()
+
+
+def test_compiling_is_told_before_after_and_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = triton.knobs.runtime
+    monkeypatch.setattr(runtime, "jit_cache_hook", None)
+    monkeypatch.setattr(runtime, "jit_post_compile_hook", None)
+    monkeypatch.setattr(CompileWatch, "_INTERVAL_SECONDS", 0.01)
+    times: list[float] = []
+    again = threading.Event()
+
+    def tell() -> None:
+        times.append(time.monotonic())
+        if len(times) >= 4:
+            again.set()
+
+    watch = CompileWatch(tell)
+    watch.attach()
+    kernel = {"key": "a", "fn": SimpleNamespace(name="kernel"), "repr": "", "compile": {}}
+    assert not runtime.jit_cache_hook(**kernel), "Triton would not compile it"
+    assert len(times) == 1
+    assert again.wait(60), "nothing is told while it compiles"
+    thread = watch._thread
+    assert thread is not None
+    runtime.jit_post_compile_hook(**kernel)
+    end = time.monotonic()
+    thread.join(60)
+    assert times[-1] <= end, "told of after it had ended"
+
+    # One that failed, or takes longer than any does, is a standstill like others.
+    monkeypatch.setattr(CompileWatch, "_LONGEST_SECONDS", 0.02)
+    runtime.jit_cache_hook(**kernel)
+    while watch._thread is not None:
+        time.sleep(0.01)
+    # What is compiled side by side at the start is told of as each begins and ends.
+    count = len(times)
+    with compile_ahead():
+        runtime.jit_cache_hook(**kernel)
+        runtime.jit_post_compile_hook(**kernel)
+    assert len(times) == count + 2 and watch._thread is None
 
 
 @pytest.mark.gpu
