@@ -101,6 +101,7 @@ class Forwarding:
         self._last_refusal: Refused | None = None
         self._last_reason = ""
         self._errors: Counter[Backend] = Counter()
+        self._charged: set[Backend] = set()  # to their breakers: no request opens one alone
         self._num_rounds = 0
         self._is_realigned = False
         # By frames or by text: decided with the first byte that the client gets.
@@ -207,7 +208,7 @@ class Forwarding:
                     alone = self.journal.num_crashes >= CRASHES_ALONE
                     await native.run(context.session, alone, context.internal_secret)
                 else:
-                    flight.tells_progress = self._request.stream
+                    flight.may_move = lambda: not self._answer.started or self.text.why_not() is None
                     await ForeignAttempt(self._request, self.text, flight, self._answer).run(context.session)
             except asyncio.CancelledError:
                 reason = flight.take_interrupt()
@@ -223,7 +224,8 @@ class Forwarding:
             self._after(backend, failure, flight.started)
             return False
         except BaseException as end:
-            well = isinstance(end, Ended) and end.status < 500
+            # By text, an error of the request says too little of the server.
+            well = by_frames and isinstance(end, Ended) and end.status < 500
             (breaker.succeeded if well else breaker.undecided)(context.pool.clock())
             raise
         else:
@@ -247,7 +249,6 @@ class Forwarding:
             return
         self._excluded.add(backend)
         self._last_reason = f"{backend.url}: {failure}"
-        self._context.metrics.retried(_kind(failure))
         match failure:
             case Refused():
                 self._after_refusal(backend, failure, now)
@@ -258,7 +259,10 @@ class Forwarding:
                 backend.suspect()
             case Lost():
                 logger.warning("request %s: %s: %s", self._request.request_id, backend.url, failure)
-                backend.breaker.failed(now, began)
+                if failure.slow and backend.last_sign > began:
+                    backend.breaker.undecided(now)  # it answers others
+                else:
+                    self._charge(backend, now, began)
                 if failure.stalled or failure.engine_lost:
                     leave_out(backend, str(failure), interrupt=failure.stalled, crashed=failure.crashed)
                 backend.suspect()
@@ -269,10 +273,21 @@ class Forwarding:
                             f"{self.journal.num_crashes} engines ended while they worked on the request "
                             f"{self._request.request_id}; it is not tried again"
                         )
+        self._context.metrics.retried(_kind(failure))
+
+    def _charge(self, backend: Backend, now: float, began: float | None = None) -> None:
+        """A failure of the backend; the first one of this request there counts, for it may be the request's fault."""
+        if backend in self._charged:
+            backend.breaker.undecided(now)
+        else:
+            self._charged.add(backend)
+            backend.breaker.failed(now, began)
 
     def _after_refusal(self, backend: Backend, refusal: Refused, now: float) -> None:
         status = refusal.status
-        if status in _BUSY:
+        if refusal.in_stream:
+            self._after_error(backend, refusal, now)
+        elif status in _BUSY:
             backend.breaker.undecided(now)
             self._last_refusal = refusal
             if status == 503:
@@ -294,13 +309,17 @@ class Forwarding:
             if not (self._answer.started or self.journal.answers) or not self._candidates():
                 raise refusal
         else:
-            logger.warning("request %s: %s answers %d", self._request.request_id, backend.url, status)
-            backend.breaker.failed(now)
-            self._last_refusal = refusal
-            self._errors[backend] += 1
-            others = [each for each in self._context.pool.serving(self._request.model) if not self._errors[each]]
-            if self._errors.total() >= (_MOST_ERRORS if others else _MAX_ERRORS):
-                raise refusal
+            self._after_error(backend, refusal, now)
+
+    def _after_error(self, backend: Backend, refusal: Refused, now: float) -> None:
+        """It says that it failed on the request."""
+        logger.warning("request %s: %s answers %d", self._request.request_id, backend.url, refusal.status)
+        self._charge(backend, now)
+        self._last_refusal = refusal
+        self._errors[backend] += 1
+        others = [each for each in self._context.pool.serving(self._request.model) if not self._errors[each]]
+        if self._errors.total() >= (_MOST_ERRORS if others else _MAX_ERRORS):
+            raise refusal
 
 
 def _kind(failure: AttemptError) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from shoal.router.breaker import BreakerState
@@ -25,8 +26,8 @@ class Flight:
     waiting_since: since when it waits for bytes of the backend; None while it does something else (the client is slow).
     Only while it waits may `interrupt` end it. last_progress: of the request, when tokens last came, here or elsewhere.
     last_sign: when bytes last came. by_frames: the server is to say regularly that it is there, and does once it
-    has_beats. is_running: the request is in the server's engine, as far as that has said. tells_progress: False for
-    answers that come whole. deadline: seconds without progress; patience: until an answer by frames has to begin.
+    has_beats. is_running: the request is in the server's engine, as far as that has said. may_move: whether another
+    server could take it on now. deadline: seconds without progress; patience: until an answer by frames has to begin.
     """
 
     def __init__(self, backend: Backend, model: str, request: RequestView, policy: Policy) -> None:
@@ -39,7 +40,7 @@ class Flight:
         self.by_frames = False
         self.has_beats = False
         self.is_running = False
-        self.tells_progress = True
+        self.may_move: Callable[[], bool] = lambda: True
         self.deadline = math.inf
         self.patience = math.inf
         self.num_tokens = 0

@@ -11,7 +11,8 @@ promises is less than frames do:
 - what cannot go on so ends with an error event: several answers (n, best_of, several prompts), token ids as prompt,
   logprobs, echo, tools, structured output, reasoning text.
 
-A plain request is asked anew from the start. There are no beats: a silent server is noticed by its probes.
+A plain request is asked anew from the start. There are no beats: a silent server is noticed by its probes, and by half
+of the deadline without a token.
 """
 
 from __future__ import annotations
@@ -158,8 +159,8 @@ class ForeignAttempt:
         flight, journal = self._flight, self._journal
         now = flight.last_sign = flight.backend.last_sign = flight.backend.clock()
         parts: list[bytes] = []
-        before = journal.num_tokens
-        failure: Lost | None = None
+        before, other = journal.num_tokens, journal.num_other
+        failure: Lost | Refused | Ended | None = None
         done = False
         for data in self._events.feed(piece):
             if data == _DONE:
@@ -173,13 +174,15 @@ class ForeignAttempt:
                 failure = Lost(f"it sent an event that is none of the OpenAI API ({error})")
                 break
             if chunk.error is not None:
-                failure = Lost(f"it ended the stream with an error: {_message(chunk.error)}")
+                failure = _failure(chunk.error, data)
                 break
             told = journal.add(chunk, data)
             if told:
                 parts.append(sse.PREFIX + told + sse.END)
         if journal.num_tokens > before:
             flight.progress(journal.num_tokens - before, now)
+        elif journal.num_other > other:
+            flight.last_progress = now
         send = None
         if not done and failure is None:
             send = self._answer.begin_data(b"".join(parts)) if parts else None
@@ -190,7 +193,11 @@ class ForeignAttempt:
         return self._take_rest(send, parts, failure, done)
 
     async def _take_rest(
-        self, send: Callable[[], Awaitable[None]] | None, parts: list[bytes], failure: Lost | None, done: bool
+        self,
+        send: Callable[[], Awaitable[None]] | None,
+        parts: list[bytes],
+        failure: Lost | Refused | Ended | None,
+        done: bool,
     ) -> bool:
         """Returns whether the stream has ended well."""
         flight, journal = self._flight, self._journal
@@ -209,5 +216,19 @@ class ForeignAttempt:
         return False
 
 
-def _message(error: Any) -> str:
-    return str(error.get("message", error) if isinstance(error, dict) else error)[:200]
+def _failure(error: Any, event: bytes) -> Refused | Ended:
+    """What an error event means. Below 500 it is the request's own end; another server would say the same."""
+    status = _status_of(error)
+    body = as_error_object(status, event)
+    return Ended(status, body) if status < 500 else Refused(status, body, {}, in_stream=True)
+
+
+def _status_of(error: Any) -> int:
+    """The HTTP status of an error object: its code where that is one, as vLLM has it; else told by its type."""
+    if isinstance(error, dict):
+        code = str(error.get("code"))
+        if code.isdecimal() and 400 <= int(code[:4]) < 600:
+            return int(code)
+        if error.get("type") == "invalid_request_error":
+            return 400
+    return 500

@@ -157,7 +157,9 @@ class _Watch:
             self._monitor._pool.changed()
         if before.alive and not health.alive:
             backend.dead_since = backend.clock()
-            # It may come back as another process, with an empty cache, with other weights.
+        if (before.alive and not health.alive) or (before.admitting and not health.admitting):
+            # It may come back as another process, or with another engine: with an empty cache, with other weights. (One
+            # that shuts down in order says the same as one whose engine restarts, and comes back as another process.)
             backend.leave("was gone, and has not answered the golden prompt since")
             if self._monitor._judge is not None:
                 self._monitor._judge.withdraw(backend.url)

@@ -15,7 +15,7 @@ class Lost(AttemptError):
     """The backend did not come to the end. crashed: its engine, or all of it, ended while it worked on the request.
 
     broke: the connection did, and whose fault that was is not known. stalled: it is there, but nothing comes from any
-    of its requests. engine_lost: it says so itself.
+    of its requests. engine_lost: it says so itself. slow: it may just have been slow with this request.
     """
 
     def __init__(
@@ -26,12 +26,14 @@ class Lost(AttemptError):
         broke: bool = False,
         stalled: bool = False,
         engine_lost: bool = False,
+        slow: bool = False,
     ) -> None:
         super().__init__(reason)
         self.crashed = crashed
         self.broke = broke
         self.stalled = stalled
         self.engine_lost = engine_lost
+        self.slow = slow
 
 
 class Moved(AttemptError):
@@ -43,13 +45,15 @@ class Realign(AttemptError):
 
 
 class Refused(AttemptError):
-    """The backend answered with an error before it took the request in. headers: those worth passing on."""
+    """The backend answered with an error before it took the request in; in_stream: after it, as an event of a stream.
+    headers: those worth passing on."""
 
-    def __init__(self, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str], *, in_stream: bool = False) -> None:
         super().__init__(f"HTTP {status}")
         self.status = status
         self.body = body
         self.headers = headers
+        self.in_stream = in_stream
 
 
 class Ended(Exception):

@@ -1,7 +1,7 @@
 """Requests of the OpenAI API that generate nothing token by token (/tokenize, /v1/embeddings …): passed to a server.
 
 What computes the same again (GET, and the POSTs listed here) is tried elsewhere until its answer has begun; other
-POSTs only where no connection came about.
+POSTs only where no connection came about. Until then watch.py looks after the wait, by the request's deadline.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from shoal.log import get_logger
 from shoal.protocol.deadline import DEADLINE_HEADER, read_deadline
 from shoal.protocol.errors import error_headers
 from shoal.protocol.media_type import is_json, media_type_of
-from shoal.router.admission import ApiKey
+from shoal.router.admission import ApiKey, Entry
 from shoal.router.asgi import Answer, Scope
 from shoal.router.backend import Backend
 from shoal.router.core import Router
 from shoal.router.flight import Flight
+from shoal.router.outcome import Lost
 from shoal.router.policies import RequestView
 from shoal.router.request import model_name, parse_object, with_model
 from shoal.router.upstream import authorization_of, describe, read_refusal
@@ -63,7 +64,9 @@ async def pass_through(
 ) -> None:
     """Raises ShoalError."""
     name = None
-    until = router.pool.clock() + read_deadline(headers.get(DEADLINE_HEADER), router.settings.options.deadline)
+    arrived = router.pool.clock()
+    deadline = read_deadline(headers.get(DEADLINE_HEADER), router.settings.options.deadline)
+    until = arrived + deadline
     if body and is_json(media_type_of(headers.get("content-type"))):
         fields = parse_object(headers, body)
         name = model_name(fields)
@@ -74,12 +77,29 @@ async def pass_through(
     key.check_model(name or model)
     charge = router.limits.charge(key, 1, router.pool.clock())
     router.limits.correct(charge, 0, router.pool.clock())
-    await _Passing(router, scope, headers, body, model, answer).run(until)
+    entry = Entry(
+        key=key.name,
+        priority=key.priority,
+        weight=key.weight,
+        num_bytes=len(body),
+        max_wait=max(until - router.pool.clock(), 0.0),
+        max_concurrent=key.max_concurrent,
+    )
+    async with router.admission.admit(entry):
+        await _Passing(router, scope, headers, body, model, answer, arrived, deadline).run()
 
 
 class _Passing:
     def __init__(
-        self, router: Router, scope: Scope, headers: Mapping[str, str], body: bytes, model: str, answer: Answer
+        self,
+        router: Router,
+        scope: Scope,
+        headers: Mapping[str, str],
+        body: bytes,
+        model: str,
+        answer: Answer,
+        arrived: float,
+        deadline: float,
     ) -> None:
         self._router = router
         self._method = scope["method"]
@@ -91,10 +111,14 @@ class _Passing:
         self._body = body
         self._model = model
         self._answer = answer
+        self._arrived = arrived
+        self._deadline = deadline
+        self._charged: set[Backend] = set()  # to their breakers: no request opens one alone
         self._view = RequestView(answer.request_id, num_prompt_bytes=len(body))
 
-    async def run(self, until: float) -> None:
+    async def run(self) -> None:
         pool = self._router.pool
+        until = self._arrived + self._deadline
         excluded: set[Backend] = set()
         last = ""
         while (left := until - pool.clock()) > 0:
@@ -120,7 +144,8 @@ class _Passing:
         """Why another server should be asked; None when the client has its answer."""
         router, clock = self._router, self._router.pool.clock
         flight = Flight(backend, self._model, self._view, router.pool.policy)
-        flight.tells_progress = False
+        flight.may_move = lambda: self._repeatable
+        flight.deadline, flight.last_progress = self._deadline, self._arrived
         try:
             failure = await self._exchange(backend, flight, may_retry)
         except BaseException:
@@ -129,7 +154,10 @@ class _Passing:
         else:
             if failure is None:
                 backend.breaker.succeeded(clock())
+            elif backend in self._charged:
+                backend.breaker.undecided(clock())
             else:
+                self._charged.add(backend)
                 backend.breaker.failed(clock())
             return failure
         finally:
@@ -140,6 +168,7 @@ class _Passing:
         given = None if len(router.keys) else self._headers.get("authorization")
         headers = {"x-request-id": answer.request_id, **authorization_of(backend.spec, given)}
         headers |= {name: self._headers[name] for name in ("content-type", "accept") if name in self._headers}
+        flight.waiting_since = router.pool.clock()
         try:
             async with router.session.request(
                 self._method,
@@ -150,29 +179,43 @@ class _Passing:
             ) as response:
                 if response.status >= 400:
                     refusal = await read_refusal(response)
+                    flight.waiting_since = None
                     if response.status in _RETRIED and self._repeatable and may_retry:
                         return str(refusal)
                     await answer.failure(
                         refusal.status, refusal.body, {**error_headers(refusal.status), **refusal.headers}
                     )
                     return None
-                await self._copy(response)
+                await self._copy(response, flight)
                 return None
+        except asyncio.CancelledError:
+            reason = flight.take_interrupt()
+            if reason is None:
+                raise
+            if not isinstance(reason, Lost):
+                raise reason from None
+            if not self._repeatable:
+                raise _may_be_done(reason) from None
+            return str(reason)
         except aiohttp.ClientConnectorError as error:
             return describe(error)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             if answer.started:
                 raise
             if not self._repeatable:
-                raise UnavailableError(
-                    f"the connection to the server broke; it may have done the work: {error}"
-                ) from None
+                raise _may_be_done(error) from None
             return describe(error)
 
-    async def _copy(self, response: aiohttp.ClientResponse) -> None:
+    async def _copy(self, response: aiohttp.ClientResponse, flight: Flight) -> None:
+        chunk = b"" if self._method == "HEAD" else await response.content.readany()
+        flight.waiting_since = None
         kept = {name.lower(): value for name, value in response.headers.items()}
         await self._answer.start(response.status, {name: kept[name] for name in kept if name not in _NOT_PASSED_ON})
-        if self._method != "HEAD":
-            while chunk := await response.content.readany():
-                await self._answer.data(chunk)
+        while chunk:
+            await self._answer.data(chunk)
+            chunk = await response.content.readany()
         await self._answer.end()
+
+
+def _may_be_done(error: Exception) -> UnavailableError:
+    return UnavailableError(f"the connection to the server broke; it may have done the work: {error}")

@@ -45,10 +45,12 @@ class Chunk(msgspec.Struct):
 
 
 class TextJournal:
-    """num_tokens: delivered, counted by usage where each event brings it, else by pieces of text."""
+    """num_tokens: delivered, counted by usage where each event brings it, else by pieces of text. num_other: pieces of
+    tool calls and reasoning."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self.num_tokens = 0
+        self.num_other = 0
         self.finish_reason: str | None = None
         self.usage: Usage | None = None
         self._request = request
@@ -58,6 +60,9 @@ class TextJournal:
         self._base_tokens = 0
         self._head: dict[str, Any] | None = None
         self._is_later = False
+        # For clients that want the usage: what servers said of the prompt, and whether the client has its event.
+        self._num_prompt_tokens = 0
+        self._has_told_usage = False
 
     def begin_attempt(self) -> None:
         self._base_tokens = self.num_tokens
@@ -71,8 +76,10 @@ class TextJournal:
             delta = choice.delta
             if delta is not None and (_given(delta.tool_calls) or _given(delta.function_call)):
                 self._trouble = "it has tool calls"
+                self.num_other += 1
             if delta is not None and (delta.reasoning or delta.reasoning_content):
                 self._trouble = "it has reasoning text"
+                self.num_other += 1
             text += choice.text or (delta.content if delta is not None else None) or ""
             closes = closes or choice.finish_reason is not None
             self.finish_reason = choice.finish_reason or self.finish_reason
@@ -80,6 +87,8 @@ class TextJournal:
             self._text.append(text)
         if chunk.usage is not None:
             self.usage = chunk.usage
+            self._num_prompt_tokens = max(chunk.usage.prompt_tokens - self._base_tokens, 0)
+            self._has_told_usage = not chunk.choices
         if chunk.usage is not None and (text or closes or not chunk.choices):
             # An event without text may count tokens whose text has not come; the client does not have these.
             self.num_tokens = max(self.num_tokens, self._base_tokens + chunk.usage.completion_tokens)
@@ -164,13 +173,26 @@ class TextJournal:
         return msgspec.json.encode(fields)
 
     def ending(self) -> bytes:
-        """The event that says why a stream ended, where it was cut off just before it."""
-        if self.finish_reason is not None or self._head is None:
+        """The events that are missing of a stream that was cut off just before its end: why it ended, and its usage
+        where the client wants that. Of the latter prompt_tokens is 0 when no server has said it."""
+        if self._head is None:
             return b""
-        self.finish_reason = "length"
-        choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
-        choice["delta" if self._request.is_chat else "text"] = {} if self._request.is_chat else ""
-        return sse.PREFIX + msgspec.json.encode({**self._head, "choices": [choice]}) + sse.END
+        events = b""
+        if self.finish_reason is None:
+            self.finish_reason = "length"
+            choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+            choice["delta" if self._request.is_chat else "text"] = {} if self._request.is_chat else ""
+            events += self._event({"choices": [choice]})
+        options = self._request.fields.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage") is True and not self._has_told_usage:
+            self._has_told_usage = True
+            usage = {"prompt_tokens": self._num_prompt_tokens, "completion_tokens": self.num_tokens}
+            usage["total_tokens"] = sum(usage.values())
+            events += self._event({"choices": [], "usage": usage})
+        return events
+
+    def _event(self, content: dict[str, Any]) -> bytes:
+        return sse.PREFIX + msgspec.json.encode({**(self._head or {}), **content}) + sse.END
 
     def _can_extend_messages(self) -> bool:
         messages = self._request.fields.get("messages")

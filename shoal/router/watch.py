@@ -70,14 +70,15 @@ def _look_at(pool: Pool, backend: Backend, flight: Flight, now: float, stall_tim
         _silent(backend, flight, now, silent, stall_timeout)
     elif not backend.health.alive and silent > stall_timeout and now - backend.dead_since > stall_timeout:
         flight.interrupt(Lost(f"it does not answer any more ({backend.health.why})"))
-    elif flight.tells_progress and now - flight.last_progress > flight.deadline:
+    elif now - flight.last_progress > flight.deadline:
         flight.interrupt(
             DeadlineError(f"the request made no progress for {flight.deadline:g} s, which is as long as it may")
         )
-    elif not flight.has_beats and flight.tells_progress and not flight.num_tokens and silent > flight.deadline / 2:
-        others = pool.candidates(flight.model, (backend,))
-        if others:
-            flight.interrupt(Lost(f"it has not begun its answer after {silent:.1f} s"))
+    elif not flight.has_beats:
+        without = now - max(flight.last_progress, flight.started)
+        if without > flight.deadline / 2 and pool.candidates(flight.model, (backend,)) and flight.may_move():
+            what = "given no token" if flight.num_tokens else "not begun its answer"
+            flight.interrupt(Lost(f"it has {what} for {without:.1f} s", slow=True))
 
 
 def _silent(backend: Backend, flight: Flight, now: float, silent: float, stall_timeout: float) -> None:

@@ -33,7 +33,7 @@ class Act:
     """What to do with one request. after: tokens that are answered first.
 
     how: "cut" the connection, "half" an event and cut, "lost" and "moved" (frames), "silent", "stalled" (beats that say
-    so), "hang" (no answer at all), "error" (an event or frame that ends it), "end" (no end mark).
+    so), "hang" (no answer at all), "error" (an event or frame that ends it), "end" (no end mark), "before usage" (cut).
     status: answer this instead of anything.
     """
 
@@ -207,12 +207,14 @@ class ScriptedServer:
                         await self._send(send, _event({"id": name, "choices": []})[:9])
                         await asyncio.sleep(0.02)
                     case "error":
-                        await self._send(send, _event(ERROR))
+                        await self._send(send, _event(act.body))
                         await send({"type": "http.response.body", "body": b""})
                         return
                     case "end":
                         await send({"type": "http.response.body", "body": b""})
                         return
+                    case "silent":
+                        await asyncio.Event().wait()
                 await asyncio.sleep(0.01)
                 raise Cut
             reason = "length" if number == first + total - 1 else None
@@ -220,6 +222,8 @@ class ScriptedServer:
             choice: dict[str, Any] = {"index": 0, "finish_reason": reason}
             choice |= {"delta": {"content": text}} if chat else {"text": text}
             await self._send(send, _event({"id": name, "choices": [choice]}))
+        if act.how == "before usage":
+            raise Cut
         if (request.get("stream_options") or {}).get("include_usage"):
             usage = {"prompt_tokens": 3 + first, "completion_tokens": total, "total_tokens": 3 + first + total}
             await self._send(send, _event({"id": name, "choices": [], "usage": usage}))

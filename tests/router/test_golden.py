@@ -124,3 +124,25 @@ async def test_a_server_that_comes_later(run_router):
     await running.until_in(0)
     assert (await running.complete()).status_code == 200
     error_of(await running.complete(model="other"), 404)
+
+
+async def test_a_server_whose_engine_was_restarted_is_asked_again(run_router):
+    """/livez says 200 all the while."""
+    running = await run_router(ScriptedServer(), ScriptedServer())
+    server = running.servers[0]
+    server.health = server.ready = 503
+    await until(lambda: not running.backend(0).health.admitting)
+    before, server.golden = server.num_golden, "odd"
+    server.health = server.ready = 200
+    await until(lambda: "odd" in (running.backend(0).why_out(0) or ""))
+    assert server.num_golden == before + 1 and not running.backend(0).available
+
+
+async def test_a_server_that_made_no_progress_for_a_while_is_not_asked_again(run_router):
+    running = await run_router(ScriptedServer())
+    (server,) = running.servers
+    server.health = 503
+    await until(lambda: not running.backend(0).health.progressing)
+    server.health = 200
+    await running.until_in()
+    assert server.num_golden == 1
