@@ -10,12 +10,12 @@ import importlib.util
 import ipaddress
 import logging
 import ssl
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import uvicorn
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shoal.errors import ConfigError
 from shoal.network.http_protocol import BoundedHttpProtocol
@@ -132,8 +132,19 @@ class Cors:
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        hidden = scope["type"] == "http" and scope["path"].startswith(_NOT_FOR_PAGES)
-        await (self._app if hidden else self._for_pages)(scope, receive, send)
+        if scope["type"] != "http" or scope["path"].startswith(_NOT_FOR_PAGES):
+            await self._app(scope, receive, send)
+        elif any(name == b"origin" for name, _ in scope["headers"]):
+            await self._for_pages(scope, receive, send)
+        else:
+            await self._app(scope, receive, functools.partial(_send_varying, send))
+
+
+def _send_varying(send: Send, message: Message) -> Awaitable[None]:
+    """What no page asked for is not for a page's cache. No coroutine of its own: each token of a stream passes here."""
+    if message["type"] == "http.response.start":
+        message["headers"] = [*message.get("headers", ()), (b"vary", b"Origin")]
+    return send(message)
 
 
 def comes_from_this_machine(scope: Mapping[str, Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,7 +30,10 @@ class FakeProcess:
         options = {name.replace("_", "-"): value for name, value in self._options.items()}
         flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items()]
         command = [sys.executable, "-m", f"tests.router.fakes.{self.kind}", *flags]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
+        # A home without a cluster's token: with one, servers would ask routers for the secret that is made from it.
+        environment = {**os.environ, "HOME": str(ROOT / "tests")}
+        environment.pop("SHOAL_CLUSTER_TOKEN", None)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT, env=environment)
 
     def until_up(self) -> None:
         assert self.process.stdout is not None
