@@ -122,8 +122,7 @@ def body_of(prompt: str, num_tokens: int) -> bytes:
 
 
 class _Connection(asyncio.Protocol):
-    """While an answer comes, its pieces are only kept, with their times: the client shares the cores with what it
-    measures. pieces: of the answer that comes now."""
+    """Keeps the pieces of an answer with their times, no more: the client shares the cores with what it measures."""
 
     transport: asyncio.Transport
 
@@ -216,13 +215,9 @@ def _read(sent: Sent, pieces: Sequence[tuple[float, bytes]]) -> None:
 
 # --- overhead --------------------------------------------------------------------------------------------------------
 async def overhead(seconds: float) -> dict[str, Any]:
-    """Once with all tokens of a step at one time, as one engine makes them, and once spread as by eight engines; by
-    Shoal's frames and by the OpenAI API."""
-    return {
-        f"{kind}, {phases} phases": await _overhead(seconds, kind, phases)
-        for kind in ("native", "foreign")
-        for phases in (1, 8)
-    }
+    """With all tokens of a step at one time, as one engine makes them, and spread as by eight; by frames and text."""
+    forms = itertools.product(("native", "foreign"), (1, 8))
+    return {f"{kind}, {phases} phases": await _overhead(seconds, kind, phases) for kind, phases in forms}
 
 
 async def _overhead(seconds: float, kind: str, phases: int) -> dict[str, Any]:
@@ -422,8 +417,7 @@ async def overload(seconds: float) -> dict[str, Any]:
     options = {"tokens_per_second": TOKENS_PER_SECOND, "max_num_seqs": slots}
     with fake_servers("native", "native", **options) as servers:
         async with router(servers, "--max-running", str(2 * slots), "--max-num-waiting", "64") as through:
-            await (client := Client(through.url)).stream(body_of("imports", num_tokens))
-            client.close()
+            await _open_loop(through.url, [(0.0, body_of("imports", num_tokens))])
             watching = asyncio.create_task(_watch(through, memory))
             sent = await _open_loop(through.url, requests)
             await asyncio.sleep(2)
