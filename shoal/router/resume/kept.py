@@ -151,15 +151,16 @@ class KeptRequest:
 
     def begun(self, request: GenerationRequest) -> Begun:
         """For the forwarding. Raises CannotResume."""
-        self._text = TrackedTextJournal(request, self.key, self._grown)
+        text = TrackedTextJournal(request, self.key, self._grown)
         by_frames = None
         match self._position:
             case TextPosition() as position:
-                self._text.go_to(self.text_state, position)
+                text.go_to(self.text_state, position)  # where it cannot, what is known stays known
                 by_frames = False if position.num_events else None
             case FramePosition() as position:
                 by_frames = True if position.answers else None
-        return Begun(self.journal, self._text, by_frames)
+        self._text = text
+        return Begun(self.journal, text, by_frames)
 
     async def take(self, message: Message) -> None:
         """ASGI's send, for the run's answer. Waiting in it is the back-pressure of a client that reads slowly."""
