@@ -87,6 +87,6 @@ class StartupError(ShoalError):
 class NodeError(ShoalError):
     """Another node of the cluster did not answer a question. `reason`: one word that tells what kind it is."""
 
-    def __init__(self, message: str, *, reason: str) -> None:
+    def __init__(self, message: str, *, reason: str = "failed") -> None:
         super().__init__(message)
         self.reason = reason

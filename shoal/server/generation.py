@@ -54,12 +54,11 @@ class Origin:
     @classmethod
     def of(cls, request: Request) -> Origin:
         """A client's own request: its x-request-id, now. Raises InvalidRequestError for a bad x-shoal-deadline."""
+        deadlines = request.headers.getlist(DEADLINE_HEADER)
         return cls(
             request_id=request.scope.get("shoal.request_id") or uuid.uuid4().hex,
             created=int(time.time()),
-            deadline_seconds=read_deadline(
-                ", ".join(request.headers.getlist(DEADLINE_HEADER)) or None, DEFAULT_DEADLINE_SECONDS
-            ),
+            deadline_seconds=read_deadline(", ".join(deadlines) if deadlines else None, DEFAULT_DEADLINE_SECONDS),
         )
 
     def seeded(self, params: SamplingParams) -> SamplingParams:

@@ -83,5 +83,7 @@ def test_a_range_that_is_closed_as_a_whole_is_named_as_one():
 def test_a_taken_port_of_the_node_is_named():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         head = listener.getsockname()[1] - 2
-        with pytest.raises(StartupError, match=r"Ray's node manager \(docs/ports.md\): end what holds it, or choose"):
+        with pytest.raises(
+            StartupError, match=r"it is this node's for .* \(docs/ports.md\): end what holds it, or choose"
+        ):
             reach.refuse_taken(NodePorts(head), "127.0.0.1", is_head=False, dashboard=False)

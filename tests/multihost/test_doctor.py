@@ -173,7 +173,7 @@ def test_a_shard_is_missing_on_one_node_and_a_byte_is_flipped_in_another(pair):
     arguments = ("~/model", "--address", address_of(pair), "--skip", "torch,links,collectives")
     report = doctor(other, *arguments)
     assert report.code == 0, report.described()
-    assert "equal SHA-256 sums of 5 files on 2 nodes" in next(report.of("same files"))["seen"]
+    assert "equal SHA-256 sums of 6 files on 2 nodes" in next(report.of("same files"))["seen"]
 
     flip_byte(head.home / "model" / "model-00002-of-00003.safetensors")
     report = doctor(other, *arguments)

@@ -13,7 +13,7 @@ from shoal.protocol.errors import error_body, error_headers, status_of
 
 STATUS = {
     "ShoalError": 500, "ConfigError": 500, "ModelError": 500, "StartupError": 500, "EngineError": 500,
-    "CollectiveError": 500,
+    "CollectiveError": 500, "NodeError": 500,
     "InvalidRequestError": 400, "AuthenticationError": 401, "NotFoundError": 404, "RequestTooLargeError": 413,
     "UnsupportedMediaTypeError": 415,
     "RateLimitedError": 429, "UnavailableError": 503, "EngineDeadError": 503,

@@ -190,7 +190,9 @@ def test_a_deadline_is_a_number_of_seconds(value: str) -> None:
         ):
             response = http.post(path, json={**content, "max_tokens": 2}, headers={"x-shoal-deadline": value})
             message = error_of(response, 400)["message"]
-            assert f"x-shoal-deadline must be a number of seconds above 0; got {value!r}" in message
+            assert (
+                f"x-shoal-deadline must be one number of seconds above 0, such as 20 or 0.5; got {value!r}" in message
+            )
 
 
 def test_a_deadline_reaches_the_journal() -> None:

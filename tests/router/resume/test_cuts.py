@@ -96,8 +96,8 @@ async def test_cuts_by_frames(run_routers, servers, monkeypatch, gather, ring):
     await check(routers, make_cases("fake", 40, seed), urls[0], seed)
 
 
-# Slow, since one in some runs ends with cannot_resume: of two routers that both go on with a text, a client that goes to
-# and fro may have more than either. docs/reliability.md says what that means.
+# Slow, since one in some runs ends with cannot_resume: of two routers that both go on with a text, a client that goes
+# to and fro may have more than either. docs/reliability.md says what that means.
 @pytest.mark.slow
 @pytest.mark.parametrize("ring", [1024, 1 << 20])
 async def test_cuts_by_text(run_routers, foreign_servers, monkeypatch, ring):
