@@ -467,3 +467,21 @@ class BenchFailed(msgspec.Struct, tag="bench_failed"):
 
 
 BenchNews = BenchReady | BenchRun | BenchFailed
+
+
+class TrialOrder(msgspec.Struct, frozen=True):
+    """From the doctor to one rank of an all-reduce that is tried (shoal.distributed.trial).
+
+    backend: "gloo" or "nccl". address: of this rank's machine. names: of all ranks, for messages. timeout: seconds for
+    each phase, and each operation.
+    """
+
+    backend: str
+    rank: int
+    address: str
+    master_address: str
+    master_port: int
+    names: list[str]
+    num_bytes: int
+    timeout: float
+    local_rank: int = 0

@@ -19,25 +19,9 @@ from shoal.distributed.gloo import GlooCommunicator
 from shoal.distributed.meeting import Meeting, tcp_store
 from shoal.distributed.nccl import NcclCommunicator
 from shoal.errors import ShoalError
+from shoal.messages import TrialOrder
 
 _NUM_TIMES = 2
-
-
-class TrialOrder(msgspec.Struct):
-    """backend: "gloo" or "nccl". address: of this rank's machine. timeout: seconds for each phase, and each operation.
-
-    names: of all ranks, for messages.
-    """
-
-    backend: str
-    rank: int
-    address: str
-    master_address: str
-    master_port: int
-    names: list[str]
-    num_bytes: int
-    timeout: float
-    local_rank: int = 0
 
 
 class TrialResult(msgspec.Struct):

@@ -17,11 +17,12 @@ from shoal.cluster.doctor.facts import LinkFacts, NodeFacts
 from shoal.cluster.doctor.gather import gather_node
 from shoal.cluster.doctor.measure import measure_link
 from shoal.cluster.doctor.responder import Responder
-from shoal.cluster.doctor.trial import Outcome, Rank, run_ranks
+from shoal.cluster.doctor.trial import Outcome, run_ranks
 from shoal.cluster.ports import NodePorts
 from shoal.cluster.verify.nodes import NodeHashing
 from shoal.config.model_path import resolve_model_path
 from shoal.errors import ConfigError, NodeError
+from shoal.messages import TrialOrder
 
 _GATHER_SECONDS = 120.0
 _QUICK_SECONDS = 30.0
@@ -52,7 +53,7 @@ class Participant(Protocol):
 
     def measure(self, target: str, opened: services.Opened, seconds: float) -> LinkFacts: ...
 
-    def run_ranks(self, ranks: Sequence[Rank], use_rdma: bool | None, timeout: float) -> list[Outcome]: ...
+    def run_ranks(self, ranks: Sequence[TrialOrder], use_rdma: bool | None, timeout: float) -> list[Outcome]: ...
 
     def sums(self, model: str) -> dict[str, str]:
         """SHA-256 sums of a model's files, by name; takes as long as reading them does."""
@@ -112,7 +113,7 @@ class Here:
     def measure(self, target: str, opened: services.Opened, seconds: float) -> LinkFacts:
         return measure_link(self.address, target, opened.port, opened.nonce, seconds=seconds)
 
-    def run_ranks(self, ranks: Sequence[Rank], use_rdma: bool | None, timeout: float) -> list[Outcome]:
+    def run_ranks(self, ranks: Sequence[TrialOrder], use_rdma: bool | None, timeout: float) -> list[Outcome]:
         return run_ranks(ranks, use_rdma=use_rdma)
 
     def sums(self, model: str) -> dict[str, str]:
@@ -163,7 +164,7 @@ class There:
         request = services.MeasureRequest(target, opened.port, opened.nonce, seconds)
         return self._ask(services.MEASURE, request, 4 * seconds + 3 * _ASK_SECONDS)
 
-    def run_ranks(self, ranks: Sequence[Rank], use_rdma: bool | None, timeout: float) -> list[Outcome]:
+    def run_ranks(self, ranks: Sequence[TrialOrder], use_rdma: bool | None, timeout: float) -> list[Outcome]:
         return self._ask(services.TRY, services.TrialRequest(list(ranks), use_rdma), timeout).outcomes
 
     def sums(self, model: str) -> dict[str, str]:

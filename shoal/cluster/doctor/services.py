@@ -16,9 +16,10 @@ from shoal.cluster.doctor.facts import LinkFacts, NodeFacts
 from shoal.cluster.doctor.gather import gather_node
 from shoal.cluster.doctor.measure import measure_link
 from shoal.cluster.doctor.responder import Responder
-from shoal.cluster.doctor.trial import Outcome, Rank, run_ranks
+from shoal.cluster.doctor.trial import Outcome, run_ranks
 from shoal.cluster.ports import NodePorts
 from shoal.cluster.reach import TIMEOUT_SECONDS, probe
+from shoal.messages import TrialOrder
 
 _MOST_SECONDS = 600.0
 _MOST_TRIAL_SECONDS = 60.0
@@ -80,7 +81,7 @@ class ProbeAnswer(msgspec.Struct, frozen=True):
 class TrialRequest(msgspec.Struct, frozen=True):
     """The ranks that run on this node."""
 
-    ranks: list[Rank]
+    ranks: list[TrialOrder]
     use_rdma: bool | None = None
 
 

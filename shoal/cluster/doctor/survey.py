@@ -16,10 +16,11 @@ from shoal.cluster.doctor.facts import ClockFacts, ClusterFacts, CollectiveFacts
 from shoal.cluster.doctor.links import outliers
 from shoal.cluster.doctor.participants import Participant
 from shoal.cluster.doctor.services import GatherRequest, Opened
-from shoal.cluster.doctor.trial import Outcome, Rank
+from shoal.cluster.doctor.trial import Outcome
 from shoal.cluster.ports import NodePorts, Port, needed_between_nodes
 from shoal.cluster.reach import OPEN, REFUSED, sample
 from shoal.errors import ShoalError
+from shoal.messages import TrialOrder
 
 T = TypeVar("T")
 # Of all measurements of links together, whatever the number of machines.
@@ -257,7 +258,7 @@ class Survey:
         called = [f"rank {rank} (on {self._name(address)})" for rank, (address, _) in enumerate(places)]
         ranks = {
             one.address: [
-                Rank(
+                TrialOrder(
                     backend,
                     rank,
                     address,

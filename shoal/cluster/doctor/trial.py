@@ -11,23 +11,10 @@ from collections.abc import Sequence
 import msgspec
 
 from shoal import env
+from shoal.messages import TrialOrder
 
 # Loading torch, on a machine that is busy.
 _LOAD_SECONDS = 30.0
-
-
-class Rank(msgspec.Struct, frozen=True):
-    """One rank to start here: as shoal.distributed.trial has it."""
-
-    backend: str
-    rank: int
-    address: str
-    master_address: str
-    master_port: int
-    names: list[str]
-    num_bytes: int
-    timeout: float
-    local_rank: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -40,7 +27,7 @@ class Outcome(msgspec.Struct, frozen=True):
     network: str = ""
 
 
-def run_ranks(ranks: Sequence[Rank], *, use_rdma: bool | None = None) -> list[Outcome]:
+def run_ranks(ranks: Sequence[TrialOrder], *, use_rdma: bool | None = None) -> list[Outcome]:
     """All at once; returns when all have ended, or have been ended. use_rdma: NCCL shall, or shall not, use RDMA."""
     if importlib.util.find_spec("torch") is None:
         return [Outcome(skipped="torch is not installed")] * len(ranks)

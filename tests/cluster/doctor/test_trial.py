@@ -7,7 +7,8 @@ import time
 import pytest
 
 from shoal.cluster.doctor import trial
-from shoal.cluster.doctor.trial import Rank, run_ranks
+from shoal.cluster.doctor.trial import run_ranks
+from shoal.messages import TrialOrder
 from shoal.network import free_port
 
 
@@ -15,7 +16,7 @@ def ranks(number, *, started=None, timeout=20.0, backend="gloo"):
     names = [f"rank {index} (on node{index})" for index in range(number)]
     port = free_port()
     return [
-        Rank(backend, index, "127.0.0.1", "127.0.0.1", port, names, 1 << 20, timeout)
+        TrialOrder(backend, index, "127.0.0.1", "127.0.0.1", port, names, 1 << 20, timeout)
         for index in range(number if started is None else started)
     ]
 
