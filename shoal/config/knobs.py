@@ -20,14 +20,12 @@ _FALSE = ("false", "no", "off", "0")
 # Flags of vLLM's that people bring along and this version has no counterpart of.
 NOT_YET = {
     "enable_expert_parallel": "models with experts cannot be served in this version",
-    "quantization": "quantized checkpoints cannot be read in this version",
     "kv_cache_dtype": "the KV cache has the model's dtype in this version",
     "speculative_config": "speculative decoding is not built in this version",
     "enable_lora": "LoRA adapters are not built in this version",
     "tool_call_parser": "tool calls are not built in this version",
     "reasoning_parser": "reasoning parsers are not built in this version",
 }
-_NOT_YET_SHORT = {"q": "quantization"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +147,8 @@ class KnobTable:
         knob = self.by_name.get(key)
         if knob is not None:
             return knob
-        full_name = _NOT_YET_SHORT.get(key, key)
-        if full_name in NOT_YET:
-            raise ConfigError(f"{spell(key)} is not supported: {NOT_YET[full_name]}")
+        if key in NOT_YET:
+            raise ConfigError(f"{spell(key)} is not supported: {NOT_YET[key]}")
         near = difflib.get_close_matches(key, self.by_name, n=1)
         hint = f"; did you mean {spell(near[0])}?" if near else ", and no name is near it"
         raise ConfigError(f"{spell(key)} is not an option{hint}")

@@ -7,22 +7,36 @@ import json
 from pathlib import Path
 from typing import Any
 
-from shoal.config.rope import RopeConfig, parse_rope
+from shoal.config.families import FAMILIES, SUPPORTED_ARCHITECTURES
+from shoal.config.quantization import QuantizationConfig, read_quantization
+from shoal.config.rope import RopeConfig
 from shoal.errors import InvalidRequestError, ModelError
 from shoal.types.sampling_params import SamplingParams
 
-__all__ = ["SUPPORTED_ARCHITECTURES", "ModelConfig", "RopeConfig", "load_model_config"]
+__all__ = [
+    "SUPPORTED_ARCHITECTURES",
+    "ExpertsConfig",
+    "ModelConfig",
+    "QuantizationConfig",
+    "RopeConfig",
+    "load_model_config",
+]
 
-# Architecture (as in config.json) -> model_type.
-SUPPORTED_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "OPTForCausalLM": "opt",
-}
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """The experts of a mixture. num_per_token: how many a token goes to. intermediate_size: of one expert.
+
+    layers: which layers have experts; the others have an MLP of ModelConfig.intermediate_size.
+    """
+
+    num_experts: int
+    num_per_token: int
+    intermediate_size: int
+    layers: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +70,20 @@ class ModelConfig:
     generation_defaults: dict[str, Any]
     # The whole config.json: for what only one family has.
     raw: dict[str, Any]
+    # Numbers of a row of the cache that all heads share (multi-head latent attention); None: keys and values by head.
+    latent_cache_dim: int | None = None
+    # None: a dense model.
+    experts: ExpertsConfig | None = None
+    # None: matrices in `dtype`.
+    quantization: QuantizationConfig | None = None
 
 
-def load_model_config(path: str | Path) -> ModelConfig:
-    """Read `path`/config.json and, where present, generation_config.json.
+def load_model_config(path: str | Path, quantization: str | None = None) -> ModelConfig:
+    """Read `path`/config.json and, where present, generation_config.json and quantize_config.json.
 
-    Raises ModelError: directory or file missing, not JSON, unknown architecture, impossible shapes, unsupported rope.
+    quantization: what --quantization says.
+    Raises ModelError: directory or file missing, not JSON, unknown architecture, impossible shapes, unsupported rope or
+    quantization. ConfigError: `quantization` contradicts the checkpoint.
     """
     directory = Path(path)
     if not directory.is_dir():
@@ -74,22 +96,32 @@ def load_model_config(path: str | Path) -> ModelConfig:
     defaults = _generation_defaults(generation, directory)
     architecture = _architecture(raw, directory)
     try:
-        shape = _opt_fields(raw) if architecture == "OPTForCausalLM" else _llama_like_fields(architecture, raw)
+        family = FAMILIES[architecture]
         config = ModelConfig(
             path=str(directory),
             architecture=architecture,
-            model_type=SUPPORTED_ARCHITECTURES[architecture],
+            model_type=family.model_type,
             dtype=_dtype(raw),
             bos_token_id=_first_id(raw.get("bos_token_id", generation.get("bos_token_id"))),
             eos_token_ids=_eos_ids(raw.get("eos_token_id"), generation.get("eos_token_id")),
             generation_defaults=defaults,
             raw=raw,
-            **shape,
+            quantization=read_quantization(_quantization(raw, directory), quantization),
+            **family.read(architecture, raw),
         )
         _check_shapes(config)
     except ModelError as error:
         raise ModelError(f"{directory / 'config.json'}: {error}") from None
     return config
+
+
+def _quantization(raw: dict[str, Any], directory: Path) -> dict[str, Any] | None:
+    """The object that describes the quantization: in the config, or in the file that AutoGPTQ wrote beside it."""
+    found = raw.get("quantization_config") or raw.get("compression_config")
+    if found is not None:
+        return found  # type: ignore[no-any-return]
+    beside = _read_json(directory / "quantize_config.json")
+    return None if beside is None else {"quant_method": "gptq", **beside}
 
 
 def _generation_defaults(generation: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -131,97 +163,6 @@ def _architecture(raw: dict[str, Any], directory: Path) -> str:
         f"{directory / 'config.json'}: architecture {shown} is not supported; "
         f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
     )
-
-
-def _llama_like_fields(architecture: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """Llama, Mistral, Qwen2, Qwen3. Keys that are absent take the defaults of Hugging Face's configuration classes."""
-    hidden_size, num_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    num_layers = _size(raw, "num_hidden_layers")
-    positions_default = {"LlamaForCausalLM": 2048, "MistralForCausalLM": 131072}.get(architecture, 32768)
-    max_positions = _size(raw, "max_position_embeddings", positions_default)
-    rope = parse_rope(raw, max_positions)
-    fixed_head_dim = architecture == "Qwen3ForCausalLM" and "head_dim" not in raw
-    if raw.get("head_dim") is None and not fixed_head_dim and hidden_size % num_heads:
-        raise ModelError(
-            f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim"
-        )
-    # Mistral's absent key means 8, its explicit null as many as query heads.
-    absent_means_8 = architecture == "MistralForCausalLM" and "num_key_value_heads" not in raw
-    attention_bias = architecture == "Qwen2ForCausalLM" or bool(raw.get("attention_bias", False))
-    return {
-        "vocab_size": _size(raw, "vocab_size"),
-        "hidden_size": hidden_size,
-        "intermediate_size": _size(raw, "intermediate_size"),
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": _size(raw, "num_key_value_heads", 8 if absent_means_8 else num_heads),
-        "head_dim": _size(raw, "head_dim", 128 if fixed_head_dim else hidden_size // num_heads),
-        "max_position_embeddings": rope.max_length(max_positions),
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-        "hidden_act": str(raw.get("hidden_act", "silu")),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        "attention_bias": attention_bias and architecture != "MistralForCausalLM",
-        "rope": rope,
-        "sliding_windows": _sliding_windows(architecture, raw, num_layers),
-    }
-
-
-def _opt_fields(raw: dict[str, Any]) -> dict[str, Any]:
-    hidden_size, num_heads = _size(raw, "hidden_size"), _size(raw, "num_attention_heads")
-    num_layers = _size(raw, "num_hidden_layers")
-    if hidden_size % num_heads:
-        raise ModelError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}")
-    return {
-        "vocab_size": _size(raw, "vocab_size"),
-        "hidden_size": hidden_size,
-        "intermediate_size": _size(raw, "ffn_dim"),
-        "num_layers": num_layers,
-        "num_heads": num_heads,
-        "num_kv_heads": num_heads,
-        "head_dim": hidden_size // num_heads,
-        "max_position_embeddings": _size(raw, "max_position_embeddings", 2048),
-        "norm_eps": 1e-5,
-        "hidden_act": str(raw.get("activation_function", "relu")),
-        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
-        "attention_bias": bool(raw.get("enable_bias", True)),
-        "rope": None,
-        "sliding_windows": (None,) * num_layers,
-    }
-
-
-def _sliding_windows(architecture: str, raw: dict[str, Any], num_layers: int) -> tuple[int | None, ...]:
-    if architecture == "MistralForCausalLM":
-        window = raw.get("sliding_window", 4096)
-        return (_window(window),) * num_layers
-    if architecture not in ("Qwen2ForCausalLM", "Qwen3ForCausalLM"):
-        return (None,) * num_layers
-    window = _window(raw.get("sliding_window", 4096)) if raw.get("use_sliding_window", False) else None
-    layer_types = raw.get("layer_types")
-    if layer_types is None:
-        first = int(raw.get("max_window_layers", 28))
-        return tuple(window if index >= first else None for index in range(num_layers))
-    if len(layer_types) != num_layers:
-        raise ModelError(f"layer_types names {len(layer_types)} layers, num_hidden_layers is {num_layers}")
-    if unknown := sorted(set(layer_types) - {"full_attention", "sliding_attention"}):
-        raise ModelError(f"layer type {unknown[0]!r} is not supported; supported: full_attention, sliding_attention")
-    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
-
-
-def _window(value: Any) -> int | None:
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"sliding_window must be a positive integer or null; found {value!r}")
-    return value
-
-
-def _size(raw: dict[str, Any], name: str, default: int | None = None) -> int:
-    value = raw.get(name)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(f"{name} must be a positive integer; found {raw.get(name)!r}")
-    return value
 
 
 def _dtype(raw: dict[str, Any]) -> str:

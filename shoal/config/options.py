@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from shoal.config.quantization import CHOICES as QUANTIZATIONS
+
 EMBEDDED_MODEL = "shoal-tiny"
 
 
@@ -57,6 +59,13 @@ class ModelOptions:
         "auto",
         "auto: safetensors; pt: also .bin files (pickle: only from a source you trust); dummy: random weights.",
         choices=("auto", "safetensors", "pt", "dummy"),
+    )
+    quantization: str | None = option(
+        None,
+        "How the checkpoint is quantized; default: as its config says. fp8 and int8 also quantize a plain checkpoint "
+        "while it is loaded.",
+        choices=QUANTIZATIONS,
+        short="q",
     )
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
     deterministic: bool | None = option(

@@ -80,11 +80,24 @@ def _fits(model: ModelConfig, degree: int, deterministic: bool) -> bool:
         return False
     if model.num_kv_heads % degree and degree % model.num_kv_heads:
         return False
+    if degree > 1 and not _cuts_whole_units(model, degree):
+        return False
     if not deterministic:
         return True
     # Each rank holds whole shards of the fixed tree, in every row-parallel layer.
     row_inputs = (model.num_heads * model.head_dim, model.intermediate_size)
     return all(virtual_shards(inputs) % degree == 0 for inputs in row_inputs)
+
+
+def _cuts_whole_units(model: ModelConfig, degree: int) -> bool:
+    """Whether no group, block or packed number of a quantized matrix would lie on two ranks."""
+    quantization = model.quantization
+    if quantization is None or quantization.on_the_fly:
+        return True
+    heads, width = model.num_heads * model.head_dim // degree, model.intermediate_size // degree
+    kv_heads = max(1, model.num_kv_heads // degree) * model.head_dim
+    cuts_inputs = all(size % quantization.input_unit == 0 for size in (heads, width))
+    return cuts_inputs and all(size % quantization.output_unit == 0 for size in (heads, kv_heads, width))
 
 
 def virtual_shards(in_features: int) -> int:

@@ -46,7 +46,7 @@ def resolve(
     Raises ModelError for a model that is missing or broken, ConfigError for options that do not go together or
     that the model or the device cannot do.
     """
-    model_config = load_model_config(resolve_model_path(model.model))
+    model_config = load_model_config(resolve_model_path(model.model), model.quantization)
     device = resolve_device(model.device)
     deterministic = model.deterministic
     if deterministic is None:

@@ -11,6 +11,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 import torch
 
+from shoal.quantization.base import Fill
+
 TensorKind = Literal["matrix", "embedding", "norm", "bias"]
 
 
@@ -18,7 +20,9 @@ TensorKind = Literal["matrix", "embedding", "norm", "bias"]
 class CheckpointTensor:
     """name, shape: as in the checkpoint, whole. index: this rank's piece. destination: a view with the piece's shape.
 
-    kind tells the dummy loader what values make sense.
+    Several may have one name: each takes its piece of that tensor. Where the destination holds floats, the checkpoint
+    may have others, which are converted; integers and 8-bit floats are taken as they are stored.
+    optional: the checkpoint may lack it. kind tells the dummy loader what values make sense; `fill` makes them.
     """
 
     name: str
@@ -26,6 +30,8 @@ class CheckpointTensor:
     index: tuple[slice, ...]
     destination: torch.Tensor
     kind: TensorKind
+    optional: bool = False
+    fill: Fill | None = None
 
     @property
     def is_whole(self) -> bool:

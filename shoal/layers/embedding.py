@@ -78,6 +78,8 @@ class LogitsHead(nn.Module):
             dtype=context.dtype,
             device=context.device,
             deterministic=context.deterministic,
+            names=(name,),
+            part_sizes=(self.vocabulary.width,),
         )
         self.method = context.quantization.linear(spec, None if tied is None else tied.weight)
         for tensor in self.method.tensors():

@@ -6,7 +6,9 @@ How the weights are held and multiplied is the quantization method's business. T
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -23,7 +25,7 @@ from shoal.quantization.base import LinearSpec, LinearTensor
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One matrix of the checkpoint: its name, all its outputs, and this rank's."""
+    """A matrix of the checkpoint, or some outputs of it: its name, its outputs in all, and those that are taken."""
 
     name: str
     out_features: int
@@ -61,6 +63,8 @@ class Linear(nn.Module):
                 num_input_shards=num_input_shards,
                 is_summand=is_summand,
                 is_replicated=is_replicated,
+                names=tuple(part.name for part in parts),
+                part_sizes=tuple(part.rows.stop - part.rows.start for part in parts),
             )
         )
 
@@ -77,25 +81,31 @@ class Linear(nn.Module):
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         for tensor in self.method.tensors():
             start = 0
-            for part in self.parts:
-                yield self._checkpoint_tensor(tensor, part, start)
+            for number, part in enumerate(self.parts):
+                yield self._checkpoint_tensor(tensor, part, number, start)
                 start += part.rows.stop - part.rows.start
 
-    def _checkpoint_tensor(self, tensor: LinearTensor, part: Part, start: int) -> CheckpointTensor:
-        shape = list(tensor.data.shape)
+    def _checkpoint_tensor(self, tensor: LinearTensor, part: Part, number: int, start: int) -> CheckpointTensor:
+        destination = tensor.data[number] if tensor.by_part else tensor.data
+        shape = list(destination.shape)
         index = [slice(0, size) for size in shape]
-        destination = tensor.data
-        if tensor.out_dim is not None:
-            shape[tensor.out_dim], index[tensor.out_dim] = part.out_features, part.rows
-            destination = destination.narrow(tensor.out_dim, start, part.rows.stop - part.rows.start)
-        if tensor.in_dim is not None:
-            shape[tensor.in_dim], index[tensor.in_dim] = self.in_features, self.columns
+        name = f"{part.name}.{tensor.suffix}"
+        if (dim := tensor.out_dim) is not None:
+            unit = tensor.out_unit
+            shape[dim], index[dim] = _in_units(part.rows, part.out_features, unit, name, "outputs")
+            own = slice(start, start + part.rows.stop - part.rows.start)
+            _, place = _in_units(own, own.stop if number == len(self.parts) - 1 else -1, unit, name, "outputs")
+            destination = destination.narrow(dim, place.start, place.stop - place.start)
+        if (dim := tensor.in_dim) is not None:
+            shape[dim], index[dim] = _in_units(self.columns, self.in_features, tensor.in_unit, name, "inputs")
         return CheckpointTensor(
-            name=f"{part.name}.{tensor.suffix}",
+            name=name,
             shape=tuple(shape),
             index=tuple(index),
             destination=destination,
             kind="bias" if tensor.suffix == "bias" else "matrix",
+            optional=tensor.optional,
+            fill=tensor.fill,
         )
 
     def process_after_load(self) -> None:
@@ -103,6 +113,24 @@ class Linear(nn.Module):
 
     def weight_bytes(self) -> int:
         return self.method.weight_bytes()
+
+
+def _in_units(own: slice, size: int, unit: int | Fraction, name: str, what: str) -> tuple[int, slice]:
+    """`size` and `own` counted in elements that stand for `unit` each; the last one may stand for fewer.
+
+    Raises ConfigError where a cut would go through an element.
+    """
+    if unit == 1:
+        return size, own
+    for cut in (own.start, own.stop):
+        if (cut / Fraction(unit)).denominator != 1 and cut != size:
+            raise ConfigError(
+                f"{name}: the {what} of this rank are {own.start} to {own.stop}, and the checkpoint is quantized in "
+                f"units of {unit} {what}; use fewer tensor parallel ranks"
+            )
+    return math.ceil(size / Fraction(unit)), slice(
+        int(own.start / Fraction(unit)), math.ceil(own.stop / Fraction(unit))
+    )
 
 
 class ReplicatedLinear(Linear):
@@ -122,14 +150,33 @@ class ColumnLinear(Linear):
         super().__init__(context, in_features=in_features, parts=[part], bias=bias)
 
 
+def _parts(prefix: str, names: str | Sequence[str], matrices: Sequence[tuple[int, slice]]) -> list[Part]:
+    """matrices: outputs of each, and this rank's. names: of each in the checkpoint; or the name of one in which they
+    stand one above the other."""
+    if not isinstance(names, str):
+        return [Part(f"{prefix}.{name}", size, own) for name, (size, own) in zip(names, matrices, strict=True)]
+    total, parts, start = sum(size for size, _ in matrices), [], 0
+    for size, own in matrices:
+        parts.append(Part(f"{prefix}.{names}", total, slice(start + own.start, start + own.stop)))
+        start += size
+    return parts
+
+
 class GateUpLinear(Linear):
-    """The gate and up projections of a gated MLP, one above the other."""
+    """The gate and up projections of a gated MLP, one above the other; in the checkpoint too, where `names` is one."""
 
     def __init__(
-        self, context: BuildContext, prefix: str, hidden_size: int, intermediate_size: int, *, bias: bool
+        self,
+        context: BuildContext,
+        prefix: str,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        bias: bool,
+        names: str | Sequence[str] = ("gate_proj", "up_proj"),
     ) -> None:
         rows = context.parallel.tensor_slice(intermediate_size, "intermediate_size")
-        parts = [Part(f"{prefix}.{name}", intermediate_size, rows) for name in ("gate_proj", "up_proj")]
+        parts = _parts(prefix, names, [(intermediate_size, rows)] * 2)
         super().__init__(context, in_features=hidden_size, parts=parts, bias=bias)
 
     def gated(self, x: torch.Tensor, activation: GatedActivation, *, norm: RMSNorm | None = None) -> torch.Tensor:
@@ -141,7 +188,8 @@ class GateUpLinear(Linear):
 
 
 class QKVLinear(Linear):
-    """Query, key and value projections, one above the other, split by heads."""
+    """Query, key and value projections, one above the other, split by heads; in the checkpoint they are one matrix
+    where `names` is one name."""
 
     def __init__(
         self,
@@ -153,17 +201,15 @@ class QKVLinear(Linear):
         head_dim: int,
         *,
         bias: bool,
+        names: str | Sequence[str] = ("q_proj", "k_proj", "v_proj"),
     ) -> None:
         heads = context.parallel.tensor_slice(num_heads, "attention heads")
         kv_heads = context.parallel.kv_head_slice(num_kv_heads)
-        parts = [
-            Part(f"{prefix}.{name}", count * head_dim, slice(own.start * head_dim, own.stop * head_dim))
-            for name, count, own in (
-                ("q_proj", num_heads, heads),
-                ("k_proj", num_kv_heads, kv_heads),
-                ("v_proj", num_kv_heads, kv_heads),
-            )
+        matrices = [
+            (count * head_dim, slice(own.start * head_dim, own.stop * head_dim))
+            for count, own in ((num_heads, heads), (num_kv_heads, kv_heads), (num_kv_heads, kv_heads))
         ]
+        parts = _parts(prefix, names, matrices)
         super().__init__(context, in_features=hidden_size, parts=parts, bias=bias)
 
 

@@ -30,7 +30,7 @@ def build_model(config: ModelConfig, context: BuildContext) -> CausalLM:
     if config.architecture not in _MODELS:
         raise ModelError(f"architecture {config.architecture!r} is not supported; supported: {', '.join(_MODELS)}")
     assert context.tensor_group.world_size == context.parallel.tensor_size, "the group must be that of the grid"
-    context = dataclasses.replace(context, quantization=create_quantization(config.raw))
+    context = dataclasses.replace(context, quantization=create_quantization(config.quantization))
     module, class_name = _MODELS[config.architecture]
     model: CausalLM = getattr(importlib.import_module(module), class_name)(config, context)
     return model

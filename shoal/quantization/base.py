@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Callable
+from fractions import Fraction
 
 import torch
 
@@ -20,6 +22,7 @@ class LinearSpec:
     is_summand: other ranks have the rest of the inputs, and whoever calls `apply` sums what they return: it is fp32 in
     deterministic mode, so that nothing is rounded before the sum. Such a layer has no bias of its own.
     is_replicated: other ranks hold the same weight and must get the same bits, so none chooses a kernel by itself.
+    names, part_sizes: the matrices of the checkpoint that are stacked here, and how many outputs each has on this rank.
     """
 
     in_features: int
@@ -31,6 +34,12 @@ class LinearSpec:
     num_input_shards: int = 1
     is_summand: bool = False
     is_replicated: bool = False
+    names: tuple[str, ...] = ()
+    part_sizes: tuple[int, ...] = ()
+
+
+# fill(whole tensor, generator on its device)
+Fill = Callable[[torch.Tensor, torch.Generator], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,12 +47,22 @@ class LinearTensor:
     """A tensor that a method reads from the checkpoint: `<layer>.<suffix>`.
 
     out_dim, in_dim: dimensions of `data` that run along the layer's outputs and inputs; None where there is none.
+    out_unit, in_unit: how many outputs or inputs one element stands for there: 8 of 4 bits in an int32, a scale's group
+    or block (the last one may be smaller). 3-bit numbers lie 32 in three int32: Fraction(32, 3).
+    by_part: `data` has a leading dimension of the layer's parts, each with a tensor of its own: a scale a matrix.
+    optional: the checkpoint may lack it; `data` then keeps what it holds.
+    fill: random values for the whole tensor as it is stored, where uniform floats are none; see weights/dummy.py.
     """
 
     suffix: str
     data: torch.Tensor
     out_dim: int | None
     in_dim: int | None
+    out_unit: int | Fraction = 1
+    in_unit: int | Fraction = 1
+    by_part: bool = False
+    optional: bool = False
+    fill: Fill | None = None
 
 
 # Weight and epsilon of an RMSNorm.
@@ -91,4 +110,5 @@ class QuantizationScheme(abc.ABC):
 
     @abc.abstractmethod
     def linear(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> LinearMethod:
-        """A method for one layer. With `weight` [out_features, in_features] (a tied embedding) nothing is loaded."""
+        """A method for one layer, plain where the checkpoint keeps it so (`LinearSpec.names`). With `weight`
+        [out_features, in_features] (a tied embedding) nothing is loaded. Raises ConfigError or ModelError."""

@@ -49,6 +49,10 @@ def load_weights(
             for name in layers.names:
                 layers.fill(name, lambda tensor: fill_random(tensor, seed))
         else:
+            if layers.has_optional:
+                layers.drop_absent(
+                    name for file in open_weights(model_config.path, load_format) for name in file.names()
+                )
             for file in open_weights(model_config.path, load_format):
                 _load_file(file, model, layers, model_config.path)
                 num_bytes += file.num_bytes_read
@@ -61,17 +65,31 @@ class _Layers:
     it then frees. Layers that use another layer's tensors come last."""
 
     def __init__(self, layers: Iterable[HoldsWeights], progress: Progress | None) -> None:
-        self._waiting: dict[str, tuple[CheckpointTensor, HoldsWeights]] = {}
+        # By name in the checkpoint: all that take a piece of that tensor.
+        self._waiting: dict[str, list[tuple[CheckpointTensor, HoldsWeights]]] = {}
         self._num_missing: dict[HoldsWeights, int] = {}
         for layer in layers:
-            tensors = {tensor.name: (tensor, layer) for tensor in layer.checkpoint_tensors()}
-            self._waiting |= tensors
-            self._num_missing[layer] = len(tensors)
+            self._num_missing[layer] = 0
+            for tensor in layer.checkpoint_tensors():
+                self._waiting.setdefault(tensor.name, []).append((tensor, layer))
+                self._num_missing[layer] += 1
         self._progress = progress
         self._num_bytes_done = 0
-        self._num_bytes = sum(tensor.destination.nbytes for tensor, _ in self._waiting.values())
+        self._num_bytes = sum(tensor.destination.nbytes for takers in self._waiting.values() for tensor, _ in takers)
         self.names = tuple(self._waiting)
         self._known = frozenset(self.names)
+
+    @property
+    def has_optional(self) -> bool:
+        return any(tensor.optional for takers in self._waiting.values() for tensor, _ in takers)
+
+    def drop_absent(self, stored: Iterable[str]) -> None:
+        """Do not wait for optional tensors that are not among those that are stored."""
+        present = {self.canonical(name) for name in stored}
+        for name, takers in list(self._waiting.items()):
+            if name not in present and all(tensor.optional for tensor, _ in takers):
+                for _, layer in self._waiting.pop(name):
+                    self._num_missing[layer] -= 1
 
     def canonical(self, name: str) -> str:
         """Checkpoints of the bare decoder (without a head) lack the leading "model."."""
@@ -84,15 +102,17 @@ class _Layers:
         return name in self._waiting
 
     def fill(self, name: str, fill: Callable[[CheckpointTensor], None]) -> None:
-        """fill(tensor) for the tensor of that name, which its layer waits for."""
-        tensor, layer = self._waiting.pop(name)
-        fill(tensor)
-        self._num_bytes_done += tensor.destination.nbytes
-        del tensor
-        self._num_missing[layer] -= 1
-        if not self._num_missing[layer]:
-            del self._num_missing[layer]
-            layer.process_after_load()
+        """fill(tensor) for all that take a piece of the tensor of that name."""
+        takers = self._waiting.pop(name)
+        while takers:
+            tensor, layer = takers.pop()
+            fill(tensor)
+            self._num_bytes_done += tensor.destination.nbytes
+            del tensor
+            self._num_missing[layer] -= 1
+            if not self._num_missing[layer]:
+                del self._num_missing[layer]
+                layer.process_after_load()
         if self._progress is not None:
             self._progress(self._num_bytes_done, self._num_bytes)
 
@@ -127,7 +147,21 @@ def _load_tensor(file: TensorFile, stored_name: str, path: str, tensor: Checkpoi
         raise ModelError(
             f"{path}: tensor {stored_name} has shape {list(shape)}, the config asks for {list(tensor.shape)}"
         )
-    dtype = file.dtype(stored_name)
-    if not dtype.is_floating_point:
-        raise ModelError(f"{path}: tensor {stored_name} is {dtype}; expected floating-point weights")
+    stored, wanted = file.dtype(stored_name), tensor.destination.dtype
+    if _is_plain(wanted):
+        if not _is_plain(stored):
+            raise ModelError(
+                f"{path}: tensor {stored_name} is {str(stored).removeprefix('torch.')}; the config describes plain "
+                "floating-point weights"
+            )
+    elif stored != wanted:
+        raise ModelError(
+            f"{path}: tensor {stored_name} is {str(stored).removeprefix('torch.')}, the config asks for "
+            f"{str(wanted).removeprefix('torch.')}"
+        )
     file.read_into(stored_name, tensor.index, tensor.destination)
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    """Whether numbers of this type are what they seem: floats of 16 bits or more."""
+    return dtype.is_floating_point and dtype.itemsize > 1

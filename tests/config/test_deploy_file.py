@@ -113,7 +113,7 @@ def test_a_revision_changes_with_what_running_replicas_cannot_take_over(read):
         ("target_queue: 3", "target_queue: many", "line 12: .*target_queue must be a number, 0 or more; got 'many'"),
         ("models:", "modles:", r"line 1: modles is not known; did you mean models\?"),
         ("device: cpu", "device: cpu\n      device: cuda", r"line 9: .*second time \(the first is in line 8\)"),
-        ("device: cpu", "quantization: awq", r"line 8: models\[0\].serve: quantization is not supported"),
+        ("device: cpu", "reasoning_parser: deepseek", r"line 8: models\[0\].serve: reasoning_parser is not supported"),
         ("router:\n", "router: ]\n", "line 17 is not YAML"),
         ("    layout:\n      num_cpus: 0.5\n", "    layout: 3\n", r"line 5: models\[0\].layout must hold .*found 3"),
     ],

@@ -109,7 +109,8 @@ def test_keywords_are_checked(monkeypatch):
         ({"max_model_len": "4096"}, "max_model_len must be an integer, 1 or more; got '4096'"),
         ({"port": 1}, "port is not an option"),
         ({"kv_cache_memory": 1, "kv_cache_memory_bytes": 2}, "a second time"),
-        ({"quantization": "gptq"}, "not supported"),
+        ({"quantization": "q4_k_m"}, "quantization must be one of gptq"),
+        ({"speculative_config": "{}"}, "not supported"),
         ({"tensor_parallel_size": 0}, "1 or more"),
     ]:
         with pytest.raises(ConfigError, match=message):

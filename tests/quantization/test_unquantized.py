@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shoal.errors import ModelError
 from shoal.quantization.base import LinearSpec
 from shoal.quantization.registry import create_quantization
 from shoal.quantization.unquantized import Unquantized, packing_pays
@@ -73,7 +72,4 @@ def test_packing_is_for_cpus() -> None:
 
 
 def test_schemes() -> None:
-    assert create_quantization({}).name == "none"
-    assert create_quantization({"quantization_config": None}).name == "none"
-    with pytest.raises(ModelError, match="quantized with 'gptq', which is not supported; use the unquantized model"):
-        create_quantization({"quantization_config": {"quant_method": "gptq", "bits": 4}})
+    assert create_quantization(None).name == "none"

@@ -1,0 +1,90 @@
+"""How a checkpoint's quantization is read: every layout by its own names, and what is wrong refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from shoal.config.quantization import QuantizationConfig, read_quantization
+from shoal.errors import ConfigError, ModelError
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": False}
+COMPRESSED: dict[str, Any] = {
+    "quant_method": "compressed-tensors",
+    "format": "float-quantized",
+    "ignore": ["lm_head", "re:.*gate$"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+            "input_activations": {"num_bits": 8, "type": "float", "dynamic": True, "strategy": "token"},
+        }
+    },
+}
+
+
+def read(found: Any, wanted: str | None = None) -> QuantizationConfig:
+    config = read_quantization(found, wanted)
+    assert config is not None
+    return config
+
+
+def test_plain_checkpoints() -> None:
+    assert read_quantization(None) is None and read_quantization({}) is None
+    config = read(None, "fp8")
+    assert config.on_the_fly and config.bits == 8 and config.kind == "float"
+
+
+def test_gptq() -> None:
+    config = read(GPTQ, "gptq_marlin")
+    assert (config.bits, config.group_size, config.desc_act, config.symmetric) == (4, 128, True, False)
+    assert config.input_unit == 128 and config.output_unit == 8
+    assert config.keeps("lm_head") and not config.keeps("model.layers.0.mlp.up_proj")
+    assert not read(GPTQ | {"lm_head": True}).keeps("lm_head")
+
+
+def test_awq_in_both_spellings() -> None:
+    hub = read({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"})
+    own = read({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"})
+    assert hub.group_size == own.group_size == 64 and not hub.symmetric
+
+
+def test_fp8() -> None:
+    blocks = read({"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["gate"]})
+    assert blocks.scales == "block" and blocks.block == (128, 128) and blocks.activations == "dynamic_group"
+    assert blocks.keeps("model.layers.3.mlp.gate") and not blocks.keeps("model.layers.3.mlp.gate_proj")
+    static = read({"quant_method": "fp8", "activation_scheme": "static"})
+    assert (static.scales, static.activations) == ("tensor", "static_tensor")
+
+
+def test_compressed_tensors() -> None:
+    config = read(COMPRESSED)
+    assert (config.kind, config.scales, config.activations) == ("float", "channel", "dynamic_token")
+    assert config.keeps("model.layers.0.mlp.gate") and not config.keeps("model.layers.0.mlp.gate_proj")
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "message"),
+    [
+        ("gptq", None, "quantization_config must be an object; found 'gptq'"),
+        ({"quant_method": "bitsandbytes"}, None, "quant_method 'bitsandbytes' is not supported; supported: gptq, awq"),
+        (GPTQ | {"bits": 5}, None, "bits 5 is not supported; supported: 2, 3, 4, 8"),
+        (GPTQ | {"bits": "4"}, None, "bits must be an integer; found '4'"),
+        (GPTQ | {"bits": None}, None, "bits must be an integer; found None"),
+        (GPTQ | {"group_size": 0}, None, "group_size must be -1 or a positive multiple of 8; found 0"),
+        (GPTQ | {"sym": "yes"}, None, "sym must be true or false; found 'yes'"),
+        (GPTQ | {"checkpoint_format": "marlin"}, None, "checkpoint_format 'marlin' is not supported"),
+        (GPTQ, "awq", "--quantization awq contradicts the checkpoint, which is quantized by gptq"),
+        (None, "gptq", "--quantization gptq: the checkpoint is not quantized .*`shoal quantize`"),
+        ({"quant_method": "awq", "version": "gemv"}, None, "version 'gemv' of AWQ is not supported"),
+        ({"quant_method": "fp8", "weight_block_size": [128]}, None, "weight_block_size must be two sizes"),
+        ({"quant_method": "fp8", "fmt": "e5m2"}, None, "fmt 'e5m2' is not supported"),
+        (COMPRESSED | {"config_groups": {}}, None, "with 0 config_groups"),
+        (COMPRESSED | {"format": "marlin-24"}, None, "format 'marlin-24' of compressed-tensors"),
+        (COMPRESSED | {"ignore": "lm_head"}, None, "ignore must be a list of names; found 'lm_head'"),
+    ],
+)
+def test_what_is_refused(found: Any, wanted: str | None, message: str) -> None:
+    with pytest.raises((ModelError, ConfigError), match=message):
+        read_quantization(found, wanted)
