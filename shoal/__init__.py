@@ -12,9 +12,14 @@ from typing import Any
 from shoal.version import __version__ as __version__
 
 # Type checkers read __init__.pyi; an import of shoal.llm here would be one upwards for every floor.
-_HOMES = {"LLM": "shoal.llm", "SamplingParams": "shoal.types", "RequestOutput": "shoal.types"}
+_HOMES = {
+    "LLM": "shoal.llm",
+    "PoolingParams": "shoal.types",
+    "RequestOutput": "shoal.types",
+    "SamplingParams": "shoal.types",
+}
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "PoolingParams", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from shoal.types.outputs import FinishReason, TokenLogprobs
+from shoal.types.pooling_params import PoolingParams
 from shoal.types.request import EngineRequest
 from shoal.types.sampling_params import SamplingParams
 
@@ -64,6 +65,8 @@ class TokenDelta(msgspec.Struct, omit_defaults=True):
     error: str | None = None
     # Beside an error: the core that worked on it is gone, and another one can do it.
     lost: bool = False
+    # The vector or the scores of a pooling request: little-endian fp32.
+    pooled: bytes | None = None
 
 
 class RankStats(msgspec.Struct, array_like=True):
@@ -100,6 +103,8 @@ class EngineStats(msgspec.Struct):
     # Of each pipeline stage, the share of the last seconds with steps in flight in which it computed nothing.
     stage_bubbles: list[float] = []
     ranks: list[RankStats] = []
+    # Routed to each expert since the start, in all layers; empty without experts.
+    expert_tokens_total: list[int] = []
     # While a step is awaited: since any rank showed a sign, in whatever layer or collective.
     seconds_without_progress: float = 0.0
 
@@ -161,6 +166,7 @@ class SlotAssignment(msgspec.Struct, array_like=True):
     token_ids: list[int]
     num_prompt_tokens: int
     sampling: SamplingParams
+    pooling: PoolingParams | None = None
 
 
 class SlotWork(msgspec.Struct, array_like=True):
@@ -193,12 +199,16 @@ class ScheduledBatch(msgspec.Struct, array_like=True):
 
 
 class SlotResult(msgspec.Struct, array_like=True):
-    """What one slot sampled: 0..k token ids; prompt_logprobs for the prompt positions computed in this step."""
+    """What one slot sampled: 0..k token ids; prompt_logprobs for the prompt positions computed in this step.
+
+    pooled: of a pooling request instead, once its prompt is computed: see TokenDelta.
+    """
 
     slot: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
+    pooled: bytes | None = None
 
 
 class BatchResult(msgspec.Struct, array_like=True):

@@ -12,7 +12,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 VOCAB_SIZE = 512
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "opt")
+_LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
+    "original_max_position_embeddings": 512,
+}
 # Families in all the forms that their code tells apart: name -> (family, changes of its config).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -70,6 +78,38 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3", {}),
     "qwen3-window": ("qwen3", {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1}),
     "qwen3-biases-tied": ("qwen3", {"attention_bias": True, "tie_word_embeddings": True}),
+    "mixtral": ("mixtral", {}),
+    "mixtral-window": ("mixtral", {"sliding_window": 24, "num_local_experts": 5, "num_experts_per_tok": 3}),
+    "qwen2-moe": ("qwen2_moe", {}),
+    "qwen2-moe-some-dense": (
+        "qwen2_moe",
+        {"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3], "norm_topk_prob": True},
+    ),
+    "qwen2-moe-some-windows": (
+        "qwen2_moe",
+        {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 2, "num_hidden_layers": 3},
+    ),
+    "qwen3-moe": ("qwen3_moe", {}),
+    "qwen3-moe-not-normalized": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 11, "attention_bias": True}),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 32}),
+    "gemma3": ("gemma3", {"num_hidden_layers": 3}),
+    "gemma3-linear": (
+        "gemma3",
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            }
+        },
+    ),
+    "phi3": ("phi3", {}),
+    "phi3-window": ("phi3", {"sliding_window": 33, "num_key_value_heads": 4}),
+    "phi4-mini": ("phi3", {"tie_word_embeddings": True, "rope_parameters": _LONGROPE}),
+    "glm": ("glm", {}),
+    "glm4": ("glm4", {}),
+    "glm4-no-biases": ("glm4", {"attention_bias": False, "tie_word_embeddings": True}),
     "opt": ("opt", {}),
     "opt-350m-form": ("opt", {"word_embed_proj_dim": 24, "do_layer_norm_before": False}),
     "opt-odd-heads-untied": ("opt", {"hidden_size": 60, "tie_word_embeddings": False}),
@@ -92,6 +132,34 @@ _FAMILY: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] =
     "mistral": (transformers.MistralConfig, {**_GATED, "sliding_window": 64, "head_dim": 32}),
     "qwen2": (transformers.Qwen2Config, {**_GATED, "tie_word_embeddings": True}),
     "qwen3": (transformers.Qwen3Config, {**_GATED, "head_dim": 32}),
+    "mixtral": (transformers.MixtralConfig, {**_GATED, "num_local_experts": 6}),
+    "qwen2_moe": (
+        transformers.Qwen2MoeConfig,
+        {**_GATED, "num_experts": 6, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80},
+    ),
+    "qwen3_moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            **_GATED,
+            "head_dim": 32,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 48,
+            "norm_topk_prob": True,
+        },
+    ),
+    "gemma": (transformers.GemmaConfig, {**_GATED, "head_dim": 32}),
+    "gemma2": (
+        transformers.Gemma2Config,
+        {**_GATED, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 40, "attn_logit_softcapping": 5.0},
+    ),
+    "gemma3": (
+        transformers.Gemma3TextConfig,
+        {**_GATED, "head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 40, "sliding_window_pattern": 2},
+    ),
+    "phi3": (transformers.Phi3Config, {**_GATED, "original_max_position_embeddings": 512}),
+    "glm": (transformers.GlmConfig, {**_GATED, "head_dim": 16}),
+    "glm4": (transformers.Glm4Config, {**_GATED, "head_dim": 16}),
     "opt": (transformers.OPTConfig, {"ffn_dim": 112, "word_embed_proj_dim": None}),
 }
 
@@ -128,7 +196,7 @@ def make_checkpoint(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
-                spread = 0.5 if "embed" in name else 1.5 / parameter.shape[1] ** 0.5
+                spread = 0.5 if "embed" in name else 1.5 / parameter.shape[-1] ** 0.5
                 parameter.normal_(0.0, spread, generator=generator)
             else:
                 is_norm = name.endswith("norm.weight")

@@ -12,6 +12,12 @@ from typing import Any
 
 import torch
 
+from shoal.errors import ConfigError
+
+
+class AttentionRefusal(ConfigError):
+    """A backend cannot do what a layer needs of it."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class DeviceRows:
@@ -27,18 +33,66 @@ class DeviceRows:
     are_tokens: bool = False
 
 
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class AttentionForm:
+    """What one layer does with the scores of its queries and keys.
+
+    logit = scale * (query · key), then softcap * tanh(logit / softcap) where there is a softcap. A query at position p
+    sees the keys at positions max(0, p - sliding_window + 1) … p. sinks [Hq]: fp32, for each query head a logit that
+    joins the sum under its softmax and has no value. key_scale, value_scale: what the numbers of a cache of 8-bit
+    floats are multiplied by when they are read; caches of wider types ignore them.
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    key_scale: float = 1.0
+    value_scale: float = 1.0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is what everybody's kernels compute."""
+        return self.softcap is None and self.sinks is None
+
+    def arguments(self) -> dict[str, Any]:
+        """As the kernels of `kernels` take them."""
+        return {name: getattr(self, name) for name in _FORM_FIELDS}
+
+
+_FORM_FIELDS = tuple(field.name for field in dataclasses.fields(AttentionForm))
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class HeadTransform:
     """What happens to query and key heads between projection and attention.
 
-    table [P, D]: fp32, cosines of D / 2 angles and then sines, a row a position: halves (a, b) of a head become
-    (a cos - b sin, b cos + a sin). query_norm, key_norm [D]: RMSNorm weights applied to each head before, or None.
+    table [P, R]: fp32, cosines of R / 2 angles and then sines, a row a position. The first R of a head's D numbers
+    turn, in pairs (a, b) that become (a cos - b sin, b cos + a sin): numbers j and j + R / 2, or `interleaved` 2 j and
+    2 j + 1. query_norm, key_norm [D]: RMSNorm weights applied to each head before, or None.
     """
 
     table: torch.Tensor
     query_norm: torch.Tensor | None = None
     key_norm: torch.Tensor | None = None
     eps: float = 0.0
+    interleaved: bool = False
+
+    @property
+    def rotary_dim(self) -> int:
+        return self.table.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LayerNeeds:
+    """What a layer asks of its backend when it is made. head_dim: D, or L of a layer with a latent cache."""
+
+    head_dim: int
+    form: AttentionForm
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    device: torch.device
+    is_latent: bool = False
 
 
 @dataclasses.dataclass(slots=True)
@@ -86,8 +140,20 @@ class AttentionBackend(abc.ABC):
     def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
         """Fill blocks of one layer's cache with zeros; blocks: int64 ids."""
 
+    def latent_cache_shape(self, num_blocks: int, block_size: int, latent_dim: int) -> tuple[int, ...]:
+        """Shape of one layer's cache for `forward_latent`: a row of L numbers a token, that all heads share."""
+        return (num_blocks, block_size, latent_dim)
+
+    def refusal(self, needs: LayerNeeds) -> str | None:
+        """What of these needs it cannot do, with its name; None: it does all of them."""
+        return None
+
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_dim: int, max_model_len: int) -> int:
         """Memory that a captured step of decodes takes for itself at most, for one layer of this rank's heads."""
+        return 0
+
+    def latent_scratch_bytes(self, num_heads: int, latent_dim: int, max_model_len: int) -> int:
+        """The same for `forward_latent`."""
         return 0
 
     @abc.abstractmethod
@@ -102,14 +168,12 @@ class AttentionBackend(abc.ABC):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
+        form: AttentionForm,
     ) -> torch.Tensor:
         """Write keys and values to their slots, then attend.
 
-        query [T, Hq, D]; key, value [T, Hk, D]; returns [T, Hq * D]. A query at position p sees the keys at positions
-        max(0, p - sliding_window + 1) … p. All keys of the step are written before any is read.
+        query [T, Hq, D]; key, value [T, Hk, D]; returns [T, Hq * D]. All keys of the step are written before any is
+        read.
         """
 
     def forward_projected(
@@ -119,13 +183,30 @@ class AttentionBackend(abc.ABC):
         transform: HeadTransform,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
+        form: AttentionForm,
         *,
         num_heads: int,
-        scale: float,
-        sliding_window: int | None = None,
     ) -> torch.Tensor:
         """As `forward`, with the transform of query and key heads done on the way, where `transforms_heads`.
 
         projected [T, (Hq + 2 Hk) * D]: query heads, key heads, value heads, contiguous. positions [T]: int64 or int32.
         """
         raise NotImplementedError(f"attention backend {self.name} has no fused transform")
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        value_dim: int,
+        cache_scale: float = 1.0,
+    ) -> torch.Tensor:
+        """Write latents to their slots, then attend to them (multi-head latent attention, DeepSeek-V2, 2024).
+
+        query [T, Hq, L], latent [T, L]; returns [T, Hq, value_dim]. A cached row is the key of all heads, and its first
+        value_dim numbers are their value. cache_scale: what a cache of 8-bit floats is multiplied by when it is read.
+        """
+        raise NotImplementedError(f"attention backend {self.name} has no latent cache")

@@ -15,7 +15,16 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from shoal.attention.base import AttentionBackend, AttentionMetadata
+from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetadata, LayerNeeds
+from shoal.attention.cache_dtype import (
+    cells,
+    clear_blocks,
+    decode,
+    encode,
+    scale_values,
+    score_scale,
+    write_heads,
+)
 
 # The kernel's own split of the keys. A multiple of it would do as well.
 KV_SPLIT = 512
@@ -45,7 +54,12 @@ class DeterministicAttention(AttentionBackend):
         return (2, num_kv_heads, num_blocks, block_size, head_dim)
 
     def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
-        kv_cache.index_fill_(2, blocks, 0)
+        clear_blocks(kv_cache, blocks)
+
+    def refusal(self, needs: LayerNeeds) -> str | None:
+        if needs.form.softcap is not None:
+            return "attention backend deterministic caps no logits: PyTorch's kernel, whose bits it rests on, does not"
+        return None
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         decodes: dict[int, list[tuple[int, int]]] = {}  # padded length -> (row, token)
@@ -70,17 +84,34 @@ class DeterministicAttention(AttentionBackend):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
+        form: AttentionForm,
     ) -> torch.Tensor:
-        slots = kv_cache.flatten(2, 3)  # [2, Hk, N * block_size, D]
-        slots[0].index_copy_(1, metadata.slot_mapping, key.transpose(0, 1))
-        slots[1].index_copy_(1, metadata.slot_mapping, value.transpose(0, 1))
+        write_heads(kv_cache, key, value, metadata.slot_mapping, form)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in metadata.plan:
-            output[group.tokens] = _attend_group(query[group.tokens], kv_cache, group, scale, sliding_window)
-        return output.flatten(1)
+            output[group.tokens] = _attend_group(query[group.tokens], kv_cache, group, form)
+        return scale_values(output, form, kv_cache).flatten(1)
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        value_dim: int,
+        cache_scale: float = 1.0,
+    ) -> torch.Tensor:
+        rows = cells(kv_cache).flatten(0, 1)  # [N * block_size, L]
+        rows.index_copy_(0, metadata.slot_mapping, encode(latent, kv_cache, cache_scale))
+        form = AttentionForm(scale, key_scale=cache_scale, value_scale=cache_scale)
+        output = torch.empty((*query.shape[:2], value_dim), dtype=query.dtype)
+        for group in metadata.plan:
+            # As one KV head, whose values are as long as its keys: the kernel knows no others.
+            attended = _attend_group(query[group.tokens], kv_cache[None, None], group, form)
+            output[group.tokens] = attended[..., :value_dim]
+        return scale_values(output, form, kv_cache)
 
 
 def _padded(length: int) -> int:
@@ -119,19 +150,33 @@ def _mask(group: _Group, window: int | None) -> torch.Tensor:
     return group.masks[window]
 
 
-def _attend_group(
-    query: torch.Tensor, kv_cache: torch.Tensor, group: _Group, scale: float, window: int | None
-) -> torch.Tensor:
-    """query [S, Hq, D] -> [S, Hq, D]."""
+def _attend_group(query: torch.Tensor, kv_cache: torch.Tensor, group: _Group, form: AttentionForm) -> torch.Tensor:
+    """query [S, Hq, D] -> [S, Hq, D]. kv_cache [1, …]: what are keys are values too."""
     num_queries, num_heads, head_dim = query.shape
     num_kv_heads, num_rows = kv_cache.shape[1], group.blocks.shape[0]
-    gathered = kv_cache.index_select(2, group.blocks.flatten()).view(2, num_kv_heads, num_rows, -1, head_dim)
-    in_range = gathered[:, :, :, : group.context].float().contiguous()
-    keys, values = in_range.transpose(1, 2).unbind(0)  # [S or 1, Hk, C, D]
+    gathered = cells(kv_cache).index_select(2, group.blocks.flatten())
+    by_row = gathered.view(gathered.shape[0], num_kv_heads, num_rows, -1, head_dim)
+    in_range = decode(by_row[:, :, :, : group.context], kv_cache, torch.float32).float().contiguous()
+    mask = _mask(group, form.sliding_window)
+    if form.sinks is not None:
+        in_range = F.pad(in_range, (0, 0, KV_SPLIT, 0))
+        mask = _mask_with_sinks(mask, form.sinks.view(num_kv_heads, -1), head_dim)
+    keys, values = in_range[0].transpose(0, 1), in_range[-1].transpose(0, 1)  # [S or 1, Hk, C, D]
     keys, values = keys.expand(num_queries, -1, -1, -1), values.expand(num_queries, -1, -1, -1)
     grouped = query.float().reshape(num_queries, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    output = _attend(grouped, keys, values, _mask(group, window), scale)
+    output = _attend(grouped, keys, values, mask, score_scale(form, kv_cache))
     return output.reshape(num_queries, num_heads, head_dim).to(query.dtype)
+
+
+def _mask_with_sinks(mask: torch.Tensor, sinks: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """[S, Hk, G padded, KV_SPLIT + C]: a split of keys before all others, zeros, one of which is seen: its score is the
+    mask alone, the head's sink, and its value adds nothing. sinks [Hk, G]."""
+    num_kv_heads, group_size = sinks.shape
+    padding = -group_size % ROW_TILE[head_dim % 2]
+    first = torch.full((num_kv_heads, group_size + padding, KV_SPLIT), float("-inf"))
+    first[:, :, 0] = F.pad(sinks.float(), (0, padding))
+    shape = (mask.shape[0], num_kv_heads, group_size + padding, -1)
+    return torch.cat([first.expand(shape), mask.expand(shape)], dim=-1)
 
 
 def _attend(

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 
-from shoal.attention.base import AttentionBackend, AttentionMetadata, DeviceRows, HeadTransform
+from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetadata, DeviceRows, HeadTransform
+from shoal.attention.cache_dtype import clear_blocks
 from shoal.kernels.fixed_attention import decode_scratch_bytes, fixed_decode, fixed_prefill, query_tile_tokens
 from shoal.kernels.heads import transform_and_write
+from shoal.kernels.latent_attention import (
+    latent_decode,
+    latent_prefill,
+    latent_scratch_bytes,
+    latent_tile_tokens,
+    write_latents,
+)
+from shoal.kernels.prefill_attention import plan_tiles
 
 
 @dataclasses.dataclass(slots=True)
@@ -24,6 +34,7 @@ class _Plan:
     decode_tokens: torch.Tensor | None
     pieces: list[tuple[int, int, int, int]]
     tiles: dict[int, torch.Tensor]
+    latent_tiles: torch.Tensor | None = None  # as `plan_tiles` makes them
 
 
 class DeterministicCudaAttention(AttentionBackend):
@@ -38,7 +49,7 @@ class DeterministicCudaAttention(AttentionBackend):
         return (2, num_kv_heads, num_blocks, block_size, head_dim)
 
     def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
-        kv_cache.index_fill_(2, blocks, 0)
+        clear_blocks(kv_cache, blocks)
 
     def scratch_bytes(self, num_heads: int, num_kv_heads: int, head_dim: int, max_model_len: int) -> int:
         return decode_scratch_bytes(num_heads, num_kv_heads, head_dim, max_model_len)
@@ -68,12 +79,18 @@ class DeterministicCudaAttention(AttentionBackend):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
+        form: AttentionForm,
     ) -> torch.Tensor:
-        transform_and_write(query, key, value, kv_cache, metadata.slot_mapping)
-        return _attend(query, kv_cache, metadata, scale, sliding_window)
+        transform_and_write(
+            query,
+            key,
+            value,
+            kv_cache,
+            metadata.slot_mapping,
+            key_scale=form.key_scale,
+            value_scale=form.value_scale,
+        )
+        return _attend(query, kv_cache, metadata, form)
 
     def forward_projected(
         self,
@@ -82,10 +99,9 @@ class DeterministicCudaAttention(AttentionBackend):
         transform: HeadTransform,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
+        form: AttentionForm,
         *,
         num_heads: int,
-        scale: float,
-        sliding_window: int | None = None,
     ) -> torch.Tensor:
         num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[4]
         heads = projected.view(projected.shape[0], num_heads + 2 * num_kv_heads, head_dim)
@@ -101,12 +117,45 @@ class DeterministicCudaAttention(AttentionBackend):
             query_norm=transform.query_norm,
             key_norm=transform.key_norm,
             eps=transform.eps,
+            interleaved=transform.interleaved,
+            key_scale=form.key_scale,
+            value_scale=form.value_scale,
         )
-        return _attend(query, kv_cache, metadata, scale, sliding_window)
+        return _attend(query, kv_cache, metadata, form)
+
+    def latent_scratch_bytes(self, num_heads: int, latent_dim: int, max_model_len: int) -> int:
+        return latent_scratch_bytes(num_heads, latent_dim, max_model_len)
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        value_dim: int,
+        cache_scale: float = 1.0,
+    ) -> torch.Tensor:
+        plan: _Plan = metadata.plan
+        write_latents(latent, kv_cache, metadata.slot_mapping, cache_scale=cache_scale)
+        output = query.new_empty((*query.shape[:2], value_dim))
+        tables, scales = metadata.block_tables, {"scale": scale, "cache_scale": cache_scale}
+        if (rows := plan.decodes) is not None:
+            latent_decode(
+                query, kv_cache, output, tables, rows.table_rows, rows.seq_lens, plan.decode_tokens, None, **scales
+            )
+        if plan.pieces:
+            if plan.latent_tiles is None:
+                pieces = np.array([(row, token, count, first + count) for row, token, first, count in plan.pieces]).T
+                tile_tokens = latent_tile_tokens(query.shape[1], query.dtype, query.device, fixed=True)
+                plan.latent_tiles = _upload(plan_tiles(pieces, tile_tokens).tolist(), query.device)
+            latent_prefill(query, kv_cache, output, tables, plan.latent_tiles, fixed=True, **scales)
+        return output
 
 
 def _attend(
-    query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, scale: float, window: int | None
+    query: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata, form: AttentionForm
 ) -> torch.Tensor:
     """query [T, Hq, D] -> [T, Hq * D]."""
     num_tokens, num_heads, head_dim = query.shape
@@ -121,12 +170,11 @@ def _attend(
             plan.decodes.table_rows,
             plan.decodes.seq_lens,
             plan.decode_tokens,
-            scale=scale,
-            sliding_window=window,
+            **form.arguments(),
         )
     if plan.pieces:
         tiles = _query_tiles(plan, query, num_heads // kv_cache.shape[1])
-        fixed_prefill(query, kv_cache, output, metadata.block_tables, tiles, scale=scale, sliding_window=window)
+        fixed_prefill(query, kv_cache, output, metadata.block_tables, tiles, **form.arguments())
     return output
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from shoal.attention.base import AttentionForm
 from shoal.log import get_logger
 
 _logger = get_logger(__name__)
@@ -33,13 +34,13 @@ class FreshPrompts:
         )
 
     def takes(
-        self, num_new: np.ndarray, seq_lens: np.ndarray, dtype: torch.dtype, head_dim: int, window: int | None
+        self, num_new: np.ndarray, seq_lens: np.ndarray, dtype: torch.dtype, head_dim: int, form: AttentionForm
     ) -> np.ndarray:
         """For each sequence of a step whether it is one for cuDNN."""
-        if not self._works or dtype not in _HALVES or head_dim % 8 or head_dim > 128:
+        if not self._works or not form.is_plain or dtype not in _HALVES or head_dim % 8 or head_dim > 128:
             return np.zeros(len(num_new), np.bool_)
         fresh = (num_new == seq_lens) & (num_new >= _FEWEST_TOKENS)
-        return fresh if window is None else fresh & (num_new <= window)
+        return fresh if form.sliding_window is None else fresh & (num_new <= form.sliding_window)
 
     def attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor, scale: float

@@ -11,7 +11,9 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 
-from shoal.attention.base import AttentionBackend, AttentionMetadata
+from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetadata
+from shoal.attention.cache_dtype import cells, clear_blocks, decode, encode, scale_values, score_scale, write_heads
+from shoal.attention.written_out import attend_written_out
 
 # PyTorch's memory-efficient kernel (2.11, H200) gets the last row wrong when it has a mask and 64 k + 1 query rows.
 _CUDA_QUERY_ROWS = 8
@@ -47,7 +49,7 @@ class _Prefill:
     num_new: int
     context: int
     blocks: torch.Tensor  # [blocks of the sequence]
-    masks: dict[int | None, torch.Tensor | None]
+    masks: dict[int | None, torch.Tensor]
 
 
 @dataclasses.dataclass(slots=True)
@@ -68,7 +70,7 @@ class TorchPagedAttention(AttentionBackend):
         return (2, num_kv_heads, num_blocks, block_size, head_dim)
 
     def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
-        kv_cache.index_fill_(2, blocks, 0)
+        clear_blocks(kv_cache, blocks)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         query_lens, block_size = metadata.query_lens, metadata.block_size
@@ -91,24 +93,42 @@ class TorchPagedAttention(AttentionBackend):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
+        form: AttentionForm,
+    ) -> torch.Tensor:
+        write_heads(kv_cache, key, value, metadata.slot_mapping, form)
+        return scale_values(_attend(query, kv_cache, metadata.plan, form).flatten(1), form, kv_cache)
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
         *,
         scale: float,
-        sliding_window: int | None = None,
+        value_dim: int,
+        cache_scale: float = 1.0,
     ) -> torch.Tensor:
-        slots = kv_cache.flatten(2, 3)  # [2, Hk, N * block_size, D]
-        slots[0].index_copy_(1, metadata.slot_mapping, key.transpose(0, 1))
-        slots[1].index_copy_(1, metadata.slot_mapping, value.transpose(0, 1))
-        plan: _Plan = metadata.plan
-        if not plan.prefills and len(plan.decodes) == 1:
-            return _attend_decodes(query, kv_cache, plan.decodes[0], scale, sliding_window).flatten(1)
-        output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        for prefill in plan.prefills:
-            tokens = slice(prefill.start, prefill.start + prefill.num_new)
-            output[tokens] = _attend_prefill(query[tokens], kv_cache, prefill, scale, sliding_window)
-        for decodes in plan.decodes:
-            single = decodes.tokens
-            output[single] = _attend_decodes(query[single], kv_cache, decodes, scale, sliding_window)
-        return output.flatten(1)
+        rows = cells(kv_cache).flatten(0, 1)  # [N * block_size, L]
+        rows.index_copy_(0, metadata.slot_mapping, encode(latent, kv_cache, cache_scale))
+        form = AttentionForm(scale, key_scale=cache_scale, value_scale=cache_scale)
+        # As one KV head whose values are whole rows: with shorter ones PyTorch has no fast kernel.
+        attended = _attend(query, kv_cache[None, None], metadata.plan, form)[..., :value_dim]
+        return scale_values(attended, form, kv_cache)
+
+
+def _attend(query: torch.Tensor, kv_cache: torch.Tensor, plan: _Plan, form: AttentionForm) -> torch.Tensor:
+    """query [T, Hq, D] -> [T, Hq, D]. kv_cache [1, …]: what are keys are values too."""
+    if not plan.prefills and len(plan.decodes) == 1:
+        return _attend_decodes(query, kv_cache, plan.decodes[0], form)
+    output = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for prefill in plan.prefills:
+        tokens = slice(prefill.start, prefill.start + prefill.num_new)
+        output[tokens] = _attend_prefill(query[tokens], kv_cache, prefill, form)
+    for decodes in plan.decodes:
+        single = decodes.tokens
+        output[single] = _attend_decodes(query[single], kv_cache, decodes, form)
+    return output
 
 
 def _group_by_length(seq_lens: list[int], rows: list[int]) -> list[list[int]]:
@@ -167,45 +187,59 @@ def _decode_view(decodes: _Decodes, block_size: int, dtype: torch.dtype, window:
 
 
 def _attend_decodes(
-    query: torch.Tensor, kv_cache: torch.Tensor, decodes: _Decodes, scale: float, window: int | None
+    query: torch.Tensor, kv_cache: torch.Tensor, decodes: _Decodes, form: AttentionForm
 ) -> torch.Tensor:
     """query [S, Hq, D], one row a sequence; returns [S, Hq, D]."""
     num_sequences, num_heads, head_dim = query.shape
-    num_kv_heads = kv_cache.shape[1]
+    num_kv_heads, window = kv_cache.shape[1], form.sliding_window
     if window not in decodes.views:
         decodes.views[window] = _decode_view(decodes, kv_cache.shape[3], query.dtype, window)
     view = decodes.views[window]
-    gathered = kv_cache.index_select(2, view.blocks).view(2, num_kv_heads, num_sequences, -1, head_dim)
-    keys, values = gathered[:, :, :, : view.context].transpose(1, 2).unbind(0)  # [S, Hk, C, D]
+    gathered = cells(kv_cache).index_select(2, view.blocks)
+    by_sequence = gathered.view(gathered.shape[0], num_kv_heads, num_sequences, -1, head_dim)
+    in_range = decode(by_sequence[:, :, :, : view.context], kv_cache, query.dtype)
+    keys, values = in_range[0].transpose(0, 1), in_range[-1].transpose(0, 1)  # [S, Hk, C, D]
     grouped = query.reshape(num_sequences, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=view.mask, scale=scale)
+    scale = score_scale(form, kv_cache)
+    if form.is_plain:
+        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=view.mask, scale=scale)
+    else:
+        sinks = None if form.sinks is None else form.sinks.float().view(num_kv_heads, -1, 1)
+        output = attend_written_out(grouped, keys, values, view.mask, sinks, scale=scale, softcap=form.softcap)
     return output.reshape(num_sequences, num_heads, head_dim)
 
 
 def _attend_prefill(
-    query: torch.Tensor, kv_cache: torch.Tensor, prefill: _Prefill, scale: float, window: int | None
+    query: torch.Tensor, kv_cache: torch.Tensor, prefill: _Prefill, form: AttentionForm
 ) -> torch.Tensor:
     """query [Q, Hq, D], one sequence; returns [Q, Hq, D]."""
     num_new, num_heads, head_dim = query.shape
-    num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
+    num_kv_heads, block_size, window = kv_cache.shape[1], kv_cache.shape[3], form.sliding_window
     group = num_heads // num_kv_heads
     blocks, context = prefill.blocks, prefill.context
     if window is not None:  # blocks that slid out of every query's window are not read
         first_block = max(0, context - num_new - window + 1) // block_size
         blocks, context = blocks[first_block:], context - first_block * block_size
-    gathered = kv_cache.index_select(2, blocks).flatten(2, 3)[:, :, None, :context]  # [2, Hk, 1, C, D]
-    keys, values = gathered.expand(-1, -1, group, -1, -1).unbind(0)
+    gathered = cells(kv_cache).index_select(2, blocks).flatten(2, 3)[:, :, None, :context]  # [2 or 1, Hk, 1, C, D]
+    in_range = decode(gathered, kv_cache, query.dtype)
     grouped = query.view(num_new, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)  # [Hk, G, Q, D]
     causal = num_new == context and (window is None or window >= context)
-    mask = None if causal else _prefill_mask(prefill, context, query, window)
-    if mask is not None and num_new < mask.shape[0]:
-        grouped = F.pad(grouped, (0, 0, 0, mask.shape[0] - num_new))
-    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
-    output = output[:, :, :num_new]
+    scale = score_scale(form, kv_cache)
+    if form.is_plain:
+        keys, values = in_range[0].expand(-1, group, -1, -1), in_range[-1].expand(-1, group, -1, -1)
+        mask = None if causal else _prefill_mask(prefill, context, query, window)
+        if mask is not None and num_new < mask.shape[0]:
+            grouped = F.pad(grouped, (0, 0, 0, mask.shape[0] - num_new))
+        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=causal, scale=scale)
+        output = output[:, :, :num_new]
+    else:
+        mask = _prefill_mask(prefill, context, query, window)[:num_new]
+        sinks = None if form.sinks is None else form.sinks.float().view(num_kv_heads, group, 1, 1)
+        output = attend_written_out(grouped, in_range[0], in_range[-1], mask, sinks, scale=scale, softcap=form.softcap)
     return output.permute(2, 0, 1, 3).reshape(num_new, num_heads, head_dim)
 
 
-def _prefill_mask(prefill: _Prefill, context: int, query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+def _prefill_mask(prefill: _Prefill, context: int, query: torch.Tensor, window: int | None) -> torch.Tensor:
     """Additive mask [Q, C], made once a step for each distinct window. On CUDA Q is padded, by rows that see all."""
     if window not in prefill.masks:
         key = torch.arange(context, device=query.device)[None, :]

@@ -12,10 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from shoal.attention.base import AttentionBackend, AttentionMetadata, HeadTransform
+from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetadata, HeadTransform
+from shoal.attention.cache_dtype import clear_blocks
 from shoal.attention.fresh_prompts import FreshPrompts
 from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention
 from shoal.kernels.heads import transform_and_write
+from shoal.kernels.latent_attention import (
+    LatentWorkspace,
+    latent_decode,
+    latent_prefill,
+    latent_tile_tokens,
+    write_latents,
+)
 from shoal.kernels.prefill_attention import plan_tiles, prefill_attention, tile_rows
 
 
@@ -44,18 +52,20 @@ class TritonPagedAttention(AttentionBackend):
 
     def __init__(self) -> None:
         self._workspace: DecodeWorkspace | None = None
+        self._latent_workspace: LatentWorkspace | None = None
         self._fresh: FreshPrompts | None = None
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
         return (2, num_kv_heads, num_blocks, block_size, head_dim)
 
     def clear_blocks(self, kv_cache: torch.Tensor, blocks: torch.Tensor) -> None:
-        kv_cache.index_fill_(2, blocks, 0)
+        clear_blocks(kv_cache, blocks)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         device = metadata.block_tables.device
         if self._workspace is None:
             self._workspace, self._fresh = DecodeWorkspace(device), FreshPrompts(device)
+            self._latent_workspace = LatentWorkspace(device)
         if (rows := metadata.device_rows) is not None:
             own = DecodeRows(metadata.block_tables, rows.table_rows, rows.seq_lens)
             metadata.plan = _Plan(own, None, {}, rows.are_tokens)
@@ -77,11 +87,9 @@ class TritonPagedAttention(AttentionBackend):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
-        *,
-        scale: float,
-        sliding_window: int | None = None,
+        form: AttentionForm,
     ) -> torch.Tensor:
-        return self._forward(query, key, value, kv_cache, metadata, scale, sliding_window, {})
+        return self._forward(query, key, value, kv_cache, metadata, form, {})
 
     def forward_projected(
         self,
@@ -90,10 +98,9 @@ class TritonPagedAttention(AttentionBackend):
         transform: HeadTransform,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
+        form: AttentionForm,
         *,
         num_heads: int,
-        scale: float,
-        sliding_window: int | None = None,
     ) -> torch.Tensor:
         num_kv_heads, head_dim = kv_cache.shape[1], kv_cache.shape[4]
         heads = projected.view(projected.shape[0], num_heads + 2 * num_kv_heads, head_dim)
@@ -104,8 +111,9 @@ class TritonPagedAttention(AttentionBackend):
             "query_norm": transform.query_norm,
             "key_norm": transform.key_norm,
             "eps": transform.eps,
+            "interleaved": transform.interleaved,
         }
-        return self._forward(query, key, value, kv_cache, metadata, scale, sliding_window, how)
+        return self._forward(query, key, value, kv_cache, metadata, form, how)
 
     def _forward(
         self,
@@ -114,26 +122,26 @@ class TritonPagedAttention(AttentionBackend):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
-        scale: float,
-        sliding_window: int | None,
+        form: AttentionForm,
         transform: dict[str, Any],
     ) -> torch.Tensor:
         plan: _Plan = metadata.plan
         num_tokens, num_heads, head_dim = query.shape
         output = query.new_empty((num_tokens, num_heads * head_dim))
         if plan.prefills is not None:
-            self._prefill(query, key, value, kv_cache, output, metadata, scale, sliding_window, transform)
+            self._prefill(query, key, value, kv_cache, output, metadata, form, transform)
         if plan.decodes is not None:
             assert self._workspace is not None
             early = plan.has_begun and plan.prefills is None and not plan.are_tokens
             if plan.are_tokens:
                 query, key = transform_and_write(
-                    query, key, value, kv_cache, metadata.slot_mapping, keep_keys=True, **transform
-                )
+                    query, key, value, kv_cache, metadata.slot_mapping,
+                    key_scale=form.key_scale, value_scale=form.value_scale, keep_keys=True, **transform,
+                )  # fmt: skip
                 transform = {}
             decode_attention(
                 query, key, value, kv_cache, output, plan.decodes, self._workspace,
-                scale=scale, sliding_window=sliding_window, early=early, **transform,
+                early=early, **form.arguments(), **transform,
             )  # fmt: skip
             plan.has_begun = True
         return output
@@ -146,33 +154,63 @@ class TritonPagedAttention(AttentionBackend):
         kv_cache: torch.Tensor,
         output: torch.Tensor,
         metadata: AttentionMetadata,
-        scale: float,
-        sliding_window: int | None,
+        form: AttentionForm,
         transform: dict[str, Any],
     ) -> None:
         """All new keys and values go to the cache, whoever attends; then the pieces of prompts."""
         plan: _Plan = metadata.plan
         assert plan.prefills is not None and self._fresh is not None
         num_heads, head_dim = query.shape[1:]
-        fresh = self._fresh.takes(plan.prefills[2], plan.prefills[3], query.dtype, head_dim, sliding_window)
+        fresh = self._fresh.takes(plan.prefills[2], plan.prefills[3], query.dtype, head_dim, form)
         ready, keys = transform_and_write(
-            query, key, value, kv_cache, metadata.slot_mapping, keep_keys=bool(fresh.any()), **transform
-        )
+            query, key, value, kv_cache, metadata.slot_mapping,
+            key_scale=form.key_scale, value_scale=form.value_scale, keep_keys=bool(fresh.any()), **transform,
+        )  # fmt: skip
         rows = output.view(-1, num_heads, head_dim)
         for index in np.flatnonzero(fresh):
             start, count = plan.prefills[1:3, index].tolist()
             own = slice(start, start + count)
-            fresh[index] = self._fresh.attend(ready[own], keys[own], value[own], rows[own], scale)
+            fresh[index] = self._fresh.attend(ready[own], keys[own], value[own], rows[own], form.scale)
         if fresh.all():
             return
         group = num_heads // key.shape[1]
-        tile_tokens = tile_rows(group, head_dim, query.dtype, query.device) // group
-        kind = (tile_tokens, fresh.tobytes())
-        if kind not in plan.tiles:
-            plan.tiles[kind] = _upload(plan_tiles(plan.prefills[:, ~fresh], tile_tokens), query.device)
-        prefill_attention(
-            ready, kv_cache, output, metadata.block_tables, plan.tiles[kind], scale=scale, sliding_window=sliding_window
-        )
+        tiles = _tiles(plan, fresh, tile_rows(group, head_dim, query.dtype, query.device) // group, query.device)
+        prefill_attention(ready, kv_cache, output, metadata.block_tables, tiles, **form.arguments())
+
+    def forward_latent(
+        self,
+        query: torch.Tensor,
+        latent: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        *,
+        scale: float,
+        value_dim: int,
+        cache_scale: float = 1.0,
+    ) -> torch.Tensor:
+        plan: _Plan = metadata.plan
+        write_latents(latent, kv_cache, metadata.slot_mapping, cache_scale=cache_scale)
+        output = query.new_empty((*query.shape[:2], value_dim))
+        scales = {"scale": scale, "cache_scale": cache_scale}
+        if plan.prefills is not None:
+            tile_tokens = latent_tile_tokens(query.shape[1], query.dtype, query.device, fixed=False)
+            tiles = _tiles(plan, np.zeros(plan.prefills.shape[1], np.bool_), tile_tokens, query.device)
+            latent_prefill(query, kv_cache, output, metadata.block_tables, tiles, fixed=False, **scales)
+        if (rows := plan.decodes) is not None:
+            latent_decode(
+                query, kv_cache, output, rows.block_tables, rows.table_rows, rows.seq_lens, rows.tokens,
+                self._latent_workspace, **scales,
+            )  # fmt: skip
+        return output
+
+
+def _tiles(plan: _Plan, others: np.ndarray, tile_tokens: int, device: torch.device) -> torch.Tensor:
+    """Of all prompts but `others`, made once a step."""
+    assert plan.prefills is not None
+    kind = (tile_tokens, others.tobytes())
+    if kind not in plan.tiles:
+        plan.tiles[kind] = _upload(plan_tiles(plan.prefills[:, ~others], tile_tokens), device)
+    return plan.tiles[kind]
 
 
 def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:

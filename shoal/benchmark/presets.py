@@ -25,7 +25,7 @@ _MIN_VOCAB_SIZE = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's sizes, in elements, as its published config.json has them."""
+    """A model's sizes, in elements, as its published config.json has them. more: its keys that not every family has."""
 
     name: str
     architecture: str
@@ -41,6 +41,7 @@ class Shape:
     max_position_embeddings: int
     norm_eps: float
     rope: dict[str, Any]
+    more: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def scaled(self, scale: float) -> Shape:
         """About `scale` (above 0, at most 1) times as many layers, heads, hidden sizes and words.
@@ -78,6 +79,7 @@ class Shape:
             "bos_token_id": 0,
             "eos_token_id": 1,
             "dtype": "bfloat16",
+            **self.more,
         }
 
     def write(self, directory: Path) -> None:
@@ -125,6 +127,23 @@ LLAMA_8B = Shape(
 LLAMA_70B = dataclasses.replace(
     LLAMA_8B, name="Llama-3.1-70B", num_layers=80, hidden_size=8192, intermediate_size=28672, num_heads=64
 )
+QWEN3_30B_A3B = Shape(
+    name="Qwen3-30B-A3B",
+    architecture="Qwen3MoeForCausalLM",
+    model_type="qwen3_moe",
+    num_layers=48,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_heads=32,
+    num_kv_heads=4,
+    head_dim=128,
+    vocab_size=151936,
+    tied=False,
+    max_position_embeddings=40960,
+    norm_eps=1e-6,
+    rope={"rope_theta": 1000000.0, "rope_type": "default"},
+    more={"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +171,7 @@ LATENCY_PRESETS = {
     "lat8b": _LAT8B,
     "lat8b-tp2": dataclasses.replace(_LAT8B, tensor_parallel_size=2),
     "det-lat8b": dataclasses.replace(_LAT8B, deterministic=True),
+    "lat30b-moe": Preset(QWEN3_30B_A3B, Workload(1, (128, 128), (256, 256))),
     "lat70b": Preset(LLAMA_70B, Workload(1, (128, 128), (128, 128)), tensor_parallel_size=4),
 }
 THROUGHPUT_PRESETS = {
@@ -161,6 +181,7 @@ THROUGHPUT_PRESETS = {
     "det-batch8b": dataclasses.replace(_BATCH8B, deterministic=True),
     "prefill8b": _PREFILL8B,
     "det-prefill8b": dataclasses.replace(_PREFILL8B, deterministic=True),
+    "batch30b-moe": Preset(QWEN3_30B_A3B, Workload(256, (100, 1024), (100, 512))),
     "batch70b": Preset(LLAMA_70B, Workload(128, (100, 1024), (100, 256)), tensor_parallel_size=4),
 }
 PRESETS = {**LATENCY_PRESETS, **THROUGHPUT_PRESETS}

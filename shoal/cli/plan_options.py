@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from shoal.cluster.plan import DEFAULT_CONCURRENCY, DEFAULT_MAX_MODEL_LEN
-from shoal.cluster.plan.formats import CHOICES
 from shoal.config.options import EMBEDDED_MODEL, option
+from shoal.config.quantization import CHOICES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

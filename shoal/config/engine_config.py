@@ -18,6 +18,7 @@ class EngineConfig:
     device: "cpu" or "cuda". dtype: "float32", "bfloat16" or "float16".
     kv_cache_memory: bytes, or None: from what is free, which the worker finds out.
     num_blocks_override: number of KV cache blocks whatever the memory says. generation: of the engine, see messages.
+    kv_cache_dtype: a name of `cache_dtypes.CACHE_DTYPES`.
     """
 
     model: ModelConfig
@@ -41,6 +42,7 @@ class EngineConfig:
     async_scheduling: bool
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     generation: int = 0
+    kv_cache_dtype: str = "auto"
 
     def to_json(self) -> bytes:
         return msgspec.json.encode(self)

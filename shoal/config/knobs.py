@@ -19,8 +19,6 @@ _TRUE = ("true", "yes", "on", "1")
 _FALSE = ("false", "no", "off", "0")
 # Flags of vLLM's that people bring along and this version has no counterpart of.
 NOT_YET = {
-    "enable_expert_parallel": "models with experts cannot be served in this version",
-    "kv_cache_dtype": "the KV cache has the model's dtype in this version",
     "speculative_config": "speculative decoding is not built in this version",
     "enable_lora": "LoRA adapters are not built in this version",
     "tool_call_parser": "tool calls are not built in this version",
@@ -113,6 +111,7 @@ class Knob:
             float: "a number",
             str: "a string",
             list: "a list of strings" if self.is_list else "a list",
+            dict: "an object",
         }
         wanted = " or ".join(words[kind] for kind in self.types)
         if self.minimum is not None and self.maximum is not None:
@@ -190,7 +189,7 @@ def _declared(section: type) -> list[Knob]:
 def _kinds(hint: Any) -> tuple[tuple[type, ...], bool]:
     parts = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     kinds = tuple(typing.get_origin(part) or part for part in parts if part is not type(None))
-    assert all(kind in (bool, int, float, str, list) for kind in kinds), f"an option cannot be of type {hint}"
+    assert all(kind in (bool, int, float, str, list, dict) for kind in kinds), f"an option cannot be of type {hint}"
     return kinds, type(None) in parts
 
 

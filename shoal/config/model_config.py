@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shoal.config.experts import ExpertsConfig
 from shoal.config.families import FAMILIES, SUPPORTED_ARCHITECTURES
+from shoal.config.pooling import PoolingConfig, check_overrides, decoder_names, read_pooling
 from shoal.config.quantization import QuantizationConfig, read_quantization
 from shoal.config.rope import RopeConfig
+from shoal.config.transformers_family import transformers_fields, wants_transformers
 from shoal.errors import InvalidRequestError, ModelError
 from shoal.types.sampling_params import SamplingParams
 
@@ -24,19 +28,6 @@ __all__ = [
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertsConfig:
-    """The experts of a mixture. num_per_token: how many a token goes to. intermediate_size: of one expert.
-
-    layers: which layers have experts; the others have an MLP of ModelConfig.intermediate_size.
-    """
-
-    num_experts: int
-    num_per_token: int
-    intermediate_size: int
-    layers: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,16 +63,33 @@ class ModelConfig:
     raw: dict[str, Any]
     # Numbers of a row of the cache that all heads share (multi-head latent attention); None: keys and values by head.
     latent_cache_dim: int | None = None
+    # max_model_len where none is asked for; None: max_position_embeddings.
+    default_max_len: int | None = None
     # None: a dense model.
     experts: ExpertsConfig | None = None
     # None: matrices in `dtype`.
     quantization: QuantizationConfig | None = None
+    # None: it generates; else it makes vectors or scores of texts.
+    pooling: PoolingConfig | None = None
+    # "shoal": a file in models/; "transformers": the model's own code there, with our layers in it.
+    model_impl: str = "shoal"
+    # Whether that code may come from the model's directory.
+    trust_remote_code: bool = False
 
 
-def load_model_config(path: str | Path, quantization: str | None = None) -> ModelConfig:
+def load_model_config(
+    path: str | Path,
+    quantization: str | None = None,
+    *,
+    model_impl: str = "auto",
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+    runner: str = "auto",
+) -> ModelConfig:
     """Read `path`/config.json and, where present, generation_config.json and quantize_config.json.
 
-    quantization: what --quantization says.
+    quantization, model_impl, trust_remote_code, runner: what the options of these names say. overrides: keys in place
+    of config.json's.
     Raises ModelError: directory or file missing, not JSON, unknown architecture, impossible shapes, unsupported rope or
     quantization. ConfigError: `quantization` contradicts the checkpoint.
     """
@@ -92,27 +100,29 @@ def load_model_config(path: str | Path, quantization: str | None = None) -> Mode
     raw = _read_json(directory / "config.json")
     if raw is None:
         raise ModelError(f"{str(directory)!r} has no config.json; it must be a Hugging Face model directory")
+    raw |= overrides or {}
     generation = _read_json(directory / "generation_config.json") or {}
     defaults = _generation_defaults(generation, directory)
-    architecture = _architecture(raw, directory)
     try:
-        family = FAMILIES[architecture]
         config = ModelConfig(
             path=str(directory),
-            architecture=architecture,
-            model_type=family.model_type,
             dtype=_dtype(raw),
             bos_token_id=_first_id(raw.get("bos_token_id", generation.get("bos_token_id"))),
             eos_token_ids=_eos_ids(raw.get("eos_token_id"), generation.get("eos_token_id")),
             generation_defaults=defaults,
             raw=raw,
             quantization=read_quantization(_quantization(raw, directory), quantization),
-            **family.read(architecture, raw),
+            **_fields(raw, directory, model_impl, trust_remote_code),
         )
         _check_shapes(config)
     except ModelError as error:
         raise ModelError(f"{directory / 'config.json'}: {error}") from None
-    return config
+    check_overrides(overrides or {}, by_transformers=config.model_impl == "transformers")
+    pooling = read_pooling(str(directory), raw, config.hidden_size, runner)
+    if pooling is not None and pooling.max_length is not None:
+        longest = min(pooling.max_length, config.max_position_embeddings)
+        config = dataclasses.replace(config, default_max_len=longest)
+    return dataclasses.replace(config, pooling=pooling)
 
 
 def _quantization(raw: dict[str, Any], directory: Path) -> dict[str, Any] | None:
@@ -148,21 +158,41 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content
 
 
-def _architecture(raw: dict[str, Any], directory: Path) -> str:
-    found = raw.get("architectures") or []
-    names = [found] if isinstance(found, str) else list(found)
+def _native_architecture(raw: dict[str, Any]) -> str | None:
+    """The architecture, if it has a native file."""
+    names = decoder_names(_names(raw), SUPPORTED_ARCHITECTURES)
     for name in names:
         if name in SUPPORTED_ARCHITECTURES:
-            return str(name)
+            return name
     if not names:
         for architecture, model_type in SUPPORTED_ARCHITECTURES.items():
             if model_type == raw.get("model_type"):
                 return architecture
-    shown = ", ".join(map(str, names)) or f"none (model_type {raw.get('model_type')!r})"
-    raise ModelError(
-        f"{directory / 'config.json'}: architecture {shown} is not supported; "
-        f"supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-    )
+    return None
+
+
+def _names(raw: dict[str, Any]) -> list[str]:
+    found = raw.get("architectures") or []
+    return [found] if isinstance(found, str) else list(map(str, found))
+
+
+def _fields(raw: dict[str, Any], directory: Path, model_impl: str, trust_remote_code: bool) -> dict[str, Any]:
+    """What describes the shape, as the family's reader or Transformers finds it. Raises ModelError."""
+    native = _native_architecture(raw)
+    if wants_transformers(model_impl, native is not None):
+        try:
+            return transformers_fields(directory, raw, trust_remote_code)
+        except ModelError as error:
+            others = "" if native else f"; families with a file of their own: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            raise ModelError(f"{error}{others}") from None
+    if native is None:
+        shown = ", ".join(_names(raw)) or f"none (model_type {raw.get('model_type')!r})"
+        raise ModelError(
+            f"architecture {shown} has no file of its own, and --model-impl {model_impl} allows no other way; "
+            f"those that have: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    family = FAMILIES[native]
+    return {"architecture": native, "model_type": family.model_type, **family.read(native, raw)}
 
 
 def _dtype(raw: dict[str, Any]) -> str:

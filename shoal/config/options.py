@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from shoal.config.cache_dtypes import CACHE_DTYPES
+from shoal.config.pooling import RUNNERS
 from shoal.config.quantization import CHOICES as QUANTIZATIONS
+from shoal.config.transformers_family import MODEL_IMPLS
 
 EMBEDDED_MODEL = "shoal-tiny"
 
@@ -54,7 +57,15 @@ class ModelOptions:
         None, "Longest sequence, prompt and output; default: the model's own.", minimum=1
     )
     seed: int = option(0, "Seed of dummy weights and of the seeds drawn for requests that bring none.", minimum=0)
-    trust_remote_code: bool = option(False, "Let a tokenizer's own Python code from the model directory run.")
+    trust_remote_code: bool = option(
+        False, "Let Python code from the model directory run: a tokenizer's, and with --model-impl a model's own."
+    )
+    model_impl: str = option(
+        "auto",
+        "shoal (or vllm): the family's native file; transformers: the model's own code in Transformers, with paged "
+        "attention; auto: the native file where there is one.",
+        choices=MODEL_IMPLS,
+    )
     load_format: str = option(
         "auto",
         "auto: safetensors; pt: also .bin files (pickle: only from a source you trust); dummy: random weights.",
@@ -66,6 +77,14 @@ class ModelOptions:
         "while it is loaded.",
         choices=QUANTIZATIONS,
         short="q",
+    )
+    runner: str = option(
+        "auto",
+        "generate: text; pooling: vectors or scores of texts; auto: what the checkpoint is for.",
+        choices=RUNNERS,
+    )
+    hf_overrides: str | dict[str, Any] | None = option(
+        None, "Keys in place of config.json's, as a JSON object such as '{\"is_matryoshka\": true}'."
     )
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
     deterministic: bool | None = option(
@@ -88,6 +107,12 @@ class CacheOptions:
         None,
         "KV cache size, such as 512MiB, 4GiB or a number of bytes; default on CPU: a share of the free memory.",
         aliases=("kv_cache_memory_bytes",),
+    )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Numbers of the KV cache. auto: the model's dtype; fp8 (that is fp8_e4m3) and fp8_e5m2: 8 bits, so that twice as "
+        "many tokens fit as with 16, for a little accuracy.",
+        choices=tuple(CACHE_DTYPES),
     )
     num_gpu_blocks_override: int | None = option(
         None, "Number of KV cache blocks, whatever the memory says (for tests).", minimum=1
@@ -123,6 +148,12 @@ class ParallelOptions:
     )
     data_parallel_size: int = option(
         1, "Replicas of the model behind this server, each with its own ranks.", short="dp", minimum=1
+    )
+    enable_expert_parallel: bool = option(
+        False,
+        "Tensor ranks share the experts of a layer whole, instead of a part of each; the rest of the layer is split as "
+        "ever.",
+        short="ep",
     )
     pipeline_layer_partition: str | list[int] | None = option(
         None, "Layers of each stage, such as 10,11,11; default: balanced, the head counted."

@@ -16,7 +16,8 @@ NUM_VIRTUAL_SHARDS = 8
 class ParallelConfig:
     """Sizes of the axes and where the ranks run. The default is one rank in the core's own process.
 
-    data_rank: which replica this engine is; its ranks are 0 … world_size − 1 whatever the replica.
+    data_rank: which replica this engine is; its ranks are 0 … world_size − 1 whatever the replica. expert_parallel:
+    tensor ranks share the experts of a layer whole, instead of a part of each.
     layer_partition: layers of each pipeline stage. backend: "uni", "mp" (subprocesses; with num_nodes above 1 the same
     command on each of them) or "ray". master_address, master_port: where node 0 takes the other nodes' workers in.
     startup_timeout, step_timeout: seconds for each phase of the start, and for one step. stall_timeout: seconds without
@@ -27,6 +28,7 @@ class ParallelConfig:
     pipeline_size: int = 1
     data_size: int = 1
     data_rank: int = 0
+    expert_parallel: bool = False
     layer_partition: tuple[int, ...] | None = None
     backend: str = "uni"
     num_nodes: int = 1
@@ -51,12 +53,15 @@ class ParallelConfig:
 
 def check_degrees(model: ModelConfig, parallel: ParallelConfig, *, deterministic: bool) -> None:
     """Raise ConfigError for degrees that this model cannot be cut into, naming those that work."""
-    tensor = parallel.tensor_size
-    possible = [degree for degree in range(1, model.num_heads + 1) if _fits(model, degree, deterministic)]
+    tensor, by_expert = parallel.tensor_size, parallel.expert_parallel
+    possible = [degree for degree in range(1, model.num_heads + 1) if _fits(model, degree, deterministic, by_expert)]
     if tensor not in possible:
+        widths = [f"{name} {width}" for name, width in _widths(model, by_expert).items()]
+        if by_expert and model.experts is not None:
+            widths.append(f"{model.experts.num_experts} experts to share whole")
         raise ConfigError(
             f"tensor_parallel_size {tensor} does not fit this model ({model.num_heads} attention heads, "
-            f"{model.num_kv_heads} KV heads, intermediate size {model.intermediate_size}"
+            f"{model.num_kv_heads} KV heads, {', '.join(widths)}"
             f"{', deterministic mode' if deterministic else ''}); these work: {', '.join(map(str, possible))}"
         )
     if parallel.pipeline_size > model.num_layers:
@@ -75,29 +80,47 @@ def check_degrees(model: ModelConfig, parallel: ParallelConfig, *, deterministic
         )
 
 
-def _fits(model: ModelConfig, degree: int, deterministic: bool) -> bool:
-    if model.num_heads % degree or model.intermediate_size % degree:
+def _widths(model: ModelConfig, by_expert: bool) -> dict[str, int]:
+    """The MLPs' sizes that tensor ranks split, by what they are called. by_expert: experts are shared whole."""
+    experts = model.experts
+    if experts is None:
+        return {"intermediate size": model.intermediate_size}
+    widths = {}
+    if len(experts.layers) < model.num_layers:
+        widths["intermediate size"] = model.intermediate_size
+    if not by_expert:
+        widths["intermediate size of an expert"] = experts.intermediate_size
+    if experts.shared_size:
+        widths["shared intermediate size"] = experts.shared_size
+    return widths
+
+
+def _fits(model: ModelConfig, degree: int, deterministic: bool, by_expert: bool) -> bool:
+    widths = list(_widths(model, by_expert).values())
+    if model.num_heads % degree or any(width % degree for width in widths):
+        return False
+    if by_expert and model.experts is not None and degree > model.experts.num_experts:
         return False
     if model.num_kv_heads % degree and degree % model.num_kv_heads:
         return False
-    if degree > 1 and not _cuts_whole_units(model, degree):
+    if degree > 1 and not _cuts_whole_units(model, degree, widths):
         return False
     if not deterministic:
         return True
     # Each rank holds whole shards of the fixed tree, in every row-parallel layer.
-    row_inputs = (model.num_heads * model.head_dim, model.intermediate_size)
+    row_inputs = (model.num_heads * model.head_dim, *widths)
     return all(virtual_shards(inputs) % degree == 0 for inputs in row_inputs)
 
 
-def _cuts_whole_units(model: ModelConfig, degree: int) -> bool:
+def _cuts_whole_units(model: ModelConfig, degree: int, widths: Sequence[int]) -> bool:
     """Whether no group, block or packed number of a quantized matrix would lie on two ranks."""
     quantization = model.quantization
     if quantization is None or quantization.on_the_fly:
         return True
-    heads, width = model.num_heads * model.head_dim // degree, model.intermediate_size // degree
+    heads, parts = model.num_heads * model.head_dim // degree, [width // degree for width in widths]
     kv_heads = max(1, model.num_kv_heads // degree) * model.head_dim
-    cuts_inputs = all(size % quantization.input_unit == 0 for size in (heads, width))
-    return cuts_inputs and all(size % quantization.output_unit == 0 for size in (heads, kv_heads, width))
+    cuts_inputs = all(size % quantization.input_unit == 0 for size in (heads, *parts))
+    return cuts_inputs and all(size % quantization.output_unit == 0 for size in (heads, kv_heads, *parts))
 
 
 def virtual_shards(in_features: int) -> int:
@@ -112,16 +135,19 @@ def virtual_shards(in_features: int) -> int:
 def balance_layers(model: ModelConfig, num_stages: int) -> tuple[int, ...]:
     """Layers per stage such that the slowest stage is as fast as can be; the first embeds and the last has the head.
 
-    Costs are weights read per token: attention and MLP for a layer, the vocabulary projection for the head. The
-    embedding reads one row a token, but its sampled ids come from the last stage: it counts a hundredth of a layer.
+    Costs are weights read per token: attention and MLP for a layer, of experts those that a token goes to, and the
+    vocabulary projection for the head. The embedding reads one row a token, but its sampled ids come from the last
+    stage: it counts a hundredth of a layer.
     """
     hidden = model.hidden_size
     attention = hidden * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
     # A gated MLP has three matrices; counting three where there are two shifts nothing that matters.
-    layer = attention + 3 * hidden * model.intermediate_size
-    return balance(
-        [float(layer)] * model.num_layers, num_stages, first=layer / 100, last=float(model.vocab_size * hidden)
-    )
+    costs = [float(attention + 3 * hidden * model.intermediate_size)] * model.num_layers
+    if (experts := model.experts) is not None:
+        width = experts.num_per_token * experts.intermediate_size + experts.shared_size
+        for index in experts.layers:
+            costs[index] = float(attention + hidden * (3 * width + experts.num_experts))
+    return balance(costs, num_stages, first=costs[0] / 100, last=float(model.vocab_size * hidden))
 
 
 def balance(costs: Sequence[float], num_stages: int, *, first: float = 0.0, last: float = 0.0) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from shoal.config.model_config import ModelConfig, load_model_config
 from shoal.config.model_path import resolve_model_path
 from shoal.config.options import EMBEDDED_MODEL, CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions
 from shoal.config.parallel import ParallelConfig, balance_layers, check_degrees
+from shoal.config.pooling import parse_overrides
 from shoal.config.sizes import parse_size
 from shoal.config.sources import options_from_kwargs
 from shoal.errors import ConfigError
@@ -46,13 +47,26 @@ def resolve(
     Raises ModelError for a model that is missing or broken, ConfigError for options that do not go together or
     that the model or the device cannot do.
     """
-    model_config = load_model_config(resolve_model_path(model.model), model.quantization)
+    model_config = load_model_config(
+        resolve_model_path(model.model),
+        model.quantization,
+        model_impl=model.model_impl,
+        trust_remote_code=model.trust_remote_code,
+        overrides=parse_overrides(model.hf_overrides),
+        runner=model.runner,
+    )
     device = resolve_device(model.device)
     deterministic = model.deterministic
     if deterministic is None:
         deterministic = device == "cpu" and model.model == EMBEDDED_MODEL
     max_model_len = resolve_max_model_len(model.max_model_len, model_config)
+    is_encoder = model_config.pooling is not None and model_config.pooling.sees_both_ways
+    if is_encoder:
+        scheduler = _for_encoder(scheduler, cache, deterministic)
     max_num_seqs, max_num_batched_tokens = resolve_limits(scheduler, device, max_model_len)
+    num_blocks = cache.num_gpu_blocks_override
+    if is_encoder and num_blocks is None:  # it keeps nothing in them
+        num_blocks = max_num_seqs * -(-max_model_len // cache.block_size) + 1
     if cache.block_size & (cache.block_size - 1):
         raise ConfigError(f"block_size must be 8, 16, 32, 64, 128 or 256; got {cache.block_size}")
     return EngineConfig(
@@ -67,8 +81,10 @@ def resolve(
         block_size=cache.block_size,
         gpu_memory_utilization=cache.gpu_memory_utilization,
         kv_cache_memory=None if cache.kv_cache_memory is None else parse_size(cache.kv_cache_memory, "kv_cache_memory"),
-        num_blocks_override=cache.num_gpu_blocks_override,
-        enable_prefix_caching=cache.enable_prefix_caching,
+        num_blocks_override=num_blocks,
+        kv_cache_dtype=cache.kv_cache_dtype,
+        enable_prefix_caching=cache.enable_prefix_caching
+        and not (model_config.pooling and model_config.pooling.needs_all_tokens),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_chunked_prefill=scheduler.enable_chunked_prefill,
@@ -77,6 +93,15 @@ def resolve(
         async_scheduling=scheduler.async_scheduling,
         parallel=_resolve_parallel(parallel, model_config, device, deterministic, is_node),
     )
+
+
+def _for_encoder(scheduler: SchedulerOptions, cache: CacheOptions, deterministic: bool) -> SchedulerOptions:
+    """Encoders read a text whole, in one step, and keep no KV cache. Raises ConfigError."""
+    if deterministic:
+        raise ConfigError("deterministic mode is for decoders, and this model is an encoder; leave it off")
+    if cache.kv_cache_memory is not None:
+        _logger.warning("kv_cache_memory changes nothing: this model is an encoder, and keeps no KV cache")
+    return dataclasses.replace(scheduler, enable_chunked_prefill=False)
 
 
 def _resolve_parallel(
@@ -88,6 +113,7 @@ def _resolve_parallel(
         tensor_size=options.tensor_parallel_size,
         pipeline_size=options.pipeline_parallel_size,
         data_size=options.data_parallel_size,
+        expert_parallel=_resolve_expert_parallel(options, model),
         layer_partition=_parse_partition(options.pipeline_layer_partition),
         backend=_resolve_backend(options, device, is_node),
         num_nodes=options.nnodes,
@@ -100,6 +126,11 @@ def _resolve_parallel(
         stall_timeout=options.stall_timeout,
     )
     check_degrees(model, config, deterministic=deterministic)
+    if deterministic and device == "cuda" and model.experts and config.tensor_size > 1 and not config.expert_parallel:
+        raise ConfigError(
+            f"deterministic mode does not split experts on a GPU over {config.tensor_size} ranks; with "
+            "enable_expert_parallel ranks share them whole, and tensor_parallel_size 1 works"
+        )
     if config.backend == "uni" and num_ranks > 1:
         raise ConfigError(
             f"distributed_executor_backend uni runs one rank, and {num_ranks} are wanted; mp and ray run several"
@@ -113,6 +144,25 @@ def _resolve_parallel(
     if config.layer_partition is None:
         config = dataclasses.replace(config, layer_partition=balance_layers(model, config.pipeline_size))
     return config
+
+
+def _resolve_expert_parallel(options: ParallelOptions, model: ModelConfig) -> bool:
+    """Whether ranks share experts whole. A wish that changes nothing is said, one that cannot be is refused."""
+    if not options.enable_expert_parallel:
+        return False
+    if model.experts is None:
+        _logger.warning("enable_expert_parallel: %s has no experts, so it changes nothing", model.architecture)
+        return False
+    if options.data_parallel_size > 1:
+        raise ConfigError(
+            f"enable_expert_parallel does not spread experts over data_parallel_size {options.data_parallel_size} "
+            "replicas, which are engines of their own: tensor ranks share them. Use tensor_parallel_size in place of "
+            "data_parallel_size, or several servers behind `shoal router`"
+        )
+    if options.tensor_parallel_size == 1:
+        _logger.warning("enable_expert_parallel: with tensor_parallel_size 1 there are no ranks to share experts")
+        return False
+    return True
 
 
 def _check_nodes(options: ParallelOptions, backend: str, num_ranks: int) -> None:
@@ -199,7 +249,7 @@ def _resolve_dtype(options: ModelOptions, model: ModelConfig, device: str, deter
 def resolve_max_model_len(wanted: int | None, model: ModelConfig) -> int:
     longest = model.max_position_embeddings
     if wanted is None:
-        return longest
+        return model.default_max_len or longest
     if wanted > longest:
         raise ConfigError(f"max_model_len {wanted} is longer than the model's own limit; up to {longest} works")
     return wanted

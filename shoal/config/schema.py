@@ -11,7 +11,7 @@ from shoal.config.options import RouterOptions
 from shoal.config.sources import SERVE_SECTIONS
 from shoal.config.yaml_file import COMMUNICATION_GROUP, MODEL_GROUP, NodeEntry
 
-_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array"}
+_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object"}
 _ROUTER_LISTS: dict[str, Any] = {
     "backends": {"type": "array", "description": "Servers: URL, or {url, weight, …}."},
     "keys": {"description": "Clients' keys and their limits."},

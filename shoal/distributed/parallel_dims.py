@@ -14,12 +14,16 @@ from shoal.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelDims:
-    """Sizes of the three axes, and where this rank stands in them. The default is one rank alone."""
+    """Sizes of the three axes, and where this rank stands in them. The default is one rank alone.
+
+    expert_parallel: tensor ranks share the experts of a layer whole, instead of a part of each.
+    """
 
     data_size: int = 1
     pipeline_size: int = 1
     tensor_size: int = 1
     rank: int = 0
+    expert_parallel: bool = False
 
     def __post_init__(self) -> None:
         for name in ("data_size", "pipeline_size", "tensor_size"):
@@ -79,6 +83,14 @@ class ParallelDims:
             raise ConfigError(f"{what} ({size}) cannot be split over {self.tensor_size} ranks; these work: {possible}")
         part = size // self.tensor_size
         return slice(self.tensor_rank * part, (self.tensor_rank + 1) * part)
+
+    def expert_slice(self, num_experts: int) -> slice:
+        """This rank's experts where they are shared whole: runs that differ by one at most. ConfigError for more ranks
+        than experts."""
+        if self.tensor_size > num_experts:
+            raise ConfigError(f"{num_experts} experts cannot be shared whole by {self.tensor_size} ranks")
+        first, last = (num_experts * index // self.tensor_size for index in (self.tensor_rank, self.tensor_rank + 1))
+        return slice(first, last)
 
     def kv_head_slice(self, num_kv_heads: int) -> slice:
         """This rank's KV heads. With more ranks than heads, groups of ranks hold copies of one head."""

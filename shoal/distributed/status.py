@@ -42,8 +42,12 @@ _LAYER_AT = _STEP_AT + struct.calcsize("<QQI")
 _GROUPS_AT = _STEP_AT + _STEP.size
 _BUSY_AT = _GROUPS_AT + _GROUP.size * len(GROUPS)
 _USE_AT = _BUSY_AT + _BUSY.size
-RECORD_BYTES = 256
-assert _USE_AT + _USE.size <= RECORD_BYTES
+_EXPERTS = struct.Struct("<II")  # the first expert of which something is known here, of how many
+_EXPERTS_AT = _USE_AT + _USE.size
+_TOKENS_AT = _EXPERTS_AT + _EXPERTS.size  # a Q for each
+# More than any model has; of others nothing is told.
+MOST_EXPERTS = 1024
+RECORD_BYTES = _TOKENS_AT + 8 * MOST_EXPERTS
 
 
 class GroupStatus(msgspec.Struct, frozen=True):
@@ -62,7 +66,8 @@ class RankStatus(msgspec.Struct, frozen=True):
 
     busy_seconds: how long it has computed steps since its start, without waiting for other stages. collective_seconds:
     how long its host was inside of collectives (on a GPU they are queued there, which takes no time). host_bytes,
-    device_bytes: memory that the process holds.
+    device_bytes: memory that the process holds. expert_tokens: routed to each expert from first_expert on, in all
+    layers of the rank's stage; empty where another rank tells it, or there are none.
     """
 
     rank: int
@@ -81,6 +86,8 @@ class RankStatus(msgspec.Struct, frozen=True):
     collective_seconds: float = 0.0
     host_bytes: int = 0
     device_bytes: int = 0
+    first_expert: int = 0
+    expert_tokens: tuple[int, ...] = ()
 
     @property
     def seconds_since_progress(self) -> float:
@@ -174,6 +181,12 @@ class StatusRecord:
         self._memory_bytes = host_bytes, device_bytes
         _USE.pack_into(self._memory, self._start + _USE_AT, self._collective_seconds, *self._memory_bytes)
 
+    def set_experts(self, first: int, tokens: Sequence[int]) -> None:
+        """Tokens that were routed to the experts from `first` on."""
+        if len(tokens) <= MOST_EXPERTS:
+            _EXPERTS.pack_into(self._memory, self._start + _EXPERTS_AT, first, len(tokens))
+            struct.pack_into(f"<{len(tokens)}Q", self._memory, self._start + _TOKENS_AT, *tokens)
+
 
 class StatusBoard:
     """The records of a host's ranks. Whoever creates it hands `address` to the others, which must run on this host."""
@@ -227,6 +240,7 @@ def _read(memory: mmap.mmap | bytes, start: int) -> RankStatus | None:
         if operation:
             groups[name] = GroupStatus(number, OPERATIONS[operation], bool(inside), peer, entered)
     collective_seconds, host_bytes, device_bytes = _USE.unpack_from(memory, start + _USE_AT)
+    first_expert, num_experts = _EXPERTS.unpack_from(memory, start + _EXPERTS_AT)
     return RankStatus(
         rank=rank - 1,
         pid=pid,
@@ -244,6 +258,8 @@ def _read(memory: mmap.mmap | bytes, start: int) -> RankStatus | None:
         collective_seconds=collective_seconds,
         host_bytes=host_bytes,
         device_bytes=device_bytes,
+        first_expert=first_expert,
+        expert_tokens=struct.unpack_from(f"<{num_experts}Q", memory, start + _TOKENS_AT),
     )
 
 

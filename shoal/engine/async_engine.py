@@ -19,7 +19,7 @@ from shoal.config.engine_config import EngineConfig
 from shoal.engine.client import CoreRestarting, EngineClient, ReplicaStatus
 from shoal.engine.observer import EngineObserver
 from shoal.engine.placement import Placement
-from shoal.engine.prepare import PreparedRequest, Prompt, RequestPreparer
+from shoal.engine.prepare import Params, PreparedRequest, Prompt, RequestPreparer
 from shoal.engine.pulse import Pulse
 from shoal.engine.replica_facts import combine_stats, stats_of_the_lost
 from shoal.engine.request_output import OutputBuilder
@@ -90,7 +90,7 @@ class AsyncEngine:
     def prepare(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: Params,
         *,
         request_id: str | None = None,
         priority: int = 0,
@@ -125,7 +125,7 @@ class AsyncEngine:
     ) -> PreparedRequest:
         """Like `prepare`, for a conversation of OpenAI messages. Templates write their special tokens themselves."""
         self._check_admitting(params.n)
-        text = self._preparer.require_tokenizer("a chat").apply_chat_template(
+        text = self._preparer.chat_tokenizer().apply_chat_template(
             messages,
             tools=tools,
             chat_template=chat_template,

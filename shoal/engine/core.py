@@ -232,6 +232,7 @@ class EngineCore:
         scheduler = self._scheduler
         pool, counters = scheduler.pool, scheduler.counters
         self._bubbles.update()
+        statuses = self._executor.rank_statuses()
         return EngineStats(
             num_requests_running=scheduler.num_running,
             num_requests_waiting=scheduler.num_waiting,
@@ -246,9 +247,19 @@ class EngineCore:
             prefix_cache_hits_total=counters.prefix_cache_hits,
             seconds_since_last_step=time.monotonic() - self._last_step_time,
             stage_bubbles=self._bubbles.shares,
-            ranks=[_rank_stats(status) for status in self._executor.rank_statuses()],
+            ranks=[_rank_stats(status) for status in statuses],
+            expert_tokens_total=_expert_tokens(statuses),
             seconds_without_progress=self._stall.seconds_beyond_steps,
         )
+
+
+def _expert_tokens(statuses: list[RankStatus]) -> list[int]:
+    """Of all stages together."""
+    totals = [0] * max((status.first_expert + len(status.expert_tokens) for status in statuses), default=0)
+    for status in statuses:
+        for expert, tokens in enumerate(status.expert_tokens, status.first_expert):
+            totals[expert] += tokens
+    return totals
 
 
 def _rank_stats(status: RankStatus) -> RankStats:

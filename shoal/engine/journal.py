@@ -14,6 +14,7 @@ from shoal.engine.detokenizer import Detokenizer
 from shoal.engine.stop_strings import StopStrings
 from shoal.engine.tokenizer import Tokenizer
 from shoal.types.outputs import FinishReason
+from shoal.types.pooling_params import PoolingParams
 from shoal.types.request import EngineRequest
 from shoal.types.sampling_params import SamplingParams
 
@@ -38,6 +39,7 @@ class RequestJournal(msgspec.Struct, kw_only=True):
     delivered_characters: int = 0
     delivered_tokens: int = 0
     deadline_seconds: float = DEFAULT_DEADLINE_SECONDS
+    pooling: PoolingParams | None = None
 
     def engine_request(self) -> EngineRequest:
         """What an engine is asked for: the whole answer, or the rest of it once tokens were emitted."""
@@ -48,6 +50,7 @@ class RequestJournal(msgspec.Struct, kw_only=True):
             emitted_token_ids=list(self.emitted_token_ids),
             priority=self.priority,
             arrival_time=self.arrival_time,
+            pooling=self.pooling,
         )
 
     def end_by_engine(self) -> tuple[FinishReason | None, int | None]:

@@ -15,14 +15,19 @@ from typing import Any
 from shoal.config.engine_config import EngineConfig
 from shoal.engine.answer_so_far import AnswerSoFar
 from shoal.engine.journal import DEFAULT_DEADLINE_SECONDS, RequestJournal
+from shoal.engine.pooling import check_pooling, what_it_does
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import InvalidRequestError
+from shoal.protocol.errors import NOT_THIS_KIND
+from shoal.types.pooling_params import PoolingParams
 from shoal.types.sampling_params import SamplingParams
 from shoal.types.seeds import derive_seed
 from shoal.types.token_ids import validate_token_ids
 
 # "text", token ids, {"prompt": "text"} or {"prompt_token_ids": [ids]}
 Prompt = str | Sequence[int] | dict[str, Any]
+# Of a request for text, or for a vector or scores.
+Params = SamplingParams | PoolingParams
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,6 +39,7 @@ class PreparedRequest:
     begun: of a continuation, the answers of which a part was delivered elsewhere. num_crashes: how many engines ended
     while they worked on it. deadline_seconds: how long it may go without progress. alone: no other request may run
     beside it. held: it waits here for the engine's restart when that is lost, instead of ending as `lost`.
+    pooling: of a request for a vector or scores; `params` chooses nothing then.
     """
 
     request_id: str
@@ -48,6 +54,7 @@ class PreparedRequest:
     deadline_seconds: float = DEFAULT_DEADLINE_SECONDS
     alone: bool = False
     held: bool = True
+    pooling: PoolingParams | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -71,6 +78,7 @@ class PreparedRequest:
             delivered_characters=begun.num_characters,
             delivered_tokens=len(begun.token_ids),
             deadline_seconds=self.deadline_seconds,
+            pooling=self.pooling,
         )
 
     def carry_on(self, begun: Mapping[int, AnswerSoFar], vocab_size: int, *, first_index: int = 0) -> None:
@@ -92,10 +100,11 @@ class RequestPreparer:
     def __init__(self, config: EngineConfig, tokenizer: Tokenizer | None, max_model_len: int) -> None:
         self._tokenizer = tokenizer
         self._max_model_len = max_model_len
+        self._model = config.model
         self._vocab_size = config.model.vocab_size
         end_tokens = set(config.model.eos_token_ids)
-        if tokenizer is not None and tokenizer.eos_token_id is not None:
-            end_tokens.add(tokenizer.eos_token_id)
+        if tokenizer is not None:
+            end_tokens |= tokenizer.end_token_ids
         self._end_token_ids = sorted(id_ for id_ in end_tokens if 0 <= id_ < self._vocab_size)
         # Seeds of requests that bring none: the same for the same --seed and order of requests.
         self._seeds = random.Random(config.seed)
@@ -103,20 +112,28 @@ class RequestPreparer:
     def prepare(
         self,
         prompt: Prompt,
-        params: SamplingParams,
+        params: Params,
         *,
         request_id: str | None,
         priority: int,
         add_special_tokens: bool,
     ) -> PreparedRequest:
         """Validate and resolve. Raises InvalidRequestError, saying what was found and what would work."""
+        pooling: PoolingParams | None = None
+        if isinstance(params, PoolingParams):
+            pooling = check_pooling(params, self._model)
+            params = SamplingParams(max_tokens=1, detokenize=False, seed=0)
+        else:
+            self._check_generates()
         if type(priority) is not int or abs(priority) >= 2**63:
             raise InvalidRequestError(
                 f"priority must be an integer of at most 63 bits; got {priority!r:.50}", "priority"
             )
         text, token_ids = self._tokenize(prompt, add_special_tokens)
-        self._check_prompt(token_ids)
-        params, stop_token_strings = self._resolve(params, len(token_ids))
+        self._check_prompt(token_ids, num_output=1 if pooling is None else 0)
+        stop_token_strings: dict[int, str] = {}
+        if pooling is None:
+            params, stop_token_strings = self._resolve(params, len(token_ids))
         return PreparedRequest(
             request_id=request_id or f"request-{uuid.uuid4().hex}",
             prompt=text,
@@ -125,7 +142,17 @@ class RequestPreparer:
             priority=priority,
             arrival_time=time.time(),
             stop_token_strings=stop_token_strings,
+            pooling=pooling,
         )
+
+    def _check_generates(self) -> None:
+        if self._model.pooling is not None:
+            raise InvalidRequestError(what_it_does(self._model.pooling), "model", NOT_THIS_KIND)
+
+    def chat_tokenizer(self) -> Tokenizer:
+        """The tokenizer for chats. Raises InvalidRequestError where there is none, or the model makes no text."""
+        self._check_generates()
+        return self.require_tokenizer("a chat")
 
     def require_tokenizer(self, what_for: str) -> Tokenizer:
         """The tokenizer, or InvalidRequestError: this engine runs without one."""
@@ -166,7 +193,8 @@ class RequestPreparer:
             )
         return found  # type: ignore[no-any-return]
 
-    def _check_prompt(self, token_ids: list[int]) -> None:
+    def _check_prompt(self, token_ids: list[int], num_output: int) -> None:
+        """num_output: tokens of the answer that must fit behind the prompt."""
         if not token_ids:
             raise InvalidRequestError("the prompt is empty; send at least one token", "prompt")
         for token_id in token_ids:
@@ -176,10 +204,14 @@ class RequestPreparer:
                     f"(integers from 0 to {self._vocab_size - 1})",
                     "prompt",
                 )
-        if len(token_ids) >= self._max_model_len:
+        most = self._max_model_len - num_output
+        if len(token_ids) > most:
             raise InvalidRequestError(
                 f"the prompt has {len(token_ids)} tokens; this model takes {self._max_model_len} with the answer "
-                f"(max_model_len), so a prompt of at most {self._max_model_len - 1}",
+                f"(max_model_len), so a prompt of at most {most}"
+                if num_output
+                else f"the text has {len(token_ids)} tokens; this model takes {most} (max_model_len); "
+                "truncate_prompt_tokens cuts it",
                 "prompt",
                 "context_length_exceeded",
             )

@@ -172,6 +172,7 @@ class Answer:
                 delta.num_cached_tokens,
                 delta.error,
                 delta.lost,
+                delta.pooled,
             )
             self.owner.notify(self)
             return
@@ -187,6 +188,7 @@ class Answer:
         pending.num_cached_tokens = max(pending.num_cached_tokens, delta.num_cached_tokens)
         pending.error = delta.error
         pending.lost = delta.lost
+        pending.pooled = delta.pooled
         if folded.finish_reason is not None:
             self.owner.notify(self)
 

@@ -32,6 +32,14 @@ _TOKENIZER_FILES = (
     "tekken.json",
     "tokenizer_config.json",
 )
+# What the first Qwen was trained on, as its own code renders it.
+CHATML = (
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 _NO_TEMPLATE = (
     "the model has no chat template; pass one (--chat-template FILE for the server, chat_template=... for LLM.chat), "
     "or send a plain prompt to completions"
@@ -59,7 +67,18 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False, chat_template:
     except Exception as error:  # transformers raises whatever its parsers raise
         hint = "" if trust_remote_code else _remote_code_hint(directory)
         raise ModelError(f"cannot read the tokenizer in {path}: {type(error).__name__}: {error}{hint}") from error
+    if _talks_chatml(directory) and not backend.chat_template:
+        return Tokenizer(backend, chat_template=chat_template or CHATML, end_of_turn="<|im_end|>")
     return Tokenizer(backend, chat_template=chat_template)
+
+
+def _talks_chatml(directory: Path) -> bool:
+    """The first Qwen says so in this file; its template is in code."""
+    try:
+        settings = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and settings.get("chat_format") == "chatml"
 
 
 def _remote_code_hint(directory: Path) -> str:
@@ -75,7 +94,8 @@ def _remote_code_hint(directory: Path) -> str:
 class Tokenizer:
     """Encodes, decodes and renders chats."""
 
-    def __init__(self, backend: Any, *, chat_template: str | None = None) -> None:
+    def __init__(self, backend: Any, *, chat_template: str | None = None, end_of_turn: str | None = None) -> None:
+        """end_of_turn: a special token that ends an answer beside the end of text."""
         self.backend = backend
         # Our own length check names the limit of the engine; the tokenizer's warning would name another.
         backend.model_max_length = int(1e30)
@@ -86,6 +106,8 @@ class Tokenizer:
         self.eos_token_id: int | None = backend.eos_token_id
         self.pad_token_id: int | None = backend.pad_token_id
         self.special_token_ids: frozenset[int] = self._find_special_ids()
+        turn_end = None if end_of_turn is None else self.special_token_id(end_of_turn)
+        self.end_token_ids = frozenset(id_ for id_ in (self.eos_token_id, turn_end) if id_ is not None)
         self._tables = self._build_tables()
         self._direct = self._prepare_direct_encoding()
 
@@ -102,6 +124,10 @@ class Tokenizer:
 
     def _find_special_ids(self) -> frozenset[int]:
         added = {id_ for id_, token in self.backend.added_tokens_decoder.items() if token.special}
+        # Code of a model's own may keep them to itself.
+        own = getattr(self.backend, "special_tokens", None)
+        if isinstance(own, dict):
+            added |= {id_ for id_ in own.values() if isinstance(id_, int)}
         return frozenset(added | {id_ for id_ in self.backend.all_special_ids if id_ is not None})
 
     def _build_tables(self) -> dict[bool, PieceTable] | None:
@@ -130,6 +156,33 @@ class Tokenizer:
             return list(self.backend.encode(text, add_special_tokens=add_special_tokens))
         except (UnicodeEncodeError, TypeError) as error:
             raise InvalidRequestError(f"the text cannot be tokenized: {error}; send valid Unicode") from error
+
+    def encode_cut(self, text: str, pair: str | None, max_tokens: int | None) -> tuple[list[int], int]:
+        """Token ids of one text, or of two with what the tokenizer puts between them, cut at their ends (of two, the
+        longer first) to `max_tokens` with the tokenizer's own tokens still around them; and how many of the ids belong
+        to the first segment, where the tokenizer tells segments apart. Raises InvalidRequestError."""
+        try:
+            rust = self._direct
+            if rust is None:
+                return self._encode_cut_slowly(text, pair, max_tokens)
+            parts = [rust.encode(part, add_special_tokens=False) for part in (text, pair) if part is not None]
+            lengths = [len(part.ids) for part in parts]
+            if max_tokens is not None:
+                lengths = cut_lengths(lengths, max_tokens - rust.num_special_tokens_to_add(pair is not None))
+            for part, length in zip(parts, lengths, strict=True):
+                part.truncate(length)
+            encoding = rust.post_process(*parts, add_special_tokens=True)
+            segments = encoding.type_ids
+            return list(encoding.ids), segments.index(1) if 1 in segments else len(segments)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise InvalidRequestError(f"the text cannot be tokenized: {error}; send valid Unicode") from error
+
+    def _encode_cut_slowly(self, text: str, pair: str | None, max_tokens: int | None) -> tuple[list[int], int]:
+        encoded = self.backend(
+            text, pair, truncation=max_tokens is not None, max_length=max_tokens, return_token_type_ids=True
+        )
+        ids, segments = list(encoded["input_ids"]), list(encoded.get("token_type_ids") or [])
+        return ids, segments.index(1) if 1 in segments else len(ids)
 
     def special_token_id(self, text: str) -> int | None:
         """The id of the special token that is spelt exactly so."""
@@ -182,6 +235,11 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     # --- chats -----------------------------------------------------------------------------------------------------
+
+    @property
+    def has_own_template(self) -> bool:
+        """Whether the operator gave a template (--chat-template)."""
+        return bool(self._chat_template)
 
     @property
     def has_chat_template(self) -> bool:
@@ -240,6 +298,20 @@ class Tokenizer:
             if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
                 fault = error.__cause__
                 raise ConfigError(f"the chat template is not valid, line {fault.lineno}: {fault.message}") from error
+
+
+def cut_lengths(lengths: list[int], most: int) -> list[int]:
+    """One or two lengths, the longer one made shorter first, until they are `most` together."""
+    most = max(most, 0)
+    if len(lengths) == 1:
+        return [min(lengths[0], most)]
+    first, second = lengths
+    shorter = min(first, second, most // 2)
+    if first <= second:
+        first = min(first, max(shorter, most - second))
+        return [first, min(second, most - first)]
+    second = min(second, max(shorter, most - first))
+    return [min(first, most - second), second]
 
 
 _RESERVED_ARGUMENTS = frozenset({

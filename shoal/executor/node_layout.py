@@ -33,6 +33,7 @@ _FLAGS = {
     "parallel.tensor_size": "tensor_parallel_size",
     "parallel.pipeline_size": "pipeline_parallel_size",
     "parallel.data_size": "data_parallel_size",
+    "parallel.expert_parallel": "enable_expert_parallel",
     "parallel.num_nodes": "nnodes",
     "parallel.layer_partition": "pipeline_layer_partition",
 }

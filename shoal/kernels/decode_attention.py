@@ -16,8 +16,10 @@ import torch
 import triton
 import triton.language as tl
 
-from shoal.kernels.heads import transform_halves
+from shoal.kernels.cache_format import cache_cells, cache_format, decode, encode
+from shoal.kernels.heads import places_of_halves, transform_halves
 from shoal.kernels.launch import has_dependent_launch, launch_options
+from shoal.kernels.scores import LOG2_E, capped, score_factors
 
 # Tokens of context that are not split, and tokens of a split above which there may be more than fill the device.
 _WHOLE, _LONG_SPLIT = 128, 1024
@@ -34,7 +36,7 @@ def launch_shape(head_dim: int, dtype: torch.dtype) -> tuple[int, int, int]:
 @triton.jit
 def _load_tile(
     keys, values, block, position, end, half, whole,
-    D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr, HALF: tl.constexpr, BLOCK_SIZE: tl.constexpr, TYPE: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Both halves of the keys [D / 2, n], values [n, D]; zeros from `end` on: what lies there may be no number."""
     inside = position < end
@@ -45,17 +47,17 @@ def _load_tile(
     key_b = tl.load(keys + cells[None, :] + (half + HALF)[:, None], mask=in_b, other=0.0)
     in_value = inside[:, None] & (whole < D)[None, :]
     value = tl.load(values + cells[:, None] + whole[None, :], mask=in_value, other=0.0)
-    return key_a, key_b, value
+    return decode(key_a, TYPE, FORMAT), decode(key_b, TYPE, FORMAT), decode(value, TYPE, FORMAT)
 
 
 @triton.jit
 def _attend_tile(
-    query_a, query_b, key_a, key_b, value, position, lowest, end, scale_log2, top, total, sums,
+    query_a, query_b, key_a, key_b, value, position, lowest, end, factor, cap, top, total, sums,
     WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One turn of the online softmax (Milakov and Gimelshein 2018), in powers of two."""
     scores = tl.dot(query_a, key_a, input_precision=PRECISION)
-    scores = tl.dot(query_b, key_b, scores, input_precision=PRECISION) * scale_log2
+    scores = capped(tl.dot(query_b, key_b, scores, input_precision=PRECISION), factor, cap)
     visible = position < end
     if WINDOWED:
         visible &= position >= lowest
@@ -70,7 +72,7 @@ def _attend_tile(
 
 @triton.jit
 def _add_splits(
-    partial_sums, partial_stats, output, first, num_active,
+    partial_sums, partial_stats, output, first, num_active, value_scale,
     G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, G_TILE: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """The splits of a sequence's KV head, whose first partial row is `first`, PARTS at a time; output: its row. They
@@ -95,7 +97,10 @@ def _add_splits(
         sums = sums * shrink[:, None] + tl.sum(tile * weights[:, :, None], axis=0)
         top = new_top
     total = tl.where(row < G, total, 1.0)
-    result = (sums / total[:, None]).to(output.dtype.element_ty)
+    result = sums / total[:, None]
+    if value_scale is not None:
+        result *= value_scale
+    result = result.to(output.dtype.element_ty)
     held = (row < G)[:, None] & (column < D)[None, :]
     tl.store(output + row[:, None] * D + column[None, :], result, mask=held)
 
@@ -109,12 +114,13 @@ def _decode_kernel(
     query, key, value, output, keys, values, block_tables, table_rows, seq_lens, tokens,
     positions, table, query_norm, key_norm, eps, partial_sums, partial_stats, counters,
     query_stride, key_stride, value_stride, query_head, key_head, value_head, cache_head, table_stride,
-    scale_log2, window, splits, few_splits,
+    factor, window, splits, few_splits, cap, sinks, key_inverse, value_inverse, value_scale,
     WHOLE: tl.constexpr, LONG_SPLIT: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, G_TILE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, ROTATE: tl.constexpr,
-    NORM_Q: tl.constexpr, NORM_K: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
+    ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr,
+    PRECISION: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Program (split, KV head, sequence). Each split takes a like share of the sequence's old keys; the last one that
     has any takes the newest key from its own registers. Splits without a share leave at once.
@@ -152,51 +158,71 @@ def _decode_kernel(
     keys += kv_head.to(tl.int64) * cache_head
     values += kv_head.to(tl.int64) * cache_head
     rows, half, whole = tl.arange(0, G_PAD), tl.arange(0, HALF_PAD), tl.arange(0, D_PAD)
+    TYPE: tl.constexpr = query.dtype.element_ty
     token = token.to(tl.int64)
 
     # Block ids are read one turn ahead: were they read where they are used, keys and values would wait for them.
     position = begin + tl.arange(0, BLOCK_N)
     block = tl.load(blocks + position // BLOCK_SIZE, mask=position < end, other=0)
     cell = tl.load(blocks + newest // BLOCK_SIZE).to(tl.int64) * (BLOCK_SIZE * D) + (newest % BLOCK_SIZE) * D
+    first_place, second_place = places_of_halves(half, D, HALF, ROTARY, INTERLEAVED)
     cos, sin = 1.0, 0.0
     if ROTATE:
-        angles = table + tl.load(positions + token).to(tl.int64) * D + half
-        cos = tl.load(angles, mask=half < HALF, other=0.0)[None, :]
-        sin = tl.load(angles + HALF, mask=half < HALF, other=0.0)[None, :]
+        angles = table + tl.load(positions + token).to(tl.int64) * ROTARY + half
+        cos = tl.load(angles, mask=half < ROTARY // 2, other=1.0)[None, :]
+        sin = tl.load(angles + ROTARY // 2, mask=half < ROTARY // 2, other=0.0)[None, :]
     if EARLY:
-        key_a, key_b, tile = _load_tile(keys, values, block, position, end, half, whole, D, HALF, BLOCK_SIZE)
+        key_a, key_b, tile = _load_tile(
+            keys, values, block, position, end, half, whole, D, HALF, BLOCK_SIZE, TYPE, FORMAT
+        )
         if PDL:
             tl.extra.cuda.gdc_wait()
             # Not before the wait: that the next attention kernel starts only now is what it may rely on for EARLY.
             tl.extra.cuda.gdc_launch_dependents()
 
     # The heads of this group, padded to G_PAD rows.
-    source = query + token * query_stride + (kv_head * G + rows[:, None]) * query_head + half[None, :]
-    query_a = tl.load(source, mask=(rows < G)[:, None] & (half < HALF)[None, :], other=0.0)
-    query_b = tl.load(source + HALF, mask=(rows < G)[:, None] & (half < D - HALF)[None, :], other=0.0)
+    source = query + token * query_stride + (kv_head * G + rows[:, None]) * query_head
+    query_a = tl.load(source + first_place[None, :], mask=(rows < G)[:, None] & (half < HALF)[None, :], other=0.0)
+    query_b = tl.load(source + second_place[None, :], mask=(rows < G)[:, None] & (half < D - HALF)[None, :], other=0.0)
     # The newest key and value: written by the split that sees them, and its first summand.
     new_in_a = has_newest & (half < HALF)[None, :]
     new_in_b = has_newest & (half < D - HALF)[None, :]
     new_inside = has_newest & (whole < D)
-    source = key + token * key_stride + kv_head * key_head + half[None, :]
-    new_a = tl.load(source, mask=new_in_a, other=0.0)
-    new_b = tl.load(source + HALF, mask=new_in_b, other=0.0)
+    source = key + token * key_stride + kv_head * key_head
+    new_a = tl.load(source + first_place[None, :], mask=new_in_a, other=0.0)
+    new_b = tl.load(source + second_place[None, :], mask=new_in_b, other=0.0)
     new_value = tl.load(value + token * value_stride + kv_head * value_head + whole, mask=new_inside, other=0.0)
-    query_a, query_b = transform_halves(query_a, query_b, query_norm, half, cos, sin, eps, D, HALF, NORM_Q, ROTATE)
-    new_a, new_b = transform_halves(new_a, new_b, key_norm, half, cos, sin, eps, D, HALF, NORM_K, ROTATE)
-    tl.store(keys + cell + half[None, :], new_a, mask=new_in_a)
-    tl.store(keys + cell + HALF + half[None, :], new_b, mask=new_in_b)
-    tl.store(values + cell + whole, new_value, mask=new_inside)
+    query_a, query_b = transform_halves(
+        query_a, query_b, query_norm, half, first_place, second_place, cos, sin, eps, D, HALF, NORM_Q, ROTATE
+    )
+    new_a, new_b = transform_halves(
+        new_a, new_b, key_norm, half, first_place, second_place, cos, sin, eps, D, HALF, NORM_K, ROTATE
+    )
+    stored_a, stored_b = encode(new_a, key_inverse, FORMAT), encode(new_b, key_inverse, FORMAT)
+    stored_value = encode(new_value, value_inverse, FORMAT)
+    tl.store(keys + cell + half[None, :], stored_a, mask=new_in_a)
+    tl.store(keys + cell + HALF + half[None, :], stored_b, mask=new_in_b)
+    tl.store(values + cell + whole, stored_value, mask=new_inside)
+    new_a, new_b = decode(stored_a, TYPE, FORMAT), decode(stored_b, TYPE, FORMAT)
+    new_value = decode(stored_value, TYPE, FORMAT)
     score = tl.sum(query_a.to(tl.float32) * new_a.to(tl.float32), axis=1)
     score += tl.sum(query_b.to(tl.float32) * new_b.to(tl.float32), axis=1)
-    top = tl.where(has_newest, score * scale_log2, float("-inf"))
+    top = tl.where(has_newest, capped(score, factor, cap), float("-inf"))
     total = tl.where(has_newest, tl.full([G_PAD], 1.0, tl.float32), 0.0)
     sums = tl.zeros([G_PAD, D_PAD], tl.float32) + new_value.to(tl.float32)[None, :]
+    if sinks is not None:  # as one more key, of a value of zeros
+        if has_newest:
+            sink = tl.load(sinks + kv_head * G + rows, mask=rows < G, other=0.0).to(tl.float32) * LOG2_E
+            with_sink = tl.maximum(top, sink)
+            total = tl.exp2(top - with_sink)
+            sums = sums * total[:, None]
+            total += tl.exp2(sink - with_sink)
+            top = with_sink
 
     if EARLY:
         if begin < end:
             top, total, sums = _attend_tile(
-                query_a, query_b, key_a, key_b, tile, position, lowest, end, scale_log2, top, total, sums,
+                query_a, query_b, key_a, key_b, tile, position, lowest, end, factor, cap, top, total, sums,
                 WINDOWED, PRECISION,
             )  # fmt: skip
         begin += BLOCK_N
@@ -204,18 +230,23 @@ def _decode_kernel(
         block = tl.load(blocks + position // BLOCK_SIZE, mask=position < end, other=0)
     for start in range(begin, end, BLOCK_N):
         position = start + tl.arange(0, BLOCK_N)
-        key_a, key_b, tile = _load_tile(keys, values, block, position, end, half, whole, D, HALF, BLOCK_SIZE)
+        key_a, key_b, tile = _load_tile(
+            keys, values, block, position, end, half, whole, D, HALF, BLOCK_SIZE, TYPE, FORMAT
+        )
         ahead = position + BLOCK_N
         block = tl.load(blocks + ahead // BLOCK_SIZE, mask=ahead < end, other=0)
         top, total, sums = _attend_tile(
-            query_a, query_b, key_a, key_b, tile, position, lowest, end, scale_log2, top, total, sums,
+            query_a, query_b, key_a, key_b, tile, position, lowest, end, factor, cap, top, total, sums,
             WINDOWED, PRECISION,
         )  # fmt: skip
 
     target = output + token * (NUM_KV_HEADS * G * D) + kv_head * (G * D)
     held = (rows < G)[:, None] & (whole < D)[None, :]
     if num_active == 1:
-        result = (sums / total[:, None]).to(output.dtype.element_ty)
+        result = sums / total[:, None]
+        if value_scale is not None:
+            result *= value_scale
+        result = result.to(output.dtype.element_ty)
         tl.store(target + rows[:, None] * D + whole[None, :], result, mask=held)
     else:
         group = sequence * NUM_KV_HEADS + kv_head
@@ -227,7 +258,10 @@ def _decode_kernel(
         if tl.atomic_add(counters + group, 1, sem="acq_rel") == num_active - 1:
             # All splits are in: this program, the last one, adds them up and leaves the counter as it was.
             tl.store(counters + group, 0)
-            _add_splits(partial_sums, partial_stats, target, group * splits * G, num_active, G, D, D_PAD, G_TILE, PARTS)
+            _add_splits(
+                partial_sums, partial_stats, target, group * splits * G, num_active, value_scale,
+                G, D, D_PAD, G_TILE, PARTS,
+            )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -283,19 +317,25 @@ def decode_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
     positions: torch.Tensor | None = None,
     table: torch.Tensor | None = None,
     query_norm: torch.Tensor | None = None,
     key_norm: torch.Tensor | None = None,
     eps: float = 0.0,
+    interleaved: bool = False,
     early: bool = False,
 ) -> None:
     """Write the new keys and values of these sequences to the cache and attend: fills their rows of `output`.
 
     query [T, Hq, D]; key, value [T, Hk, D]: any strides but the last; output [T, Hq * D], contiguous.
-    kv_cache [2, Hk, N, block_size, D]. positions [T], table [P, D]: rotation, as in `transform_and_write`; None: heads
-    are taken as they are. early: rows, positions and earlier tokens' keys were written before the last kernel in the
-    stream, see `_decode_kernel`. The number of programs depends on shapes alone: a CUDA graph can hold the launch.
+    kv_cache [2, Hk, N, block_size, D]. softcap, sinks [Hq], key_scale, value_scale: as in `AttentionForm`.
+    positions [T], table [P, R], interleaved: rotation, as in `transform_and_write`; None: heads are taken as they are.
+    early: rows, positions and earlier tokens' keys were written before the last kernel in the stream, see
+    `_decode_kernel`. The number of programs depends on shapes alone: a CUDA graph can hold the launch.
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_size = key.shape[1], kv_cache.shape[3]
@@ -313,19 +353,23 @@ def decode_attention(
     early = early and num_groups <= workspace.num_processors
     sums, stats = workspace.buffers(padded, group)
     group_tile = triton.next_power_of_2(group)
+    cache, form = cache_cells(kv_cache), cache_format(kv_cache)
+    factor, cap = score_factors(scale * key_scale if form else scale, softcap)
+    scales = (1 / key_scale, 1 / value_scale, value_scale) if form else (None, None, None)
     _decode_kernel[(splits, num_kv_heads, num_sequences)](
-        query, key, value, output, kv_cache[0], kv_cache[1], rows.block_tables, rows.table_rows, rows.seq_lens,
+        query, key, value, output, cache[0], cache[1], rows.block_tables, rows.table_rows, rows.seq_lens,
         rows.tokens, positions, table, query_norm, key_norm, eps, sums, stats, workspace.counters,
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
-        kv_cache.stride(1), rows.block_tables.stride(0), scale * 1.4426950408889634, sliding_window or 0,
-        splits, few_splits,
+        kv_cache.stride(1), rows.block_tables.stride(0), factor, sliding_window or 0, splits, few_splits,
+        cap, sinks, *scales,
         WHOLE=_WHOLE, LONG_SPLIT=_LONG_SPLIT, NUM_KV_HEADS=num_kv_heads, G=group,
         G_PAD=max(16, group_tile), G_TILE=group_tile,
         PARTS=max(1, min(16, 8192 // (group_tile * padded))),
         D=head_dim, D_PAD=padded, HALF=half, HALF_PAD=max(16, triton.next_power_of_2(half)),
         BLOCK_SIZE=block_size, BLOCK_N=block_n, WINDOWED=sliding_window is not None, ROTATE=table is not None,
+        ROTARY=head_dim if table is None else table.shape[1], INTERLEAVED=interleaved,
         NORM_Q=query_norm is not None, NORM_K=key_norm is not None,
         PRECISION="ieee" if query.dtype is torch.float32 else "tf32", PDL=has_dependent_launch(query.device),
-        EARLY=early,
+        EARLY=early, FORMAT=form,
         num_warps=num_warps, num_stages=num_stages, **launch_options(query.device),
     )  # fmt: skip

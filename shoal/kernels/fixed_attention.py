@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from shoal.kernels.cache_format import cache_cells, cache_format, decode
 from shoal.kernels.launch import has_dependent_launch, launch_options
+from shoal.kernels.scores import LOG2_E, capped, score_factors
 
 SPLIT = 256
-_LOG2_E = 1.4426950408889634
 # Programs in flight that a GPU of 132 processors is filled with.
 _ENOUGH_PROGRAMS = 264
 # A load waits for its block's number, so two stages of the pipeline are one load in flight. H100 (3.0 TB/s of copy
@@ -64,11 +65,11 @@ def _store_partial(partial_sums, partial_stats, own, rows, whole, top, total, su
 )
 def _attend_kernel(
     query, keys, values, output, block_tables, tiles, table_rows, seq_lens, tokens, partial_sums, partial_stats,
-    query_stride, query_head, cache_head, table_stride, scale_log2, window, max_splits,
+    query_stride, query_head, cache_head, table_stride, factor, window, max_splits, cap, sinks, value_scale,
     DECODE: tl.constexpr, PARTIAL: tl.constexpr, NUM_KV_HEADS: tl.constexpr, G: tl.constexpr,
     R: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr, SPLIT_KEYS: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    FORMAT: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """Program (query tile, KV head, chunk of splits). PARTIAL (decodes only): each split's state goes to memory."""
     item, kv_head, chunk = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -117,6 +118,12 @@ def _attend_kernel(
     merged_top = tl.full([R], float("-inf"), tl.float32)
     merged_total = tl.zeros([R], tl.float32)
     merged_sums = tl.zeros([R, D_PAD], tl.float32)
+    if sinks is not None and not PARTIAL:  # a split before all others, whose values are zeros
+        merged_top = tl.load(sinks + own_head).to(tl.float32) * LOG2_E
+        merged_total = tl.full([R], 1.0, tl.float32)
+    scale_log2 = factor
+    if cap is not None:
+        scale_log2 = 1.0
     top = tl.full([R], float("-inf"), tl.float32)
     totals = tl.zeros([R, 16], tl.float32)  # all columns alike
     sums = tl.zeros([R, D_PAD], tl.float32)
@@ -126,9 +133,11 @@ def _attend_kernel(
         block = tl.load(blocks + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         cells = (block * BLOCK_SIZE + position % BLOCK_SIZE)[:, None] * D + whole[None, :]
         read = inside[:, None] & (whole < D)[None, :]
-        key = tl.load(keys + cells, mask=read, other=0.0)
+        key = decode(tl.load(keys + cells, mask=read, other=0.0), heads.dtype, FORMAT)
         scores = tl.dot(heads, key.T, input_precision=PRECISION)
-        value = tl.load(values + cells, mask=read, other=0.0)
+        if cap is not None:
+            scores = capped(scores, factor, cap)
+        value = decode(tl.load(values + cells, mask=read, other=0.0), heads.dtype, FORMAT)
         seen = inside[None, :] & (position[None, :] <= last_seen[:, None])
         if WINDOWED:
             seen &= position[None, :] > last_seen[:, None] - window
@@ -153,13 +162,15 @@ def _attend_kernel(
     if not PARTIAL:
         target = output + (token[:, None] * (NUM_KV_HEADS * G) + own_head[:, None]) * D + whole[None, :]
         merged_total = tl.where(live, merged_total, 1.0)
-        result = (merged_sums / merged_total[:, None]).to(output.dtype.element_ty)
-        tl.store(target, result, mask=live[:, None] & (whole < D)[None, :])
+        result = merged_sums / merged_total[:, None]
+        if value_scale is not None:
+            result *= value_scale
+        tl.store(target, result.to(output.dtype.element_ty), mask=live[:, None] & (whole < D)[None, :])
 
 
 @triton.jit(do_not_specialize=["window", "max_splits"], do_not_specialize_on_alignment=["seq_lens", "tokens"])
 def _merge_kernel(
-    output, seq_lens, tokens, partial_sums, partial_stats, window, max_splits,
+    output, seq_lens, tokens, partial_sums, partial_stats, window, max_splits, sinks, value_scale,
     NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, SPLIT_KEYS: tl.constexpr,
     WINDOWED: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -181,6 +192,9 @@ def _merge_kernel(
     top = tl.full([1], float("-inf"), tl.float32)
     total = tl.zeros([1], tl.float32)
     sums = tl.zeros([1, D_PAD], tl.float32)
+    if sinks is not None:
+        top = tl.load(sinks + head + row).to(tl.float32) * LOG2_E
+        total = tl.full([1], 1.0, tl.float32)
     for split in range(0, num_splits):
         own = (group + split).to(tl.int64) * G + head % G
         part_top = tl.load(partial_stats + own * 2 + row)
@@ -188,7 +202,10 @@ def _merge_kernel(
         part_sums = tl.load(partial_sums + own * D_PAD + whole[None, :], mask=(whole < D)[None, :], other=0.0)
         top, total, sums = _merge(top, total, sums, part_top, part_total, part_sums)
     target = output + (token.to(tl.int64) * (NUM_KV_HEADS * G) + head) * D + whole[None, :]
-    tl.store(target, (sums / total[:, None]).to(output.dtype.element_ty), mask=(whole < D)[None, :])
+    result = sums / total[:, None]
+    if value_scale is not None:
+        result *= value_scale
+    tl.store(target, result.to(output.dtype.element_ty), mask=(whole < D)[None, :])
 
 
 def _tile_keys(dtype: torch.dtype, head_dim: int) -> int:
@@ -230,12 +247,16 @@ def fixed_decode(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Attention of one new token a sequence, whose key and value are in the cache: fills its row of `output`.
 
     query [T, Hq, D]; kv_cache [2, Hk, N, block_size, D]; output [T, Hq * D], contiguous; block_tables [rows, B], int32.
-    table_rows, seq_lens [S]: int32. tokens [S]: int32, which token is the sequence's; None: token s. Launches depend on
-    shapes alone.
+    table_rows, seq_lens [S]: int32. tokens [S]: int32, which token is the sequence's; None: token s. softcap, sinks
+    [Hq], key_scale, value_scale: as in `AttentionForm`. Launches depend on shapes alone.
     """
     num_sequences, num_kv_heads = seq_lens.shape[0], kv_cache.shape[1]
     num_heads, head_dim = query.shape[1:]
@@ -251,13 +272,14 @@ def fixed_decode(
         sums = torch.empty(shape, dtype=torch.float32, device=query.device)
         stats = torch.empty(shape[0], 2, dtype=torch.float32, device=query.device)
     rows = max(16, triton.next_power_of_2(group))
+    factors, scaled_by = _cache_factors(kv_cache, scale, softcap, key_scale, value_scale)
     _launch(
         query, kv_cache, output, block_tables, None, table_rows, seq_lens, tokens, sums, stats,
-        scale, sliding_window, max_splits, chunks, rows, num_sequences,
+        factors, sliding_window, max_splits, chunks, rows, num_sequences, sinks, scaled_by,
     )  # fmt: skip
     if chunks > 1:
         _merge_kernel[(num_sequences, num_heads)](
-            output, seq_lens, tokens, sums, stats, sliding_window or 0, max_splits,
+            output, seq_lens, tokens, sums, stats, sliding_window or 0, max_splits, sinks, scaled_by,
             NUM_KV_HEADS=num_kv_heads, G=group, D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)),
             SPLIT_KEYS=SPLIT, WINDOWED=sliding_window is not None, DEPENDENT=has_dependent_launch(query.device),
             num_warps=1, enable_fp_fusion=False, **launch_options(query.device),
@@ -273,6 +295,10 @@ def fixed_prefill(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Attention of prompts' new tokens, whose keys and values are in the cache: fills their rows of `output`.
 
@@ -281,10 +307,20 @@ def fixed_prefill(
     """
     group = query.shape[1] // kv_cache.shape[1]
     rows = max(_query_rows(query.dtype, query.shape[2]), triton.next_power_of_2(group))
+    factors, scaled_by = _cache_factors(kv_cache, scale, softcap, key_scale, value_scale)
     _launch(
         query, kv_cache, output, block_tables, tiles, None, None, None, None, None,
-        scale, sliding_window, 0, 1, rows, tiles.shape[0],
+        factors, sliding_window, 0, 1, rows, tiles.shape[0], sinks, scaled_by,
     )  # fmt: skip
+
+
+def _cache_factors(
+    kv_cache: torch.Tensor, scale: float, softcap: float | None, key_scale: float, value_scale: float
+) -> tuple[tuple[float, float | None], float | None]:
+    """`score_factors` with the scale of the cache's keys, and that of its values where they have one."""
+    if not cache_format(kv_cache):
+        return score_factors(scale, softcap), None
+    return score_factors(scale * key_scale, softcap), value_scale
 
 
 def _launch(
@@ -298,25 +334,28 @@ def _launch(
     tokens: torch.Tensor | None,
     sums: torch.Tensor | None,
     stats: torch.Tensor | None,
-    scale: float,
+    factors: tuple[float, float | None],
     window: int | None,
     max_splits: int,
     chunks: int,
     rows: int,
     num_items: int,
+    sinks: torch.Tensor | None,
+    value_scale: float | None,
 ) -> None:
     num_heads, head_dim = query.shape[1:]
     num_kv_heads = kv_cache.shape[1]
     group = num_heads // num_kv_heads
     assert query.stride(2) == 1 and kv_cache[0, 0].is_contiguous() and output.is_contiguous()
+    cache = cache_cells(kv_cache)
     _attend_kernel[(num_items, num_kv_heads, chunks)](
-        query, kv_cache[0], kv_cache[1], output, block_tables, tiles, table_rows, seq_lens, tokens, sums, stats,
-        query.stride(0), query.stride(1), kv_cache.stride(1), block_tables.stride(0), scale * _LOG2_E, window or 0,
-        max_splits,
+        query, cache[0], cache[1], output, block_tables, tiles, table_rows, seq_lens, tokens, sums, stats,
+        query.stride(0), query.stride(1), kv_cache.stride(1), block_tables.stride(0), factors[0], window or 0,
+        max_splits, factors[1], sinks, value_scale,
         DECODE=tiles is None, PARTIAL=chunks > 1, NUM_KV_HEADS=num_kv_heads, G=group, R=rows,
         TOKENS=1 if tiles is None else rows // group, D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=kv_cache.shape[3], TILE=_tile_keys(query.dtype, head_dim), SPLIT_KEYS=SPLIT,
         WINDOWED=window is not None, PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
-        DEPENDENT=has_dependent_launch(query.device), enable_fp_fusion=False,
+        FORMAT=cache_format(kv_cache), DEPENDENT=has_dependent_launch(query.device), enable_fp_fusion=False,
         num_warps=4 if rows == 32 else 8, num_stages=_num_stages(query.dtype, head_dim), **launch_options(query.device),
     )  # fmt: skip

@@ -17,7 +17,8 @@ from shoal.kernels.launch import has_dependent_launch, launch_options
 _FEWEST_ELEMENTS = 1024
 
 
-@triton.jit
+# Steps have any number of rows: one program of the kernel is for all of them.
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_kernel(
     x, residual, weight, output, total, num_rows, inner, x_outer, x_inner, residual_stride, eps,
     H: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DEPENDENT: tl.constexpr,

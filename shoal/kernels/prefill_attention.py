@@ -13,12 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
+from shoal.kernels.cache_format import cache_cells, cache_format, decode
+from shoal.kernels.scores import LOG2_E, capped, score_factors
+
 
 @triton.jit
 def _attend(
     sums, top, total, rows_query, begin, end, keys, values, blocks, position, columns, whole, context, lowest,
-    scale_log2, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
-    WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+    factor, cap, D: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr,
+    WINDOWED: tl.constexpr, PRECISION: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Keys begin … end of one tile of rows. MASKED: some rows do not see some of them."""
     in_head = whole < D
@@ -33,7 +36,8 @@ def _attend(
         if MASKED:
             inside = inside & (seen < context)[:, None]
         key = tl.load(keys + cells[:, None] + whole[None, :], mask=inside, other=0.0)
-        scores = tl.dot(rows_query, tl.trans(key), input_precision=PRECISION) * scale_log2
+        key = decode(key, rows_query.dtype, FORMAT)
+        scores = capped(tl.dot(rows_query, tl.trans(key), input_precision=PRECISION), factor, cap)
         if MASKED:
             visible = seen[None, :] <= position[:, None]
             if WINDOWED:
@@ -47,6 +51,7 @@ def _attend(
         shrink = tl.exp2(top - base)
         total = total * shrink + tl.sum(weights, axis=1)
         value = tl.load(values + cells[:, None] + whole[None, :], mask=inside, other=0.0)
+        value = decode(value, rows_query.dtype, FORMAT)
         sums = sums * shrink[:, None]
         sums = tl.dot(weights.to(value.dtype), value, sums, input_precision=PRECISION)
         top = new_top
@@ -55,9 +60,11 @@ def _attend(
 
 @triton.jit(do_not_specialize=["window", "table_stride"])
 def _prefill_kernel(
-    query, output, keys, values, block_tables, tiles, query_stride, query_head, cache_head, table_stride, scale_log2,
-    window, NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    query, output, keys, values, block_tables, tiles, query_stride, query_head, cache_head, table_stride, factor,
+    window, cap, sinks, value_scale, NUM_KV_HEADS: tl.constexpr, G: tl.constexpr,
+    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WINDOWED: tl.constexpr, PRECISION: tl.constexpr,
+    FORMAT: tl.constexpr,
 ):  # fmt: skip
     """Program (KV head, tile): BLOCK_M // G new tokens of a sequence, with all heads of the group."""
     kv_head, tile = tl.program_id(0), tl.program_id(1)
@@ -81,6 +88,9 @@ def _prefill_kernel(
     sums = tl.zeros([BLOCK_M, D_PAD], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
+    if sinks is not None:  # as a first key, of a value of zeros
+        top = tl.load(sinks + head).to(tl.float32) * LOG2_E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
     lowest = position
     begin = 0
     plain_begin = 0
@@ -94,17 +104,19 @@ def _prefill_kernel(
         plain_end = tl.maximum(plain_end, plain_begin)
         sums, top, total = _attend(
             sums, top, total, rows_query, begin, plain_begin, keys, values, blocks, position, columns, whole, context,
-            lowest, scale_log2, D, BLOCK_SIZE, BLOCK_N, True, True, PRECISION,
+            lowest, factor, cap, D, BLOCK_SIZE, BLOCK_N, True, True, PRECISION, FORMAT,
         )  # fmt: skip
     sums, top, total = _attend(
         sums, top, total, rows_query, plain_begin, plain_end, keys, values, blocks, position, columns, whole, context,
-        lowest, scale_log2, D, BLOCK_SIZE, BLOCK_N, False, WINDOWED, PRECISION,
+        lowest, factor, cap, D, BLOCK_SIZE, BLOCK_N, False, WINDOWED, PRECISION, FORMAT,
     )  # fmt: skip
     sums, top, total = _attend(
         sums, top, total, rows_query, plain_end, context, keys, values, blocks, position, columns, whole, context,
-        lowest, scale_log2, D, BLOCK_SIZE, BLOCK_N, True, WINDOWED, PRECISION,
+        lowest, factor, cap, D, BLOCK_SIZE, BLOCK_N, True, WINDOWED, PRECISION, FORMAT,
     )  # fmt: skip
     sums = sums / total[:, None]
+    if value_scale is not None:
+        sums *= value_scale
     target = output + ((token * (NUM_KV_HEADS * G) + head) * D)[:, None] + whole[None, :]
     tl.store(target, sums.to(output.dtype.element_ty), mask=held)
 
@@ -160,22 +172,30 @@ def prefill_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
     """Attend with the tokens that `tiles` name, whose keys and values are in the cache: fills their rows of `output`.
 
     query [T, Hq, D]: any strides but the last; kv_cache [2, Hk, N, block_size, D]; output [T, Hq * D], contiguous;
-    block_tables [rows, B]: int32; tiles: from `plan_tiles`, for `tile_rows(…) // G` tokens.
+    block_tables [rows, B]: int32; tiles: from `plan_tiles`, for `tile_rows(…) // G` tokens. softcap, sinks [Hq],
+    key_scale, value_scale: as in `AttentionForm`.
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]
     group = num_heads // num_kv_heads
     shape = tile_shape(head_dim, query.dtype, query.device)
+    cache, form = cache_cells(kv_cache), cache_format(kv_cache)
+    factor, cap = score_factors(scale * key_scale if form else scale, softcap)
     _prefill_kernel[(num_kv_heads, tiles.shape[0])](
-        query, output, kv_cache[0], kv_cache[1], block_tables, tiles, query.stride(0), query.stride(1),
-        kv_cache.stride(1), block_tables.stride(0), scale * 1.4426950408889634, sliding_window or 0,
+        query, output, cache[0], cache[1], block_tables, tiles, query.stride(0), query.stride(1),
+        kv_cache.stride(1), block_tables.stride(0), factor, sliding_window or 0,
+        cap, sinks, value_scale if form else None,
         NUM_KV_HEADS=num_kv_heads, G=group, D=head_dim, D_PAD=max(16, triton.next_power_of_2(head_dim)),
         BLOCK_SIZE=block_size, BLOCK_M=tile_rows(group, head_dim, query.dtype, query.device),
         BLOCK_N=shape.columns, WINDOWED=sliding_window is not None,
-        PRECISION="ieee" if query.dtype is torch.float32 else "tf32",
+        PRECISION="ieee" if query.dtype is torch.float32 else "tf32", FORMAT=form,
         num_warps=shape.num_warps, num_stages=shape.num_stages,
     )  # fmt: skip

@@ -1,14 +1,15 @@
 """Which way a linear layer multiplies 1 to 16 rows: measured on the model's own weights, once for a GPU and versions.
 
-A `LinearChooser` for each device; quantization/unquantized.py makes a `LinearPlan` for each layer after loading and
-applies it. N outputs, K inputs, M rows.
+A `LinearChooser` for each device; a linear layer of quantization/ makes a `LinearPlan` of its weight after loading and
+applies it. A weight of one byte an element (FP8, INT8) has no library to compare with: what multiplies many rows by it
+quantizes them. N outputs, K inputs, M rows.
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from shoal import env
 from shoal.kernels.activation import silu_and_mul
 from shoal.kernels.compile_ahead import is_compiling_ahead
 from shoal.kernels.disk_cache import ChoiceCache, environment_of
-from shoal.kernels.linear import MAX_ROWS, MOST_SPLITS, LinearConfig, Workspace, skinny_linear
+from shoal.kernels.linear import MAX_ROWS, MOST_SPLITS, ByteScales, LinearConfig, Workspace, skinny_linear
 from shoal.kernels.norm import rms_norm
 from shoal.log import get_logger
 
@@ -39,6 +40,13 @@ _SUMS = {
     4: ((2, 1024, 4), (4, 512, 2)),
 }
 _DOTS = ((16, 256, 1, 4), (64, 128, 4, 4))
+# Of weights of one byte.
+_BYTE_SUMS = {
+    1: ((1, 2048, 4), (2, 2048, 4), (4, 1024, 2), (4, 2048, 4)),
+    2: ((2, 2048, 4), (4, 1024, 2)),
+    4: ((2, 2048, 4), (4, 1024, 2)),
+}
+_BYTE_DOTS = ((16, 512, 1, 4), (16, 128, 1, 6), (64, 128, 4, 4), (32, 256, 2, 4))
 # What a product asks into L2 (50 MB on an H100) while the one before it still runs: enough for the microseconds between
 # them. With 32 KB a program, some 40 MB, products of 4096 x 4096 and 2560 x 8192 took 12 and 20 % longer (2026-11).
 _PREFETCHED_BYTES = 12 << 20
@@ -48,6 +56,7 @@ _LIBRARY = "library"
 Norm = tuple[torch.Tensor, float]
 # Runs something and says how many seconds it takes on the device.
 Timer = Callable[[Callable[[], None]], float]
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 class LinearPlan:
@@ -56,9 +65,23 @@ class LinearPlan:
     # Up to so many rows norm and residual cost nothing, or little.
     fused_rows = MAX_ROWS
 
-    def __init__(self, chooser: LinearChooser, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(
+        self,
+        chooser: LinearChooser,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        scales: ByteScales | None = None,
+        dtype: torch.dtype | None = None,
+        many: Product | None = None,
+        measures: bool = True,
+    ) -> None:
+        """scales: of a weight of one byte; dtype: then that of x. many: multiplies any number of rows. measures: else
+        the first way is taken, as all ranks with that weight must take the same."""
+        self.weight, self.bias, self.scales = weight, bias, scales
+        self.dtype = dtype or weight.dtype
+        self.many: Product = many or functools.partial(F.linear, weight=weight, bias=bias)
         self._chooser = chooser
+        self._measures = measures
         self._configs: dict[tuple[bool, int], LinearConfig | None] = {}
 
     def apply(
@@ -87,10 +110,10 @@ class LinearPlan:
             for candidate in self._chooser.possible(self, gated, num_rows):
                 self._run(x, candidate, gated, residual, norm)
                 self._run(x, candidate, gated, None, None)  # as it is measured
-            return _library(x, self.weight, self.bias, gated, residual, norm)
+            return _library(x, self.many, gated, residual, norm)
         config = self._config(num_rows, gated) if 0 < num_rows <= MAX_ROWS else None
         if config is None:
-            return _library(x, self.weight, self.bias, gated, residual, norm)
+            return _library(x, self.many, gated, residual, norm)
         return self._run(x, config, gated, residual, norm)
 
     def _run(
@@ -112,11 +135,14 @@ class LinearPlan:
             gated=gated,
             residual=residual,
             norm=norm,
+            scales=self.scales,
         )
 
     def _config(self, num_rows: int, gated: bool) -> LinearConfig | None:
         bucket = _bucket(num_rows)
         if (gated, bucket) not in self._configs:
+            if not self._measures:
+                return self._chooser.candidates(self, gated, bucket)[0]
             found, is_measured = self._chooser.choose(self, gated, bucket)
             if not is_measured:
                 return found
@@ -135,18 +161,29 @@ class LinearChooser:
         self._plans: dict[str, weakref.WeakSet[LinearPlan]] = {}
         self._choices: dict[str, LinearConfig | None] = {}
 
-    def plan(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> LinearPlan | None:
-        """The plan for weight [N, K]; None where only the library multiplies (fp32, odd layouts)."""
-        aligned = weight.stride(-1) == 1 and weight.stride(0) % 8 == 0 and weight.data_ptr() % 16 == 0
-        if weight.dtype not in _DTYPES or not aligned:
+    def plan(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        scales: ByteScales | None = None,
+        dtype: torch.dtype | None = None,
+        many: Product | None = None,
+        measures: bool = True,
+    ) -> LinearPlan | None:
+        """The plan for weight [N, K]; None where only the library multiplies (fp32, odd layouts). The rest as
+        LinearPlan takes it."""
+        aligned = weight.stride(-1) == 1 and weight.stride(0) * weight.itemsize % 16 == 0
+        if (dtype or weight.dtype) not in _DTYPES or not aligned or weight.data_ptr() % 16:
             return None
-        plan = LinearPlan(self, weight, bias)
+        if scales is not None and scales.block is not None and scales.block[1] % 16:
+            return None
+        plan = LinearPlan(self, weight, bias, scales, dtype, many, measures)
         self._plans.setdefault(_shape_key(plan), weakref.WeakSet()).add(plan)
         return plan
 
     def choose(self, plan: LinearPlan, gated: bool, bucket: int) -> tuple[LinearConfig | None, bool]:
         """(the config, or None for the library; whether that is measured and final)."""
-        key, candidates = _key(plan, gated, bucket), self._candidates(plan, gated, bucket)
+        key, candidates = _key(plan, gated, bucket), self.candidates(plan, gated, bucket)
         if not self._knows(key, candidates):
             if _is_capturing():
                 return None, False  # a measurement is a capture of its own
@@ -159,7 +196,7 @@ class LinearChooser:
     def possible(self, plan: LinearPlan, gated: bool, num_rows: int) -> list[LinearConfig]:
         """The chosen config where that is known, else all that may be chosen."""
         bucket = _bucket(num_rows)
-        key, candidates = _key(plan, gated, bucket), self._candidates(plan, gated, bucket)
+        key, candidates = _key(plan, gated, bucket), self.candidates(plan, gated, bucket)
         if not self._knows(key, candidates):
             return candidates
         chosen = self._choices[key]
@@ -175,9 +212,18 @@ class LinearChooser:
                     self._choices[key] = config
         return key in self._choices
 
-    def _candidates(self, plan: LinearPlan, gated: bool, bucket: int) -> list[LinearConfig]:
+    def candidates(self, plan: LinearPlan, gated: bool, bucket: int) -> list[LinearConfig]:
         rows, inputs = plan.weight.shape
-        return candidates_for(bucket, rows, inputs, gated, _num_multiprocessors(self.device))
+        num_multiprocessors = _num_multiprocessors(self.device)
+        if plan.scales is None:
+            return candidates_for(bucket, rows, inputs, gated, num_multiprocessors)
+        dots: Sequence[tuple[int, int, int, int]] = _BYTE_DOTS
+        if plan.scales.block is not None:
+            # A part of the sum ends with a block.
+            most = plan.scales.block[1] & -plan.scales.block[1]
+            dots = sorted({(block_n, min(block_k, most), warps, stages) for block_n, block_k, warps, stages in dots})
+        sums = _BYTE_SUMS.get(bucket, ())
+        return candidates_for(bucket, rows, inputs, gated, num_multiprocessors, sums, dots)
 
 
 @functools.cache
@@ -188,17 +234,23 @@ def linear_chooser(device: torch.device) -> LinearChooser:
 
 
 def candidates_for(
-    bucket: int, num_weight_rows: int, num_inputs: int, gated: bool, num_multiprocessors: int
+    bucket: int,
+    num_weight_rows: int,
+    num_inputs: int,
+    gated: bool,
+    num_multiprocessors: int,
+    sums: Sequence[tuple[int, int, int]] | None = None,
+    dots: Sequence[tuple[int, int, int, int]] = _DOTS,
 ) -> list[LinearConfig]:
     """The few ways worth measuring for a number of rows and a shape: those that won somewhere (H100, 2026-11)."""
     num_outputs = num_weight_rows // 2 if gated else num_weight_rows
     found = []
-    for block_n, block_k, warps in _SUMS.get(bucket, ()):
+    for block_n, block_k, warps in _SUMS.get(bucket, ()) if sums is None else sums:
         prefetch = _prefetch_for(-(-num_outputs // block_n), num_multiprocessors, gated)
         # Programs of one output start so fast that asking ahead does not pay.
         for num_bytes in (0, prefetch) if block_n > 1 else (0,):
             found.append(LinearConfig("sum", block_n, block_k, warps, prefetch_bytes=num_bytes))
-    for block_n, block_k, warps, stages in _DOTS if bucket > 1 else ():
+    for block_n, block_k, warps, stages in dots if bucket > 1 else ():
         num_tiles = -(-num_outputs // block_n)
         most = 1
         while (
@@ -230,7 +282,7 @@ def fastest(
 ) -> LinearConfig | None:
     """Times the candidates and the library in graphs over the weights of `plans`; None when the library is fastest."""
     weight = plans[0].weight
-    x = torch.randn(num_rows, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    x = torch.randn(num_rows, weight.shape[1], dtype=plans[0].dtype, device=weight.device)
     count = min(len(plans), _MOST_LAUNCHES, max(1, _MEASURED_BYTES // weight.nbytes))
     passes = max(1, 4 // count)
 
@@ -238,14 +290,14 @@ def fastest(
         def run() -> None:
             for plan in plans[:count] * passes:
                 if config is None:
-                    _library(x, plan.weight, plan.bias, gated, None, None)
+                    _library(x, plan.many, gated, None, None)
                 else:
-                    skinny_linear(x, plan.weight, plan.bias, config, workspace, gated=gated)
+                    skinny_linear(x, plan.weight, plan.bias, config, workspace, gated=gated, scales=plan.scales)
 
         return run
 
     times = []
-    for config in (None, *candidates):
+    for config in candidates if plans[0].scales is not None else (None, *candidates):
         try:
             times.append((timer(chain(config)), config))
         except OutOfResources:
@@ -288,16 +340,15 @@ def time_graph(run: Callable[[], None]) -> float:
 
 def _library(
     x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
+    multiply: Product,
     gated: bool,
     residual: torch.Tensor | None,
     norm: Norm | None,
 ) -> torch.Tensor:
-    """The same by cuBLAS and the kernels around it."""
+    """The same by cuBLAS, or what else `multiply` is, and the kernels around it."""
     if norm is not None:
         x = rms_norm(x, *norm)
-    product = F.linear(x, weight, bias)
+    product = multiply(x)
     if gated:
         product = silu_and_mul(product)
     if residual is not None:
@@ -324,6 +375,8 @@ def _bucket(num_rows: int) -> int:
 def _shape_key(plan: LinearPlan) -> str:
     num_outputs, num_inputs = plan.weight.shape
     dtype = str(plan.weight.dtype).removeprefix("torch.")
+    if plan.scales is not None:
+        dtype = f"{dtype} {plan.scales.block or 'outputs'} {str(plan.dtype).removeprefix('torch.')}"
     return f"{num_outputs}x{num_inputs} {dtype}{'' if plan.bias is None else ' bias'}"
 
 

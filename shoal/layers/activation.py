@@ -19,6 +19,8 @@ _ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "swish": F.silu,
     "relu": F.relu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
     "gelu": F.gelu,
     "gelu_new": partial(F.gelu, approximate="tanh"),
     "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
@@ -38,7 +40,7 @@ def activation(name: str, deterministic: bool = False) -> Activation:
     """
     if name not in _ACTIVATIONS:
         raise ModelError(f"activation {name!r} is not supported; supported: {', '.join(_ACTIVATIONS)}")
-    return partial(_by_rows, _ACTIVATIONS[name]) if deterministic else _ACTIVATIONS[name]
+    return partial(by_rows, _ACTIVATIONS[name]) if deterministic else _ACTIVATIONS[name]
 
 
 class GatedActivation:
@@ -62,7 +64,7 @@ def gated(function: Activation, gate_up: torch.Tensor) -> torch.Tensor:
     return function(gate).mul_(up)
 
 
-def _by_rows(function: Activation, x: torch.Tensor) -> torch.Tensor:
+def by_rows(function: Activation, x: torch.Tensor) -> torch.Tensor:
     """x [T, F] -> function(x), in pieces that every row meets in the same way: whole vectors, one thread."""
     num_rows, width = x.shape
     padded = F.pad(x, (0, -width % _VECTOR))  # a copy, contiguous

@@ -24,7 +24,7 @@ class BuildContext:
     parallel, tensor_group: this rank's place in the grid, and the ranks that share its layers: as many as
     `parallel.tensor_size`.
     layer_range: the layers of this pipeline stage; None is all. max_model_len: rows of position tables; None is the
-    model's own limit.
+    model's own limit. cache_dtype: of the KV cache; None is dtype.
     """
 
     dtype: torch.dtype
@@ -36,3 +36,4 @@ class BuildContext:
     tensor_group: GroupCoordinator = dataclasses.field(default_factory=_alone)
     layer_range: range | None = None
     max_model_len: int | None = None
+    cache_dtype: torch.dtype | None = None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from shoal.distributed.vocabulary import VocabularySlice
+from shoal.layers.activation import activation
 from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
 from shoal.quantization.base import LinearSpec
@@ -66,10 +67,19 @@ class LogitsHead(nn.Module):
     that is on this rank, and from the checkpoint under the embedding's name where it is on another stage."""
 
     def __init__(
-        self, context: BuildContext, name: str, vocab_size: int, hidden_size: int, tied: VocabularyEmbedding | None
+        self,
+        context: BuildContext,
+        name: str,
+        vocab_size: int,
+        hidden_size: int,
+        tied: VocabularyEmbedding | None,
+        *,
+        softcap: float | None = None,
     ) -> None:
+        """softcap: logits become cap * tanh(logits / cap) (Gemma 2)."""
         super().__init__()
-        self.name = name
+        self.name, self.softcap = name, softcap
+        self._tanh = activation("tanh", context.deterministic and context.device.type == "cpu")
         self.vocabulary = VocabularySlice(vocab_size, context.tensor_group)
         spec = LinearSpec(
             in_features=hidden_size,
@@ -94,7 +104,8 @@ class LogitsHead(nn.Module):
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """As the product gives them, in the model's dtype: what stands in the columns of padding is no logit."""
-        return self.method.apply(hidden)
+        logits = self.method.apply(hidden)
+        return logits if self.softcap is None else self._tanh(logits / self.softcap) * self.softcap
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         for tensor in self.method.tensors():

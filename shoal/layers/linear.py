@@ -46,6 +46,7 @@ class Linear(nn.Module):
         num_input_shards: int = 1,
         is_summand: bool = False,
         is_replicated: bool = False,
+        has_bias_elsewhere: bool = False,
     ) -> None:
         super().__init__()
         self.deterministic = context.deterministic
@@ -63,6 +64,8 @@ class Linear(nn.Module):
                 num_input_shards=num_input_shards,
                 is_summand=is_summand,
                 is_replicated=is_replicated,
+                has_bias_elsewhere=has_bias_elsewhere,
+                all_in_features=in_features,
                 names=tuple(part.name for part in parts),
                 part_sizes=tuple(part.rows.stop - part.rows.start for part in parts),
             )
@@ -82,37 +85,60 @@ class Linear(nn.Module):
         for tensor in self.method.tensors():
             start = 0
             for number, part in enumerate(self.parts):
-                yield self._checkpoint_tensor(tensor, part, number, start)
+                yield checkpoint_tensor(
+                    tensor,
+                    part,
+                    number,
+                    start,
+                    is_last=number == len(self.parts) - 1,
+                    in_features=self.in_features,
+                    columns=self.columns,
+                )
                 start += part.rows.stop - part.rows.start
-
-    def _checkpoint_tensor(self, tensor: LinearTensor, part: Part, number: int, start: int) -> CheckpointTensor:
-        destination = tensor.data[number] if tensor.by_part else tensor.data
-        shape = list(destination.shape)
-        index = [slice(0, size) for size in shape]
-        name = f"{part.name}.{tensor.suffix}"
-        if (dim := tensor.out_dim) is not None:
-            unit = tensor.out_unit
-            shape[dim], index[dim] = _in_units(part.rows, part.out_features, unit, name, "outputs")
-            own = slice(start, start + part.rows.stop - part.rows.start)
-            _, place = _in_units(own, own.stop if number == len(self.parts) - 1 else -1, unit, name, "outputs")
-            destination = destination.narrow(dim, place.start, place.stop - place.start)
-        if (dim := tensor.in_dim) is not None:
-            shape[dim], index[dim] = _in_units(self.columns, self.in_features, tensor.in_unit, name, "inputs")
-        return CheckpointTensor(
-            name=name,
-            shape=tuple(shape),
-            index=tuple(index),
-            destination=destination,
-            kind="bias" if tensor.suffix == "bias" else "matrix",
-            optional=tensor.optional,
-            fill=tensor.fill,
-        )
 
     def process_after_load(self) -> None:
         self.method.process_after_load()
 
     def weight_bytes(self) -> int:
         return self.method.weight_bytes()
+
+
+def checkpoint_tensor(
+    tensor: LinearTensor,
+    part: Part,
+    number: int,
+    start: int,
+    *,
+    is_last: bool,
+    in_features: int,
+    columns: slice,
+) -> CheckpointTensor:
+    """Where a method's tensor takes its piece of `part`, the part of that number, whose outputs begin at `start` here.
+
+    is_last: of the parts. columns: this rank's of the matrix's `in_features`. Raises ConfigError for a cut through a
+    unit.
+    """
+    destination = tensor.data[number] if tensor.by_part else tensor.data
+    shape = list(destination.shape)
+    index = [slice(0, size) for size in shape]
+    name = f"{part.name}.{tensor.suffix}"
+    if (dim := tensor.out_dim) is not None:
+        unit = tensor.out_unit
+        shape[dim], index[dim] = _in_units(part.rows, part.out_features, unit, name, "outputs")
+        own = slice(start, start + part.rows.stop - part.rows.start)
+        _, place = _in_units(own, own.stop if is_last else -1, unit, name, "outputs")
+        destination = destination.narrow(dim, place.start, place.stop - place.start)
+    if (dim := tensor.in_dim) is not None:
+        shape[dim], index[dim] = _in_units(columns, in_features, tensor.in_unit, name, "inputs")
+    return CheckpointTensor(
+        name=name,
+        shape=tuple(shape),
+        index=tuple(index),
+        destination=destination,
+        kind="bias" if tensor.suffix == "bias" else "matrix",
+        optional=tensor.optional,
+        fill=tensor.fill,
+    )
 
 
 def _in_units(own: slice, size: int, unit: int | Fraction, name: str, what: str) -> tuple[int, slice]:
@@ -261,6 +287,7 @@ class RowLinear(Linear):
             columns=columns,
             num_input_shards=num_shards // num_ranks,
             is_summand=self.is_split,
+            has_bias_elsewhere=bias and self.is_split,
         )
         if bias and self.is_split:
             self.bias = torch.empty(out_features, dtype=context.dtype, device=context.device)

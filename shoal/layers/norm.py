@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Iterator
 
@@ -25,6 +26,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.name, self.eps = name, eps
         self.deterministic = context.deterministic
+        self.dtype = context.dtype
         self.group = context.tensor_group if sums_ranks and context.tensor_group.world_size > 1 else None
         self.weight = torch.empty(size, dtype=context.dtype, device=context.device)
         self._shape = (size,)
@@ -52,7 +54,7 @@ class RMSNorm(nn.Module):
         if residual is not None and self.group is not None and not is_summed:
             if not self.deterministic:
                 return self.group.all_reduce_add_norm(x, residual, self.weight, self.eps, self._add_and_norm)
-            x = sum_over_ranks(self.group, x, self.weight.dtype, deterministic=True)
+            x = sum_over_ranks(self.group, x, self.dtype, deterministic=True)
         return self._add_and_norm(x, residual)
 
     def _add_and_norm(self, x: torch.Tensor, residual: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,6 +71,26 @@ class RMSNorm(nn.Module):
 
     def weight_bytes(self) -> int:
         return self.weight.nbytes
+
+
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm whose weight the checkpoint holds less 1 (Gemma). It stays in fp32: 1 + w in 16 bits would round w."""
+
+    def __init__(self, context: BuildContext, name: str, size: int, eps: float, *, sums_ranks: bool = False) -> None:
+        super().__init__(context, name, size, eps, sums_ranks=sums_ranks)
+        self.weight = torch.empty(size, dtype=torch.float32, device=context.device)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._kernels is not None:
+            return super().forward(x)
+        return F.rms_norm(x.float(), self._shape, self.weight, self.eps).to(x.dtype)
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        for tensor in super().checkpoint_tensors():
+            yield dataclasses.replace(tensor, fill=lambda weight, _: weight.zero_())
+
+    def process_after_load(self) -> None:
+        self.weight.add_(1.0)
 
 
 def sum_over_ranks(

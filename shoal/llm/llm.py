@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import functools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from shoal import log
 from shoal.config.engine_config import EngineConfig
@@ -15,6 +18,7 @@ from shoal.config.model_path import resolve_model_path
 from shoal.config.options import EMBEDDED_MODEL
 from shoal.config.resolve import resolve
 from shoal.config.sources import options_from_kwargs
+from shoal.engine.pooled import pool, prepare_pairs, prepare_text, scores_of
 from shoal.engine.prepare import PreparedRequest, Prompt
 from shoal.engine.replicas import make_client
 from shoal.engine.tokenizer import load_tokenizer
@@ -23,10 +27,15 @@ from shoal.executor.node_agent import work_for_node_0
 from shoal.llm.offline_engine import OfflineEngine
 from shoal.llm.progress import PromptBar, StartupDisplay
 from shoal.network.node_record import is_node
+from shoal.protocol.pooling import make_pairs
 from shoal.types.outputs import RequestOutput
+from shoal.types.pooling_outputs import EmbeddingOutput, EmbeddingRequestOutput, ScoringOutput, ScoringRequestOutput
+from shoal.types.pooling_params import PoolingParams
 from shoal.types.sampling_params import SamplingParams
 
 _DRAW_SECONDS = 0.1
+
+Output = TypeVar("Output")
 
 
 class LLM:
@@ -139,6 +148,70 @@ class LLM:
 
         return self._run(len(conversations), sampling_params, prepare, use_tqdm)
 
+    # --- vectors and scores ----------------------------------------------------------------------------------------
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+    ) -> list[EmbeddingRequestOutput]:
+        """Vectors of texts, from a model for embeddings; prompts, progress bar and order are as for `generate`.
+
+        truncate_prompt_tokens: cut texts to so many tokens, or with -1 to what the model takes.
+        Raises InvalidRequestError, EngineDeadError.
+        """
+        several, engine = _prompt_list(prompts), self._engine.engine
+        params = msgspec.structs.replace(pooling_params or PoolingParams(), task="embed")
+
+        def prepare(index: int) -> PreparedRequest:
+            return prepare_text(engine, several[index], params, truncate=truncate_prompt_tokens)
+
+        prepared = [_prepare_one(prepare, index, len(several)) for index in range(len(several))]
+        results = self._collect_all(prepared, functools.partial(pool, engine), use_tqdm)
+        return [
+            EmbeddingRequestOutput(
+                request.request_id,
+                request.prompt,
+                request.prompt_token_ids,
+                EmbeddingOutput(result.numbers().tolist()),
+                result.num_cached_tokens,
+            )
+            for request, result in zip(prepared, results, strict=True)
+        ]
+
+    def score(
+        self,
+        data_1: str | list[str],
+        data_2: str | list[str],
+        *,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+        truncate_prompt_tokens: int | None = None,
+        chat_template: str | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts belong together: one and one, one (data_1) and several, or pair by pair.
+
+        A model for scores reads both texts of a pair together; of one for embeddings it is the cosine of both vectors.
+        chat_template: Jinja text that makes a pair's prompt of two messages, of the roles "query" and "document".
+        Raises InvalidRequestError, EngineDeadError.
+        """
+        engine, params = self._engine.engine, pooling_params or PoolingParams()
+        pairs = make_pairs(data_1, data_2, ("data_1", "data_2"))
+        prepared = prepare_pairs(engine, pairs, params, truncate=truncate_prompt_tokens, chat_template=chat_template)
+        scores = scores_of(prepared, self._collect_all(prepared.requests, functools.partial(pool, engine), use_tqdm))
+        return [
+            ScoringRequestOutput(
+                each.parts[0].request.request_id,
+                [token_id for part in each.parts for token_id in part.request.prompt_token_ids],
+                ScoringOutput(each.score),
+                sum(part.num_cached_tokens for part in each.parts),
+            )
+            for each in scores
+        ]
+
     def _run(
         self,
         num_prompts: int,
@@ -147,20 +220,33 @@ class LLM:
         show_progress: bool,
     ) -> list[RequestOutput]:
         params = self._params_list(sampling_params, num_prompts)
-        prepared = [_prepare_one(prepare, index, params[index], num_prompts) for index in range(num_prompts)]
+
+        def prepare_with(index: int) -> PreparedRequest:
+            return prepare(index, params[index])
+
+        prepared = [_prepare_one(prepare_with, index, num_prompts) for index in range(num_prompts)]
+        return self._collect_all(prepared, self._engine.engine.collect, show_progress)
+
+    def _collect_all(
+        self,
+        prepared: Sequence[PreparedRequest],
+        collect: Callable[[PreparedRequest], Awaitable[Output]],
+        show_progress: bool,
+    ) -> list[Output]:
+        """The results of all requests, in order; if one fails, the others are ended too."""
         if not prepared:
             return []
         engine = self._engine.engine
         num_done = 0
 
-        async def collect(request: PreparedRequest) -> RequestOutput:
+        async def collect_one(request: PreparedRequest) -> Output:
             nonlocal num_done
-            output = await engine.collect(request)
+            output = await collect(request)
             num_done += 1
             return output
 
-        async def collect_all() -> list[RequestOutput]:
-            tasks = [asyncio.ensure_future(collect(request)) for request in prepared]
+        async def collect_all() -> list[Output]:
+            tasks = [asyncio.ensure_future(collect_one(request)) for request in prepared]
             try:
                 return await asyncio.gather(*tasks)
             except BaseException:
@@ -169,7 +255,7 @@ class LLM:
                 await asyncio.gather(*tasks, return_exceptions=True)
                 raise
 
-        with PromptBar(num_prompts, engine.latest_stats, show_progress) as bar:
+        with PromptBar(len(prepared), engine.latest_stats, show_progress) as bar:
             future = self._engine.submit(collect_all())
             try:
                 while True:
@@ -241,11 +327,9 @@ def _prompt_list(prompts: Any) -> list[Any]:
     )
 
 
-def _prepare_one(
-    prepare: Callable[[int, SamplingParams], PreparedRequest], index: int, params: SamplingParams, num_prompts: int
-) -> PreparedRequest:
+def _prepare_one(prepare: Callable[[int], PreparedRequest], index: int, num_prompts: int) -> PreparedRequest:
     try:
-        return prepare(index, params)
+        return prepare(index)
     except InvalidRequestError as error:
         if num_prompts == 1:
             raise

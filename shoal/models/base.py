@@ -6,6 +6,7 @@ T tokens of a step, R rows that need logits, H hidden size, W width of this rank
 from __future__ import annotations
 
 import abc
+import functools
 import re
 from collections.abc import Iterator
 from typing import Protocol
@@ -18,6 +19,7 @@ from shoal.config.model_config import ModelConfig
 from shoal.distributed.vocabulary import VocabularySlice
 from shoal.layers.checkpoint import HoldsWeights
 from shoal.layers.context import BuildContext
+from shoal.layers.moe import RoutedExperts
 
 _LAYER_NUMBER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
@@ -72,6 +74,15 @@ class CausalLM(nn.Module, abc.ABC):
 
     # --- for the loader ---
 
+    # Families whose checkpoints call the same things by other names: a part of a name, and what it is called here.
+    other_names: tuple[tuple[str, str], ...] = ()
+
+    def tensor_name(self, stored: str) -> str:
+        """The name under which the layers know a tensor of the checkpoint."""
+        for theirs, ours in self.other_names:
+            stored = stored.replace(theirs, ours)
+        return stored
+
     def weight_holders(self) -> Iterator[HoldsWeights]:
         """The layers of this stage that have weights: what they yield is all that it reads from the checkpoint."""
         for module in self.modules():
@@ -83,12 +94,31 @@ class CausalLM(nn.Module, abc.ABC):
         if name.endswith("rotary_emb.inv_freq"):  # old checkpoints store what the config says
             return True
         if name == "lm_head.weight":  # a tied head may be stored once more
-            return self.config.tie_word_embeddings or not self.is_last_stage
+            return self.config.tie_word_embeddings or not self.is_last_stage or self.config.pooling is not None
+        if self._of_other_ranks and any(part in self._of_other_ranks for part in _modules_around(name)):
+            return True
         number = _LAYER_NUMBER.search(name)
         if number is not None:
             return int(number[1]) not in self.layer_range and int(number[1]) < self.config.num_layers
         return not (self.is_first_stage and self.is_last_stage)
 
+    @functools.cached_property
+    def _of_other_ranks(self) -> frozenset[str]:
+        """Modules and tensors of this stage's layers that other tensor ranks have: experts that are shared whole."""
+        return frozenset().union(*(layer.elsewhere for layer in self.modules() if isinstance(layer, RoutedExperts)))
+
+    @property
+    def follows_device(self) -> bool:
+        """Whether a CUDA graph can hold its steps: nothing in it waits for the host."""
+        return all(layer.method.follows_device for layer in self.modules() if isinstance(layer, RoutedExperts))
+
     def weight_bytes(self) -> int:
         """Memory that the weights take on this rank."""
         return sum(holder.weight_bytes() for holder in self.weight_holders())
+
+
+def _modules_around(name: str) -> Iterator[str]:
+    """A tensor's name, and the modules that it is in, from the innermost."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]

@@ -19,6 +19,7 @@ from shoal.layers.attention import RotaryAttention
 from shoal.layers.context import BuildContext
 from shoal.layers.embedding import LogitsHead, VocabularyEmbedding
 from shoal.layers.linear import GateUpLinear, QKVLinear, RowLinear
+from shoal.layers.moe import MixtureOfExperts
 from shoal.layers.norm import RMSNorm
 from shoal.layers.rotary import Angles, RotaryEmbedding
 from shoal.models.base import CausalLM, LayerObserver
@@ -34,13 +35,25 @@ _Half = tuple[PendingSum, torch.Tensor | None]
 class LlamaAttention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
+    # In the checkpoint: of each matrix, or of the one in which they stand one above the other.
+    qkv_names: str | tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    # Whether a norm follows that adds to the residual stream: it sums over the ranks, too.
+    leaves_sum = True
+
     def __init__(
         self, config: ModelConfig, context: BuildContext, prefix: str, window: int | None, rotary: RotaryEmbedding
     ) -> None:
         super().__init__()
         heads, kv_heads = config.num_heads, config.num_kv_heads
         self.qkv_proj = QKVLinear(
-            context, prefix, config.hidden_size, heads, kv_heads, config.head_dim, bias=self.has_qkv_bias(config)
+            context,
+            prefix,
+            config.hidden_size,
+            heads,
+            kv_heads,
+            config.head_dim,
+            bias=self.has_qkv_bias(config),
+            names=self.qkv_names,
         )
         bias = self.has_output_bias(config)
         self.o_proj = RowLinear(
@@ -49,7 +62,7 @@ class LlamaAttention(nn.Module):
             heads * config.head_dim,
             config.hidden_size,
             bias=bias,
-            leaves_sum=not bias,
+            leaves_sum=self.leaves_sum and not bias,
         )
         kv_slice = context.parallel.kv_head_slice(kv_heads)
         self.attention = RotaryAttention(
@@ -59,8 +72,18 @@ class LlamaAttention(nn.Module):
             num_heads=heads // context.parallel.tensor_size,
             num_kv_heads=kv_slice.stop - kv_slice.start,
             rotary=rotary,
+            name=prefix,
+            scale=self.scale(config),
+            softcap=self.softcap(config),
             **self.head_norms(config, context, prefix),
         )
+
+    def scale(self, config: ModelConfig) -> float | None:
+        """Of query times key; None: D ** -0.5."""
+        return None
+
+    def softcap(self, config: ModelConfig) -> float | None:
+        return None
 
     def has_qkv_bias(self, config: ModelConfig) -> bool:
         return config.attention_bias
@@ -76,30 +99,79 @@ class LlamaAttention(nn.Module):
         self, hidden: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         """hidden [T, H] -> [T, H], this rank's summand where o_proj leaves the sum to the norm that follows."""
-        return self.o_proj(self.attention.forward_projected(self.qkv_proj(hidden), angles, kv_cache, metadata))
+        return self.o_proj(self.attend(self.qkv_proj(hidden), angles, kv_cache, metadata))
+
+    def attend(
+        self, projected: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """projected [T, (Hq + 2 Hk) * D] -> [T, Hq * D]: what lies between the two products."""
+        return self.attention.forward_projected(projected, angles, kv_cache, metadata)
 
 
 class LlamaMLP(nn.Module):
     """SwiGLU: down(silu(gate(x)) * up(x))."""
 
+    gate_up_names: str | tuple[str, ...] = ("gate_proj", "up_proj")
+    # As of attention.
+    hands_sum_on = True
+
     def __init__(self, config: ModelConfig, context: BuildContext, prefix: str) -> None:
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
-        bias = bool(config.raw.get("mlp_bias", False))
+        bias = self.has_bias(config)
         self.activation = GatedActivation(context, config.hidden_act)
-        self.gate_up_proj = GateUpLinear(context, prefix, hidden_size, intermediate_size, bias=bias)
+        self.gate_up_proj = GateUpLinear(
+            context, prefix, hidden_size, intermediate_size, bias=bias, names=self.gate_up_names
+        )
         self.down_proj = RowLinear(
-            context, f"{prefix}.down_proj", intermediate_size, hidden_size, bias=bias, leaves_sum=not bias
+            context,
+            f"{prefix}.down_proj",
+            intermediate_size,
+            hidden_size,
+            bias=bias,
+            leaves_sum=self.hands_sum_on and not bias,
         )
 
+    def has_bias(self, config: ModelConfig) -> bool:
+        return bool(config.raw.get("mlp_bias", False))
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H] -> [T, H], this rank's summand where `leaves_sum`."""
         return self.down_proj(self.gate_up_proj.gated(hidden, self.activation))
+
+    @property
+    def leaves_sum(self) -> bool:
+        return self.down_proj.leaves_sum
+
+    def sum_ranks(self, summand: torch.Tensor) -> torch.Tensor:
+        """As of a RowLinear."""
+        return self.down_proj.sum_ranks(summand)
+
+    @property
+    def can_start_sum(self) -> bool:
+        return self.down_proj.can_start_sum
+
+    def start_sum(self, hidden: torch.Tensor) -> PendingSum:
+        """As `forward`, where `can_start_sum`: the sum over the ranks, under way."""
+        return self.down_proj.start_sum(self.gate_up_proj.gated(hidden, self.activation))
+
+    def forward_few(self, stream: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
+        """stream [T, H], T up to `few_rows` -> the stream after norm and MLP."""
+        return self.down_proj.fused(self.gate_up_proj.gated(stream, self.activation, norm=norm), residual=stream)
+
+    @property
+    def few_rows(self) -> int:
+        if not self.activation.is_silu:
+            return 0
+        return min(self.gate_up_proj.method.fused_rows, self.down_proj.method.fused_rows)
 
 
 class LlamaLayer(nn.Module):
     """Attention and MLP, each after a norm and around a residual stream."""
 
     attention_class = LlamaAttention
+    mlp_class = LlamaMLP
+    norm_class: type[RMSNorm] = RMSNorm
 
     def __init__(self, config: ModelConfig, context: BuildContext, index: int, rotary: RotaryEmbedding) -> None:
         super().__init__()
@@ -107,15 +179,18 @@ class LlamaLayer(nn.Module):
         self.self_attn = self.attention_class(
             config, context, f"{prefix}.self_attn", config.sliding_windows[index], rotary
         )
-        self.mlp = LlamaMLP(config, context, f"{prefix}.mlp")
+        self.mlp = self.make_mlp(config, context, index)
         size, eps = config.hidden_size, config.norm_eps
         # Each norm follows a row-parallel product: the MLP's of the layer before, or the attention's of this one.
-        self.input_layernorm = RMSNorm(
-            context, f"{prefix}.input_layernorm", size, eps, sums_ranks=self.mlp.down_proj.leaves_sum
+        self.input_layernorm = self.norm_class(
+            context, f"{prefix}.input_layernorm", size, eps, sums_ranks=self.mlp.leaves_sum
         )
-        self.post_attention_layernorm = RMSNorm(
+        self.post_attention_layernorm = self.norm_class(
             context, f"{prefix}.post_attention_layernorm", size, eps, sums_ranks=self.self_attn.o_proj.leaves_sum
         )
+
+    def make_mlp(self, config: ModelConfig, context: BuildContext, index: int) -> LlamaMLP | MixtureOfExperts:
+        return self.mlp_class(config, context, f"model.layers.{index}.mlp")
 
     def forward(
         self,
@@ -142,41 +217,38 @@ class LlamaLayer(nn.Module):
             hidden, residual = self.input_layernorm.add_and_norm(pending.wait(), residual, is_summed=True)
             projected.append(attention.qkv_proj(hidden))
             residuals.append(residual)
-        heads = attention.attention.forward_projected(torch.cat(projected), angles, kv_cache, metadata)
+        heads = attention.attend(torch.cat(projected), angles, kv_cache, metadata)
         sizes = [part.shape[0] for part in projected]
         pendings = [attention.o_proj.start_sum(part) for part in heads.split(sizes)]
         result: list[_Half] = []
         for pending, residual in zip(pendings, residuals, strict=True):
             hidden, residual = self.post_attention_layernorm.add_and_norm(pending.wait(), residual, is_summed=True)
-            gated = mlp.gate_up_proj.gated(hidden, mlp.activation)
-            result.append((mlp.down_proj.start_sum(gated), residual))
+            result.append((mlp.start_sum(hidden), residual))
         return result
 
     @property
     def takes_halves(self) -> bool:
         """Whether the ranks can sum and compute at the same time."""
-        return self.self_attn.o_proj.can_start_sum and self.mlp.down_proj.can_start_sum
+        return self.self_attn.o_proj.can_start_sum and self.mlp.can_start_sum
 
     def forward_few(
         self, stream: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         """The same for up to `few_rows` rows: each product normalises what it takes, or adds the stream to what it
         gives. stream [T, H] -> the stream after this layer."""
-        attention, mlp = self.self_attn, self.mlp
+        attention = self.self_attn
         projected = attention.qkv_proj.fused(stream, norm=self.input_layernorm)
-        heads = attention.attention.forward_projected(projected, angles, kv_cache, metadata)
+        heads = attention.attend(projected, angles, kv_cache, metadata)
         stream = attention.o_proj.fused(heads, residual=stream)
-        gated = mlp.gate_up_proj.gated(stream, mlp.activation, norm=self.post_attention_layernorm)
-        return mlp.down_proj.fused(gated, residual=stream)
+        return self.mlp.forward_few(stream, self.post_attention_layernorm)
 
     @functools.cached_property
     def few_rows(self) -> int:
         """0 where the layer has no such form: its ranks share the sums, or its weights are held otherwise."""
-        attention, mlp = self.self_attn, self.mlp
-        if attention.o_proj.is_split or not mlp.activation.is_silu:
+        attention = self.self_attn
+        if attention.o_proj.is_split:
             return 0
-        products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        return min(product.method.fused_rows for product in products)
+        return min(attention.qkv_proj.method.fused_rows, attention.o_proj.method.fused_rows, self.mlp.few_rows)
 
 
 class LlamaForCausalLM(CausalLM):
@@ -184,25 +256,46 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig, context: BuildContext) -> None:
         super().__init__(config, context)
-        assert config.rope is not None
         num_positions = context.max_model_len or config.max_position_embeddings
-        self.rotary = RotaryEmbedding(config.rope, config.head_dim, num_positions, context.device)
+        self.rotaries = self.make_rotaries(config, num_positions, context.device)
         tied = config.tie_word_embeddings
         if self.is_first_stage:
             self.embed_tokens = VocabularyEmbedding(
                 context, "model.embed_tokens", config.vocab_size, config.hidden_size
             )
-        self.layers = nn.ModuleList(self.layer_class(config, context, index, self.rotary) for index in self.layer_range)
+        self.layers = nn.ModuleList(
+            self.layer_class(config, context, index, self.rotary_of(config, index)) for index in self.layer_range
+        )
         if self.is_last_stage:
-            sums_ranks = self.layers[-1].mlp.down_proj.leaves_sum
-            self.norm = RMSNorm(context, "model.norm", config.hidden_size, config.norm_eps, sums_ranks=sums_ranks)
+            sums_ranks = self.layers[-1].mlp.leaves_sum
+            self.norm = self.layer_class.norm_class(
+                context, "model.norm", config.hidden_size, config.norm_eps, sums_ranks=sums_ranks
+            )
             self.lm_head = LogitsHead(
                 context,
                 "model.embed_tokens" if tied else "lm_head",
                 config.vocab_size,
                 config.hidden_size,
                 self.embed_tokens if tied and self.is_first_stage else None,
+                softcap=self.logits_softcap(config),
             )
+
+    def make_rotaries(
+        self, config: ModelConfig, num_positions: int, device: torch.device
+    ) -> tuple[RotaryEmbedding, ...]:
+        """By what heads turn: one for all layers, or one for each kind of them (`rotary_of`)."""
+        assert config.rope is not None
+        return (RotaryEmbedding(config.rope, config.head_dim, num_positions, device),)
+
+    def rotary_of(self, config: ModelConfig, index: int) -> RotaryEmbedding:
+        return self.rotaries[0]
+
+    def logits_softcap(self, config: ModelConfig) -> float | None:
+        return None
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """token_ids [T] -> [T, H]."""
+        return self.embed_tokens(token_ids)
 
     def forward(
         self,
@@ -214,16 +307,17 @@ class LlamaForCausalLM(CausalLM):
         hidden: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if hidden is None:
-            hidden = self.embed_tokens(token_ids)
+            hidden = self.embed(token_ids)
         residual = None
-        angles = self.rotary.lookup(positions)
-        few = hidden.shape[0] <= self.layers[0].few_rows
+        lookups = {rotary: rotary.lookup(positions) for rotary in self.rotaries}
+        few = hidden.shape[0] <= self.few_rows
         halves: list[_Half] = []
-        if hidden.shape[0] >= OVERLAP_TOKENS and self.layers[0].takes_halves:
+        if hidden.shape[0] >= OVERLAP_TOKENS and self.takes_halves:
             halves = [(PendingSum(half), None) for half in hidden.chunk(2)]
         for index, layer, kv_cache in zip(self.layer_range, self.layers, kv_caches, strict=True):
             if hooks is not None:
                 hooks.before_layer(index, kv_cache, metadata)
+            angles = lookups[layer.self_attn.attention.rotary]
             if few:
                 hidden = layer.forward_few(hidden, angles, kv_cache, metadata)
             elif halves:
@@ -235,8 +329,16 @@ class LlamaForCausalLM(CausalLM):
         if halves:
             return self._join(halves)
         if not self.is_last_stage:
-            return hidden if few else self.layers[-1].mlp.down_proj.sum_ranks(hidden) + residual
+            return hidden if few else self.layers[-1].mlp.sum_ranks(hidden) + residual
         return self.norm.add_and_norm(hidden, residual)[0]
+
+    @functools.cached_property
+    def few_rows(self) -> int:
+        return min(layer.few_rows for layer in self.layers)
+
+    @functools.cached_property
+    def takes_halves(self) -> bool:
+        return all(layer.takes_halves for layer in self.layers)
 
     def _join(self, halves: Sequence[_Half]) -> torch.Tensor:
         """[T, H], as `forward` returns it."""

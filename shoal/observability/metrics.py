@@ -126,6 +126,7 @@ class _EngineCollector(Collector):
             yield self._counter(name, text, {replica: getattr(own, field) for replica, own in stats.items()})
         yield self._bubbles(stats)
         yield from self._ranks(stats)
+        yield from self._experts(stats)
         yield self._successes()
         for name, value, text in (
             ("engine_restarts", self._metrics.num_restarts, "Engine cores that were lost and came back."),
@@ -198,6 +199,27 @@ class _EngineCollector(Collector):
                 for kind, num_bytes in (("host", rank.host_bytes), ("device", rank.device_bytes)):
                     memory.add_metric([*values, kind], num_bytes)
         yield from (since, steps, collectives, seconds, memory)
+
+    def _experts(self, stats: Mapping[int, EngineStats]) -> Iterator[Metric]:
+        """Of a mixture of experts: what each got, and how uneven that is."""
+        if not any(own.expert_tokens_total for own in stats.values()):
+            return
+        prefix, labels = self._metrics.prefix, ["model_name", "replica"]
+        tokens = CounterMetricFamily(
+            f"{prefix}:expert_tokens", "Tokens routed to the expert, in all layers.", labels=[*labels, "expert"]
+        )
+        imbalance = GaugeMetricFamily(
+            f"{prefix}:expert_imbalance",
+            "Tokens of the expert that got most, as a multiple of the mean; 1 is even.",
+            labels=labels,
+        )
+        for replica, own in stats.items():
+            values, counts = [self._metrics.model_name, str(replica)], own.expert_tokens_total
+            for expert, count in enumerate(counts):
+                tokens.add_metric([*values, str(expert)], count)
+            if total := sum(counts):
+                imbalance.add_metric(values, max(counts) * len(counts) / total)
+        yield from (tokens, imbalance)
 
     def _successes(self) -> Metric:
         family = CounterMetricFamily(

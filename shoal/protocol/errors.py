@@ -31,6 +31,8 @@ _CODES: dict[type[ShoalError], str] = {
     errors.EngineDeadError: "engine_lost",
     errors.EngineError: "engine_error",
 }
+# Text was asked of a model for vectors, or the other way round.
+NOT_THIS_KIND = "model_kind"
 # Seconds after which a client may try again, where an error does not say.
 RETRY_AFTER = 1
 

@@ -17,6 +17,11 @@ _SHOWN_CHARACTERS = 80
 _FORMS = {
     "prompt": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
     "stop": "a string or a list of strings",
+    "input": "a string, a list of strings, a list of token ids, or a list of lists of token ids",
+    "text_1": "a string or a list of strings",
+    "text_2": "a string or a list of strings",
+    "queries": "a string or a list of strings",
+    "documents": "a list of strings, or of objects with a text",
 }
 _STREAM_OPTIONS = tuple(StreamOptions.model_fields)
 

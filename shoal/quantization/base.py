@@ -9,6 +9,7 @@ import abc
 import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,8 @@ class LinearSpec:
     is_summand: other ranks have the rest of the inputs, and whoever calls `apply` sums what they return: it is fp32 in
     deterministic mode, so that nothing is rounded before the sum. Such a layer has no bias of its own.
     is_replicated: other ranks hold the same weight and must get the same bits, so none chooses a kernel by itself.
+    has_bias_elsewhere: the checkpoint has a bias for it, which whoever sums adds.
+    all_in_features: inputs of the whole layer, of which `in_features` are this rank's; 0: the same.
     names, part_sizes: the matrices of the checkpoint that are stacked here, and how many outputs each has on this rank.
     """
 
@@ -34,6 +37,8 @@ class LinearSpec:
     num_input_shards: int = 1
     is_summand: bool = False
     is_replicated: bool = False
+    has_bias_elsewhere: bool = False
+    all_in_features: int = 0
     names: tuple[str, ...] = ()
     part_sizes: tuple[int, ...] = ()
 
@@ -103,8 +108,103 @@ class LinearMethod(abc.ABC):
         """Memory that the weights take."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertActivation:
+    """What stands between the two products of an expert. apply: gate_up [T, 2 F] -> [T, F], in PyTorch's operations.
+
+    kind: what kernels have built in: "silu" is silu(gate) * up; "clamped" is (up' + 1) * gate' * sigmoid(alpha * gate')
+    with gate' = min(gate, limit) and up' = clamp(up, -limit, limit); None: only `apply` knows it.
+    """
+
+    apply: Callable[[torch.Tensor], torch.Tensor]
+    kind: str | None = None
+    alpha: float = 1.0
+    limit: float = float("inf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertsSpec:
+    """The experts of one layer on this rank, each down(activation(gate_up(x))). Sizes in elements, of this rank.
+
+    num_experts: that are here. intermediate_size: of one expert here. interleaved: gate_up gives gate and up by turns,
+    else all gates first. gate_up_bias, down_bias: whether there are such here (of split experts one rank adds down's).
+    num_input_shards, is_summand: of the down products, as in LinearSpec. gate_up_names: by expert, the matrices that
+    are stacked; down_names: by expert. Experts that the checkpoint holds in one tensor all have its name.
+    """
+
+    num_experts: int
+    hidden_size: int
+    intermediate_size: int
+    activation: ExpertActivation
+    dtype: torch.dtype
+    device: torch.device
+    interleaved: bool = False
+    gate_up_bias: bool = False
+    down_bias: bool = False
+    deterministic: bool = False
+    num_input_shards: int = 1
+    is_summand: bool = False
+    gate_up_names: tuple[tuple[str, ...], ...] = ()
+    down_names: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertTensor:
+    """A tensor that an experts' method reads. part: of which product. expert: whose, counted from this rank's first;
+    None: `tensor.data` has a leading dimension of all experts here, and all else is said of one of them."""
+
+    part: Literal["gate_up", "down"]
+    tensor: LinearTensor
+    expert: int | None = None
+
+
+class ExpertsMethod(abc.ABC):
+    """The weights of a layer's experts on this rank. Life: as that of a LinearMethod.
+
+    ids [T, k] below: experts counted from this rank's first; -1: not here. tokens int64 [num_experts]: how many each
+    has got so far, which whoever applies adds to, on the device. follows_device: nothing waits for the host, so that a
+    CUDA graph can hold it.
+    """
+
+    follows_device = False
+
+    def __init__(self, spec: ExpertsSpec) -> None:
+        self.spec = spec
+        self.tokens = torch.zeros(spec.num_experts, dtype=torch.int64, device=spec.device)
+
+    @abc.abstractmethod
+    def tensors(self) -> list[ExpertTensor]:
+        """What the loader fills."""
+
+    @abc.abstractmethod
+    def process_after_load(self) -> None:
+        """As of a LinearMethod."""
+
+    @abc.abstractmethod
+    def apply_pairs(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x [T, H] -> what each chosen expert gives, without weights, fp32 [T, k, H]; zeros where the id is -1. In
+        deterministic mode a row's bits depend on nothing but the row."""
+
+    def apply(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """x [T, H], weights fp32 [T, k] -> the weighted sum of what the experts here give, [T, H], in x's dtype."""
+        return weighted_sum(self.apply_pairs(x, ids), weights).to(x.dtype)
+
+    @abc.abstractmethod
+    def weight_bytes(self) -> int:
+        """Memory that the weights take."""
+
+
+def weighted_sum(pairs: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """pairs fp32 [T, k, H], weights fp32 [T, k] -> fp32 [T, H], added in the order of k, product and sum apart: the
+    same bits however many rows there are."""
+    total = pairs[:, 0] * weights[:, 0, None]
+    for index in range(1, weights.shape[1]):
+        total += pairs[:, index] * weights[:, index, None]
+    return total
+
+
 class QuantizationScheme(abc.ABC):
-    """Makes the methods of a model's linear layers."""
+    """Makes the methods of a model's linear layers, and of its experts where it has one product for several."""
 
     name: str
 
@@ -112,3 +212,8 @@ class QuantizationScheme(abc.ABC):
     def linear(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> LinearMethod:
         """A method for one layer, plain where the checkpoint keeps it so (`LinearSpec.names`). With `weight`
         [out_features, in_features] (a tied embedding) nothing is loaded. Raises ConfigError or ModelError."""
+
+    def experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
+        """A method for the experts of a layer at once; None: each is two linear layers of this scheme
+        (`quantization.looped_experts`). Raises ConfigError or ModelError."""
+        return None

@@ -10,7 +10,13 @@ from shoal.quantization.base import QuantizationScheme
 from shoal.quantization.unquantized import Unquantized
 
 # A scheme is made with the QuantizationConfig.
-_SCHEMES: dict[str, tuple[str, str]] = {}
+_SCHEMES: dict[str, tuple[str, str]] = {
+    "gptq": ("shoal.quantization.gptq", "Gptq"),
+    "awq": ("shoal.quantization.awq", "Awq"),
+    "fp8": ("shoal.quantization.fp8", "Fp8"),
+    "int8": ("shoal.quantization.int8", "Int8"),
+    "compressed-tensors": ("shoal.quantization.compressed_tensors", "CompressedTensors"),
+}
 
 
 def create_quantization(config: QuantizationConfig | None) -> QuantizationScheme:

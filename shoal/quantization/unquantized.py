@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from shoal.kernels.support import has_kernels
-from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, NormWeights, QuantizationScheme
+from shoal.quantization.base import (
+    ExpertsMethod,
+    ExpertsSpec,
+    LinearMethod,
+    LinearSpec,
+    LinearTensor,
+    NormWeights,
+    QuantizationScheme,
+)
 
 # Deterministic mode: every product has exactly this many rows, so that it always is the same computation.
 ROW_TILE = 16
@@ -33,6 +41,12 @@ class Unquantized(QuantizationScheme):
         if spec.device.type == "cuda":  # with the kernels: the attention backend has refused a GPU without
             return importlib.import_module("shoal.quantization.fixed_linear").FixedLinear(spec, weight)
         return TiledLinear(spec, weight)
+
+    def experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
+        if not has_kernels(spec.device):
+            return None
+        method: ExpertsMethod = importlib.import_module("shoal.quantization.stacked_experts").StackedExperts(spec)
+        return method
 
 
 class UnquantizedLinear(LinearMethod):

@@ -96,7 +96,7 @@ class ForeignAttempt:
 
     async def run(self, session: aiohttp.ClientSession) -> None:
         request, journal, backend = self._request, self._journal, self._flight.backend
-        if journal.finish_reason is not None or journal.remaining_tokens() == 0:
+        if journal.has_ended:
             await self._answer.end(journal.ending() + sse.DONE)
             return
         body = request.body

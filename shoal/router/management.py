@@ -67,6 +67,13 @@ async def answer(router: Router, scope: Scope, headers: Mapping[str, str], recei
         reply = replication.take_batch(router.store, batch, router.peers.name, ring, time.monotonic())
         await answer.whole(200, replication.encode(reply), replication.MEDIA_TYPE)
         return
+    if path == replication.CLAIM_PATH:
+        check_method(scope, "POST")
+        _check_peer(router, scope, headers)
+        claim = replication.decode_claim(await read_body(headers, receive, replication.MAX_CLAIM_BYTES))
+        given = await router.entrance.give(claim)
+        await answer.whole(200, replication.encode(given), replication.MEDIA_TYPE)
+        return
     check_method(scope, "GET", "HEAD")
     match path:
         case "/livez":

@@ -9,6 +9,7 @@ import msgspec
 
 from shoal.config.router_settings import GoldenSpec
 from shoal.protocol import internal
+from shoal.protocol.errors import NOT_THIS_KIND
 from shoal.router.backend import Backend, Health
 from shoal.router.golden import GoldenAnswer, golden_request, read_golden
 from shoal.router.upstream import authorization_of, describe, internal_headers
@@ -112,11 +113,13 @@ class Prober:
         return found
 
     async def golden(self, backend: Backend, spec: GoldenSpec) -> dict[str, GoldenAnswer]:
-        """Its answers to the golden prompt, by model. Raises ProbeError."""
+        """Its answers to the golden prompt, by model, but for models that generate nothing. Raises ProbeError."""
         answers = {}
         for model in backend.models:
             body = golden_request(spec, model, with_ids=bool(backend.native))
             status, content = await self._ask(backend, "POST", "/v1/completions", GOLDEN_SECONDS, body)
+            if status == 400 and _code(content) == NOT_THIS_KIND:
+                continue  # it makes embeddings or scores: there is no text to compare
             if status != 200:
                 hint = "; --golden-prompt off does without it" if status < 500 else ""
                 raise ProbeError(f"does not answer the golden prompt for {model}: {_why(status, content)}{hint}")
@@ -146,6 +149,13 @@ class Prober:
             raise ProbeError(f"does not answer {path} within {seconds:g} s", silent=True) from None
         except (aiohttp.ClientError, OSError) as error:
             raise ProbeError(f"cannot be reached: {describe(error)}") from None
+
+
+def _code(body: bytes) -> str | int | None:
+    try:
+        return msgspec.json.decode(body, type=_Error).error.code
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 def _why(status: int, body: bytes) -> str:

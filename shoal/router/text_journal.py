@@ -46,12 +46,13 @@ class Chunk(msgspec.Struct):
 
 class TextJournal:
     """num_tokens: delivered, counted by usage where each event brings it, else by pieces of text. num_other: pieces of
-    tool calls and reasoning."""
+    tool calls and reasoning. known_ending: the finish reason that the client is to be told, where all else was."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self.num_tokens = 0
         self.num_other = 0
         self.finish_reason: str | None = None
+        self.known_ending: str | None = None
         self.usage: Usage | None = None
         self._request = request
         self._text: list[str] = []
@@ -144,6 +145,11 @@ class TextJournal:
             return "it continues a message that is not plain text"
         return None
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether no server has anything to add."""
+        return (self.finish_reason or self.known_ending) is not None or self.remaining_tokens() == 0
+
     def remaining_tokens(self) -> int | None:
         """Tokens that the request's own limit leaves; None without a limit."""
         limit = self._request.max_tokens
@@ -179,8 +185,8 @@ class TextJournal:
             return b""
         events = b""
         if self.finish_reason is None:
-            self.finish_reason = "length"
-            choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+            self.finish_reason = self.known_ending or "length"
+            choice: dict[str, Any] = {"index": 0, "finish_reason": self.finish_reason}
             choice["delta" if self._request.is_chat else "text"] = {} if self._request.is_chat else ""
             events += self._event({"choices": [choice]})
         options = self._request.fields.get("stream_options")

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from shoal.distributed.vocabulary import VocabularySlice
+from shoal.kernels.compile_ahead import is_compiling_ahead
 from shoal.sampling.draws import DrawKind, draw, draw_together
 from shoal.sampling.logprobs import LogprobsTensors, sampled_logprobs
 from shoal.sampling.masks import apply_allowed, apply_banned, apply_biases, apply_grammar_mask
@@ -79,6 +80,8 @@ class Sampler:
         if plan.penalties is not None:
             apply_penalties(logits, plan.penalties, metadata.counts)
         token_ids = self._choose(logits, metadata)
+        if is_compiling_ahead():  # no kernel has run: what stands there is no token
+            token_ids.zero_()
         logprobs = None
         if plan.logprobs is not None and raw_logits is not None:
             logprobs = sampled_logprobs(raw_logits, take_rows(token_ids, plan.logprobs.rows), plan.logprobs)

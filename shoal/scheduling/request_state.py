@@ -83,6 +83,8 @@ class RequestState:
         self.prompt_logprobs_sent = False
         limit = max_model_len if sampling.max_tokens is None else self.num_prompt + sampling.max_tokens
         self.max_total = min(limit, max_model_len)
+        if request.pooling is not None:  # its one "token" is the result, which takes no place
+            self.max_total = self.num_prompt + 1
         self.min_total = self.num_prompt + sampling.min_tokens
         self.eos = frozenset(sampling.eos_token_ids)
         self.stop_ids = self.eos | frozenset(sampling.stop_token_ids or ())

@@ -78,8 +78,9 @@ class Scheduler:
             self._refuse(request, f"request id {request.request_id!r} has ended, but its KV cache is still in transfer")
             return
         num_prompt = len(request.prompt_token_ids)
-        if not 0 < num_prompt < self.config.max_model_len:
-            self._refuse(request, f"{num_prompt} tokens in, where 1 to {self.config.max_model_len - 1} can be served")
+        most = self.config.max_model_len - (request.pooling is None)
+        if not 0 < num_prompt <= most:
+            self._refuse(request, f"{num_prompt} tokens in, where 1 to {most} can be served")
             return
         key = (request.priority if self.config.by_priority else 0, self._next_arrival)
         self._next_arrival += 1
@@ -287,7 +288,12 @@ class Scheduler:
             bisect.insort(self._running, state, key=_key)
             assigned.append(
                 SlotAssignment(
-                    state.slot, state.request_id, list(state.token_ids), state.num_prompt, state.request.sampling
+                    state.slot,
+                    state.request_id,
+                    list(state.token_ids),
+                    state.num_prompt,
+                    state.request.sampling,
+                    state.request.pooling,
                 )
             )
             self._put_to_work(state, num_new, list(state.block_ids), step_id, work, request_of_slot)
@@ -392,6 +398,14 @@ class Scheduler:
         if result.prompt_logprobs and state.wants_prompt_logprobs:
             assert state.prompt_logprobs is not None
             state.prompt_logprobs += result.prompt_logprobs
+        if result.pooled is not None:
+            self._finish(state, FinishReason.STOP)
+            return TokenDelta(
+                state.request_id,
+                finish_reason=FinishReason.STOP,
+                num_cached_tokens=state.num_cached_tokens,
+                pooled=result.pooled,
+            )
         if not result.token_ids:
             return None
         delta = TokenDelta(state.request_id, logprobs=result.logprobs)

@@ -15,11 +15,13 @@ from shoal.observability.metrics import EngineMetrics
 from shoal.server.chat import chat_router
 from shoal.server.completions import completions_router
 from shoal.server.documentation import complete_openapi
+from shoal.server.embeddings import embeddings_router
 from shoal.server.error_handlers import install_error_handlers
 from shoal.server.health import health_router
 from shoal.server.internal import internal_router
 from shoal.server.middleware import STATIC_PATH, Authentication, InternalAccess, RequestContext
 from shoal.server.models import models_router
+from shoal.server.scoring import scoring_router
 from shoal.server.state import ServerState
 from shoal.server.tokenization import tokenization_router
 from shoal.version import __version__
@@ -51,7 +53,8 @@ def create_app(
         static_url=STATIC_PATH,
     )
     for make_router in (
-        chat_router, completions_router, tokenization_router, models_router, health_router, internal_router
+        chat_router, completions_router, embeddings_router, scoring_router, tokenization_router, models_router,
+        health_router, internal_router,
     ):  # fmt: skip
         app.include_router(make_router(state))
     complete_openapi(app)

@@ -38,6 +38,7 @@ def models_router(state: ServerState) -> APIRouter:
             "tensor_parallel_size": parallel.tensor_size,
             "pipeline_parallel_size": parallel.pipeline_size,
             "data_parallel_size": parallel.data_size,
+            "enable_expert_parallel": parallel.expert_parallel,
         }
         engine = {**degrees, **state.facts}
         return json_response({"version": __version__, "internal": [CAPABILITY], "engine": engine})

@@ -205,7 +205,8 @@ class _Service:
             logger.warning("everybody who reaches %s can use this server; --api-key asks for a key", options.host)
         url = format_url(options.host, port_of(self.listener), "https" if options.ssl_certfile else "http")
         lines = describe_engine(self.config, ready, seconds)
-        lines += describe_address(url, served_names(options, self.model)[0], options, engine.tokenizer)
+        name, pooling = served_names(options, self.model)[0], self.config.model.pooling
+        lines += describe_address(url, name, options, engine.tokenizer, pooling)
         print("\n".join(lines), flush=True)
 
     # --- serving and ending ----------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from shoal.config.engine_config import EngineConfig
 from shoal.config.options import ServerOptions
 from shoal.config.parallel import ParallelConfig
+from shoal.config.pooling import PoolingConfig
 from shoal.config.sizes import format_size
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import UnavailableError
@@ -97,13 +98,14 @@ def describe_engine(config: EngineConfig, ready: CoreReady, seconds: float) -> l
     layout = describe_layout(config.parallel)
     hosts = facts.get("hosts", ())
     where = f" of {', '.join(hosts)}" if len(hosts) > 1 else ""
-    return [
+    lines = [
         f"Shoal {__version__}: {config.model.architecture}, {f'{layout} in ' if layout else ''}"
         f"{facts.get('dtype', config.dtype)} on {facts.get('device', config.device)}{where}{mode}, "
         f"up after {seconds:.1f} s",
         f"KV cache: {num_tokens:,} tokens{f' ({format_size(size)})' if size else ''}, "
         f"{num_tokens / ready.max_model_len:.1f} requests of the full {ready.max_model_len:,} tokens",
     ]
+    return lines if size != 0 else lines[:1]  # encoders keep none
 
 
 def describe_layout(parallel: ParallelConfig) -> str:
@@ -112,16 +114,28 @@ def describe_layout(parallel: ParallelConfig) -> str:
     for name, size in (("TP", parallel.tensor_size), ("PP", parallel.pipeline_size)):
         if size > 1:
             parts.append(f"{name}={size}")
+    if parallel.expert_parallel:
+        parts.append("experts shared whole")
     return " × ".join(parts)
 
 
-def describe_address(url: str, model: str, options: ServerOptions, tokenizer: Tokenizer | None) -> list[str]:
+def describe_address(
+    url: str,
+    model: str,
+    options: ServerOptions,
+    tokenizer: Tokenizer | None,
+    pooling: PoolingConfig | None = None,
+) -> list[str]:
     """Where it is, and a line that works."""
     key = ' -H "Authorization: Bearer $SHOAL_API_KEY"' if options.api_key else ""
     insecure = " -k" if options.ssl_certfile else ""
     path = "completions"
     content: dict[str, object] = {"prompt": [1, 2, 3] if tokenizer is None else "Hello", "max_tokens": 32}
-    if tokenizer is not None and tokenizer.has_chat_template:
+    if pooling is not None and pooling.task == "embed":
+        path, content = "embeddings", {"input": [1, 2, 3] if tokenizer is None else "Hello"}
+    elif pooling is not None:
+        path, content = "score", {"text_1": "What is Shoal?", "text_2": ["A school of fish.", "A sandbank."]}
+    elif tokenizer is not None and tokenizer.has_chat_template:
         path, content = "chat/completions", {"messages": [{"role": "user", "content": "你好"}]}
     body = shlex.quote(json.dumps({"model": model, **content}, ensure_ascii=False))
     return [

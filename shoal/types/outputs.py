@@ -69,6 +69,7 @@ class RequestUpdate(msgspec.Struct):
     token_ids / logprobs: new tokens (those whose text is still held back too). The update with a finish_reason is
     the last of its `index`. prompt_logprobs (once, on the first update of index 0) has None for position 0.
     lost: beside an error: the engine core that worked on it is gone, and another one can do it.
+    pooled: the vector or the scores of a pooling request, as of TokenDelta.
     """
 
     index: int
@@ -81,3 +82,4 @@ class RequestUpdate(msgspec.Struct):
     num_cached_tokens: int = 0
     error: str | None = None
     lost: bool = False
+    pooled: bytes | None = None

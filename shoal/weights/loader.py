@@ -1,6 +1,6 @@
 """Fills a model from a checkpoint, or with random values. Called by the worker, which built the model.
 
-It knows models only by what they tell: `weight_holders` and `expects_elsewhere`.
+It knows models only by what they tell: `weight_holders`, `tensor_name` and `expects_elsewhere`.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ class Loadable(Protocol):
 
     def weight_holders(self) -> Iterator[HoldsWeights]: ...
 
+    def tensor_name(self, stored: str) -> str: ...
+
     def expects_elsewhere(self, name: str) -> bool: ...
 
 
@@ -44,7 +46,7 @@ def load_weights(
     """
     num_bytes = 0
     with torch.inference_mode():
-        layers = _Layers(model.weight_holders(), progress)
+        layers = _Layers(model, progress)
         if load_format == "dummy":
             for name in layers.names:
                 layers.fill(name, lambda tensor: fill_random(tensor, seed))
@@ -64,11 +66,12 @@ class _Layers:
     """The layers of a model that wait for tensors. Each packs as soon as it has its own: nothing here holds on to what
     it then frees. Layers that use another layer's tensors come last."""
 
-    def __init__(self, layers: Iterable[HoldsWeights], progress: Progress | None) -> None:
+    def __init__(self, model: Loadable, progress: Progress | None) -> None:
+        self._tensor_name = model.tensor_name
         # By name in the checkpoint: all that take a piece of that tensor.
         self._waiting: dict[str, list[tuple[CheckpointTensor, HoldsWeights]]] = {}
         self._num_missing: dict[HoldsWeights, int] = {}
-        for layer in layers:
+        for layer in model.weight_holders():
             self._num_missing[layer] = 0
             for tensor in layer.checkpoint_tensors():
                 self._waiting.setdefault(tensor.name, []).append((tensor, layer))
@@ -91,8 +94,9 @@ class _Layers:
                 for _, layer in self._waiting.pop(name):
                     self._num_missing[layer] -= 1
 
-    def canonical(self, name: str) -> str:
-        """Checkpoints of the bare decoder (without a head) lack the leading "model."."""
+    def canonical(self, stored: str) -> str:
+        """As the layers call it. Checkpoints of the bare decoder (without a head) lack the leading "model."."""
+        name = self._tensor_name(stored)
         return f"model.{name}" if name not in self._known and f"model.{name}" in self._known else name
 
     def knows(self, name: str) -> bool:
@@ -142,8 +146,13 @@ def _load_file(file: TensorFile, model: Loadable, layers: _Layers, path: str) ->
 
 
 def _load_tensor(file: TensorFile, stored_name: str, path: str, tensor: CheckpointTensor) -> None:
-    shape = file.shape(stored_name)
-    if shape != tensor.shape:
+    shape, index, destination = file.shape(stored_name), tensor.index, tensor.destination
+    if shape != tensor.shape and _without_ones(shape) == _without_ones(tensor.shape):
+        # A scale for each output may be [N] or [N, 1], one for all [] or [1].
+        parts = iter(part for part, size in zip(index, tensor.shape, strict=True) if size != 1)
+        index = tuple(slice(0, 1) if size == 1 else next(parts) for size in shape)
+        destination = destination.view([part.stop - part.start for part in index])
+    elif shape != tensor.shape:
         raise ModelError(
             f"{path}: tensor {stored_name} has shape {list(shape)}, the config asks for {list(tensor.shape)}"
         )
@@ -159,7 +168,11 @@ def _load_tensor(file: TensorFile, stored_name: str, path: str, tensor: Checkpoi
             f"{path}: tensor {stored_name} is {str(stored).removeprefix('torch.')}, the config asks for "
             f"{str(wanted).removeprefix('torch.')}"
         )
-    file.read_into(stored_name, tensor.index, tensor.destination)
+    file.read_into(stored_name, index, destination)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(size for size in shape if size != 1)
 
 
 def _is_plain(dtype: torch.dtype) -> bool:

@@ -20,6 +20,7 @@ from shoal.kernels.compile_ahead import compile_ahead
 from shoal.kv_transfer.hooks import LayerHooks
 from shoal.messages import BatchResult, ScheduledBatch, SlotResult
 from shoal.models.base import CausalLM
+from shoal.models.pooler import Pooler
 from shoal.sampling.choice import TokenChoice
 from shoal.sampling.logprobs import prompt_logprobs, to_host
 from shoal.sampling.rehearse import rehearse_sampling
@@ -31,6 +32,7 @@ from shoal.worker.clock import BUSY, MESSAGES, StageClock
 from shoal.worker.graphs import MOST_CONTEXT, StepGraphs, graph_sizes, token_graph_sizes
 from shoal.worker.input_batch import DecodeRows, InputBatch, StepInputs, TokenRows
 from shoal.worker.layer_status import LayerStatus
+from shoal.worker.pooling import SequencePooling, mark_segments
 from shoal.worker.stage import PipelineStage
 
 # Rows of logits made at once for prompt log-probabilities: 256 x 152,000 fp32 are 150 MB.
@@ -90,6 +92,9 @@ class ModelRunner:
         self.hooks = LayerStatus(groups.status, hooks)
         # A connector's hooks act between layers, which a graph knows nothing of.
         self._captures = device.type == "cuda" and not config.enforce_eager and backend.follows_device and hooks is None
+        self._captures &= model.follows_device
+        pooling = config.model.pooling
+        self._captures &= pooling is None  # texts come in steps of many tokens
         self.graphs: StepGraphs | None = None
         self.batch = InputBatch(
             config.max_num_seqs,
@@ -108,7 +113,12 @@ class ModelRunner:
             clock=self.clock,
         )
         self.sampling: SamplingState | None = None
-        if self.stage.is_last:
+        self._pooling: SequencePooling | None = None
+        if self.stage.is_last and pooling is not None:
+            assert isinstance(model.pooler, Pooler)
+            sizes = config.max_num_seqs, config.model.hidden_size
+            self._pooling = SequencePooling(pooling, model.pooler, *sizes, device)
+        elif self.stage.is_last:
             self.sampling = SamplingState(config.max_num_seqs, config.model.vocab_size, device, groups.tensor)
         self.sampler = Sampler()
         self.kv_caches: list[torch.Tensor] = []
@@ -199,7 +209,7 @@ class ModelRunner:
     def _pass_on(self, step_id: int, sample_slots: np.ndarray, hidden: torch.Tensor) -> None:
         """To the next stage, if there is one; the first one expects the tokens of sample_slots back."""
         self.stage.send(hidden)
-        if self.stage.is_first and not self.stage.is_last:
+        if self.stage.is_first and not self.stage.is_last and self.config.model.pooling is None:
             self.stage.expect_tokens(step_id, sample_slots)
 
     def _change_slots(self, batch: ScheduledBatch) -> None:
@@ -207,7 +217,10 @@ class ModelRunner:
             self.batch.release(slot)
             if self.sampling is not None:
                 self.sampling.release(slot)
+        model = self.config.model
         for assignment in batch.assigned:
+            if model.pooling is not None:
+                assignment = mark_segments(assignment, model.pooling.num_segments, model.vocab_size)
             self.batch.assign(assignment)
             if self.sampling is not None:
                 self.sampling.assign(
@@ -260,7 +273,10 @@ class ModelRunner:
         if executed.hidden is None:
             return self._collector(executed, None, {})
         self.clock.enter(BUSY)
-        if executed.by_graph and not grammar_masks:
+        if self._pooling is not None:
+            assert executed.inputs is not None, "steps of texts run without graphs"
+            collect = self._pooling.take(executed.inputs, executed.hidden, self.batch.assignments)
+        elif executed.by_graph and not grammar_masks:
             assert self.graphs is not None
             token_ids = self.graphs.choose(len(executed.slots))
             if not self.stage.is_first:
@@ -369,9 +385,11 @@ class ModelRunner:
         config, model, dims = self.config, self.config.model, self._dims
         widest = (2 * model.intermediate_size + model.vocab_size) // dims.tensor_size + 8 * model.hidden_size
         kv_heads = dims.kv_head_slice(model.num_kv_heads)
-        scratch = self.backend.scratch_bytes(
-            model.num_heads // dims.tensor_size, kv_heads.stop - kv_heads.start, model.head_dim, config.max_model_len
-        )
+        num_heads, longest = model.num_heads // dims.tensor_size, config.max_model_len
+        if model.latent_cache_dim is not None:
+            scratch = self.backend.latent_scratch_bytes(num_heads, model.latent_cache_dim, longest)
+        else:
+            scratch = self.backend.scratch_bytes(num_heads, kv_heads.stop - kv_heads.start, model.head_dim, longest)
         token_sizes = token_graph_sizes(config.max_num_batched_tokens)
         num_graphs = 2 * len(graph_sizes(config.max_num_seqs)) + len(token_sizes)
         num_rows = max([config.max_num_seqs, *token_sizes])
@@ -450,7 +468,7 @@ class ModelRunner:
             size, dtype = self.config.model.hidden_size, getattr(torch, self.config.dtype)
             hidden = torch.zeros((num_tokens, size), dtype=dtype, device=self.device)
         hidden = self.model.forward(token_ids, positions, self.kv_caches, metadata, None, hidden)
-        if self.stage.is_last:
+        if self.sampling is not None:
             self.model.compute_logits(hidden[: self.config.max_num_seqs])
 
 

@@ -38,7 +38,12 @@ class ModelRank:
         timeout: seconds for each of its phases.
         """
         parallel = config.parallel
-        dims = ParallelDims(tensor_size=parallel.tensor_size, pipeline_size=parallel.pipeline_size, rank=seat.rank)
+        dims = ParallelDims(
+            tensor_size=parallel.tensor_size,
+            pipeline_size=parallel.pipeline_size,
+            rank=seat.rank,
+            expert_parallel=parallel.expert_parallel,
+        )
         self._groups = form_groups(
             dims,
             device=find_device(config.device, setup.device_index),

@@ -10,7 +10,9 @@ from typing import Any
 import psutil
 import torch
 
-from shoal.attention.registry import make_backend
+from shoal.attention.base import AttentionBackend
+from shoal.attention.cache_dtype import cache_dtype
+from shoal.attention.registry import build_with_backend, create_attention_backend
 from shoal.config.engine_config import EngineConfig
 from shoal.config.parallel import balance_layers
 from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
@@ -31,6 +33,7 @@ from shoal.worker.device import (
     share_cores,
     use_few_threads,
 )
+from shoal.worker.expert_load import ExpertLoad
 from shoal.worker.kv_cache import block_bytes, num_blocks_for
 from shoal.worker.model_runner import ModelRunner
 
@@ -40,7 +43,7 @@ logger = get_logger(__name__)
 _WARM_UP_STEPS = ((1, 0), (2, 0), (4, 0), (8, 0), (16, 0), (64, 0))
 # For attention with kernels: beside a prompt few decodes, and more than a launch splits the contexts of.
 _MIXED_WARM_UP_STEPS = ((8, 1), (272, 256))
-_MEMORY_SECONDS = 1.0
+_USE_SECONDS = 1.0
 OnProgress = Callable[[StartupProgress], None]
 
 
@@ -68,8 +71,9 @@ class Worker:
         self._local_size = local_size
         self._host_bytes = psutil.virtual_memory().available // local_size
         self._runner: ModelRunner | None = None
+        self._expert_load: ExpertLoad | None = None
         self._process = psutil.Process()
-        self._memory_noted = 0.0
+        self._use_noted = 0.0
         # Of a step that shows no layers while it is computed: its kernels are queued at once.
         self._full_step_seconds = 0.0
 
@@ -111,6 +115,7 @@ class Worker:
             keep_freed_memory()
             use_few_threads(weight_bytes)
         self._runner = ModelRunner(config, model, context.attention_backend, device, self.groups)
+        self._expert_load = ExpertLoad(model, device)
         # One rank may load for longer than a collective of the step that sizes the cache would wait for it.
         self.groups.meet("loaded")
         on_progress(StartupProgress("size the KV cache"))
@@ -131,17 +136,24 @@ class Worker:
         dtype = getattr(torch, config.dtype)
         check_dtype(dtype, device)
         partition = config.parallel.layer_partition or balance_layers(config.model, dims.pipeline_size)
-        context = BuildContext(
-            dtype=dtype,
-            device=device,
-            deterministic=config.deterministic,
-            attention_backend=make_backend(config.deterministic, device),
-            parallel=dims,
-            tensor_group=self.groups.tensor,
-            layer_range=dims.layer_range(config.model.num_layers, partition),
-            max_model_len=config.max_model_len,
-        )
-        return build_model(config.model, context), context
+
+        def build(backend: AttentionBackend) -> tuple[CausalLM, BuildContext]:
+            context = BuildContext(
+                dtype=dtype,
+                device=device,
+                deterministic=config.deterministic,
+                attention_backend=backend,
+                parallel=dims,
+                tensor_group=self.groups.tensor,
+                layer_range=dims.layer_range(config.model.num_layers, partition),
+                max_model_len=config.max_model_len,
+                cache_dtype=self._cache_dtype,
+            )
+            return build_model(config.model, context), context
+
+        if config.model.pooling is not None and config.model.pooling.sees_both_ways:
+            return build(create_attention_backend("bidirectional"))
+        return build_with_backend(config.deterministic, device, build)
 
     def _count_blocks(self, weight_bytes: int) -> int:
         """On CUDA a step of full size first shows how much memory activations take."""
@@ -183,10 +195,13 @@ class Worker:
             lambda done, total: on_progress(StartupProgress("capture CUDA graphs", done, total)), self._local_size
         )
         self.groups.status.update(phase="idle")
-        self._note_memory()
+        if self._expert_load is not None:
+            self._expert_load.clear()
+        self._note_use()
         return {
             "num_blocks": num_blocks,
             "capture_seconds": round(capture_seconds, 2),
+            "kv_cache_dtype": str(self._cache_dtype).removeprefix("torch."),
             "kv_cache_bytes": num_blocks * self._block_bytes(),
             "kv_cache_tokens": (num_blocks - 1) * config.block_size,
             "max_full_requests": (num_blocks - 1) * config.block_size // config.max_model_len,
@@ -195,23 +210,28 @@ class Worker:
     def _cache_shape(self, num_blocks: int) -> tuple[int, ...]:
         """Of one layer, on this rank."""
         model = self.config.model
+        if model.latent_cache_dim is not None:
+            return self.runner.backend.latent_cache_shape(num_blocks, self.config.block_size, model.latent_cache_dim)
         heads = self.groups.dims.kv_head_slice(model.num_kv_heads)
         return self.runner.backend.kv_cache_shape(
             num_blocks, self.config.block_size, heads.stop - heads.start, model.head_dim
         )
 
+    @property
+    def _cache_dtype(self) -> torch.dtype:
+        return cache_dtype(self.config.kv_cache_dtype, getattr(torch, self.config.dtype))
+
     def _block_bytes(self) -> int:
-        dtype = getattr(torch, self.config.dtype)
-        return block_bytes(self._cache_shape(1), dtype, len(self.runner.model.layer_range))
+        return block_bytes(self._cache_shape(1), self._cache_dtype, len(self.runner.model.layer_range))
 
     def _make_kv_caches(self, num_blocks: int) -> list[torch.Tensor]:
-        shape, dtype, device = self._cache_shape(num_blocks), getattr(torch, self.config.dtype), self.runner.device
+        shape, dtype, device = self._cache_shape(num_blocks), self._cache_dtype, self.runner.device
         return [torch.zeros(shape, dtype=dtype, device=device) for _ in self.runner.model.layer_range]
 
     def execute(self, batch: ScheduledBatch) -> None:
         """Start the forward pass of a step."""
         self.groups.status.update(step=batch.step_id, phase="forward")
-        self._note_memory()
+        self._note_use()
         self.runner.execute(batch)
 
     def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Callable[[], BatchResult]:
@@ -221,14 +241,17 @@ class Worker:
         self.groups.status.update(phase="idle")
         return collect
 
-    def _note_memory(self) -> None:
-        """Once a second, what this process holds."""
+    def _note_use(self) -> None:
+        """Once a second, what this process holds, and what its experts got."""
         now = time.monotonic()
-        if now - self._memory_noted >= _MEMORY_SECONDS:
-            self._memory_noted = now
+        if now - self._use_noted >= _USE_SECONDS:
+            self._use_noted = now
             device = self.runner.device
             device_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
             self.groups.status.set_memory(self._process.memory_info().rss, device_bytes)
+            load = self._expert_load
+            if load is not None and load.tells and (tokens := load.poll()) is not None:
+                self.groups.status.set_experts(load.first_expert, tokens)
 
     def idle(self) -> None:
         """Meet all ranks, on the host and on the device, and wait until they have come: when the results of all steps
@@ -236,6 +259,7 @@ class Worker:
         world = self.groups.world
         if world.world_size == 1:
             return
+        self._note_use()
         self.runner.settle()
         world.barrier()
         if self.runner.device.type == "cuda":

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from shoal.attention.base import AttentionMetadata
+from shoal.attention.base import AttentionForm, AttentionMetadata
 from shoal.attention.registry import create_attention_backend, make_backend
 from shoal.attention.torch_paged import _decode_view, _Decodes
 from shoal.errors import ConfigError
@@ -73,10 +73,10 @@ def run(name: str, step: Step, window: int | None, scale: float = 0.3) -> torch.
         before = AttentionMetadata([count], [count], blocks, step.old_slots, block_size)
         backend.prepare(before)
         query = step.query[:1].expand(count, -1, -1)
-        backend.forward(query, step.old_keys, step.old_values, cache, before, scale=scale)
+        backend.forward(query, step.old_keys, step.old_values, cache, before, AttentionForm(scale))
     metadata = dataclasses.replace(step.metadata)
     backend.prepare(metadata)
-    return backend.forward(step.query, step.key, step.value, cache, metadata, scale=scale, sliding_window=window)
+    return backend.forward(step.query, step.key, step.value, cache, metadata, AttentionForm(scale, window))
 
 
 STEPS = {

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from shoal.attention.base import AttentionMetadata
+from shoal.attention.base import AttentionForm, AttentionMetadata
 from shoal.attention.registry import create_attention_backend
 
 NUM_BLOCKS, LENGTH = 400, 1300
@@ -52,7 +52,7 @@ def attend(
             inputs = [torch.cat([torch.randn(mate, *t.shape[1:]), t]) for t in inputs]
         metadata = AttentionMetadata(query_lens, seq_lens, tables, slots, block_size)
         backend.prepare(metadata)
-        output = backend.forward(*inputs, cache, metadata, scale=0.25, sliding_window=window)
+        output = backend.forward(*inputs, cache, metadata, AttentionForm(0.25, window))
         outputs.append(output[mate:])
         start = end
     return torch.cat(outputs)

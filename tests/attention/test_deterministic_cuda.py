@@ -11,7 +11,7 @@ import tests.kernels.conftest  # noqa: F401  the interpreter, before Triton's ow
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-from shoal.attention.base import AttentionMetadata, DeviceRows, HeadTransform  # noqa: E402
+from shoal.attention.base import AttentionForm, AttentionMetadata, DeviceRows, HeadTransform  # noqa: E402
 from shoal.attention.deterministic_cuda import DeterministicCudaAttention  # noqa: E402
 from shoal.attention.reference import ReferenceAttention  # noqa: E402
 from shoal.kernels.fixed_attention import SPLIT  # noqa: E402
@@ -28,20 +28,18 @@ def test_equals_the_reference(case: str, window: int | None, dtype: torch.dtype)
         step = make_step(*STEPS[case], heads, 16, dtype)
         plain, cache = fill_caches(step)
         reference, backend = ReferenceAttention(), DeterministicCudaAttention()
-        expected = reference.forward(
-            step.query, step.key, step.value, plain, step.metadata, scale=0.3, sliding_window=window
-        )
+        expected = reference.forward(step.query, step.key, step.value, plain, step.metadata, AttentionForm(0.3, window))
         metadata = on_device(step.metadata)
         backend.prepare(metadata)
         moved = (tensor.to(DEVICE) for tensor in (step.query, step.key, step.value))
-        compare(backend.forward(*moved, cache, metadata, scale=0.3, sliding_window=window), expected, cache, plain)
+        compare(backend.forward(*moved, cache, metadata, AttentionForm(0.3, window)), expected, cache, plain)
 
 
 def test_follows_rows_of_the_device() -> None:
     step = make_step([1, 1, 1], [5, 300, 600], (4, 2, 32), 16, torch.float32)
     plain, cache = fill_caches(step)
     backend = DeterministicCudaAttention()
-    expected = ReferenceAttention().forward(step.query, step.key, step.value, plain, step.metadata, scale=0.3)
+    expected = ReferenceAttention().forward(step.query, step.key, step.value, plain, step.metadata, AttentionForm(0.3))
     metadata = on_device(step.metadata)
     order = torch.tensor([2, 0, 1])
     rows = DeviceRows(order.to(DEVICE, torch.int32), torch.tensor([5, 300, 600], dtype=torch.int32, device=DEVICE))
@@ -50,7 +48,7 @@ def test_follows_rows_of_the_device() -> None:
     captured = AttentionMetadata([], [], table, metadata.slot_mapping, 16, device_rows=rows)
     backend.prepare(captured)
     moved = (tensor.to(DEVICE) for tensor in (step.query, step.key, step.value))
-    compare(backend.forward(*moved, cache, captured, scale=0.3), expected, cache, plain)
+    compare(backend.forward(*moved, cache, captured, AttentionForm(0.3)), expected, cache, plain)
 
 
 def attend(
@@ -80,8 +78,8 @@ def attend(
         backend.prepare(metadata)
         step = torch.cat([torch.randn_like(projected[:1]).expand(mates, -1), projected[start:end]]).contiguous()
         output = backend.forward_projected(
-            step, positions.to(DEVICE), transform, cache, metadata, num_heads=num_heads,
-            scale=head_dim**-0.5, sliding_window=window,
+            step, positions.to(DEVICE), transform, cache, metadata, AttentionForm(head_dim**-0.5, window),
+            num_heads=num_heads,
         )  # fmt: skip
         outputs.append(output[mates:])
         start = end

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tests.kernels.conftest  # noqa: F401  the interpreter, before Triton's own functions are made
+from shoal.attention.base import AttentionForm
 from shoal.attention.fresh_prompts import FreshPrompts
 from tests.attention.test_backends import make_step, run
 
@@ -20,16 +21,22 @@ def willing() -> FreshPrompts:
     return fresh
 
 
+def form(window: int | None = None) -> AttentionForm:
+    return AttentionForm(0.1, window)
+
+
 def test_what_it_takes() -> None:
     num_new, seq_lens = np.array([1000, 1000, 100, 1]), np.array([1000, 1500, 100, 1])
     fresh, half = willing(), torch.bfloat16
-    assert fresh.takes(num_new, seq_lens, half, 128, None).tolist() == [True, False, False, False]
-    assert fresh.takes(num_new, seq_lens, half, 128, 1000).tolist() == [True, False, False, False]
-    assert not fresh.takes(num_new, seq_lens, half, 128, 999).any(), "a window hides keys"
-    assert not fresh.takes(num_new, seq_lens, torch.float32, 128, None).any()
-    assert not fresh.takes(num_new, seq_lens, half, 256, None).any()
-    assert not fresh.takes(num_new, seq_lens, half, 100, None).any()
-    assert not FreshPrompts(CPU).takes(num_new, seq_lens, half, 128, None).any()
+    assert fresh.takes(num_new, seq_lens, half, 128, form()).tolist() == [True, False, False, False]
+    assert fresh.takes(num_new, seq_lens, half, 128, form(1000)).tolist() == [True, False, False, False]
+    assert not fresh.takes(num_new, seq_lens, half, 128, form(999)).any(), "a window hides keys"
+    assert not fresh.takes(num_new, seq_lens, torch.float32, 128, form()).any()
+    assert not fresh.takes(num_new, seq_lens, half, 256, form()).any()
+    assert not fresh.takes(num_new, seq_lens, half, 100, form()).any()
+    assert not fresh.takes(num_new, seq_lens, half, 128, AttentionForm(0.1, softcap=30.0)).any()
+    assert not fresh.takes(num_new, seq_lens, half, 128, AttentionForm(0.1, sinks=torch.zeros(4))).any()
+    assert not FreshPrompts(CPU).takes(num_new, seq_lens, half, 128, form()).any()
 
 
 def test_the_paged_kernel_takes_what_cudnn_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +47,7 @@ def test_the_paged_kernel_takes_what_cudnn_refuses(monkeypatch: pytest.MonkeyPat
     fresh, output = willing(), torch.zeros_like(query)
     assert not fresh.attend(query, key, value, output, 0.3)
     assert not output.any()
-    assert not fresh.takes(np.array([9]), np.array([9]), torch.float16, 32, None).any()
+    assert not fresh.takes(np.array([9]), np.array([9]), torch.float16, 32, form()).any()
     step = make_step([9, 1, 20, 5], [9, 30, 20, 12], (4, 2, 32), 16, torch.float16)
     expected, found = run("reference", step, None), run("triton_paged", step, None)
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-3)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shoal.attention.base import AttentionMetadata
+from shoal.attention.base import AttentionForm, AttentionMetadata
 from shoal.attention.registry import create_attention_backend
 
 BLOCK_SIZE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 16, 4, 2, 32
@@ -35,5 +35,5 @@ def test_prefill_of_any_length(window: int | None, num_before: int) -> None:
             metadata = AttentionMetadata([num_new], [context], tables.to(device), slots.to(device), BLOCK_SIZE)
             backend.prepare(metadata)
             tensors = [tensor.to(device) for tensor in (query, key, value, cache.contiguous().clone())]
-            outputs.append(backend.forward(*tensors, metadata, scale=0.3, sliding_window=window).cpu())
+            outputs.append(backend.forward(*tensors, metadata, AttentionForm(0.3, window)).cpu())
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-4, msg=f"{num_new} after {num_before}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from shoal.attention.base import AttentionMetadata
+from shoal.attention.base import AttentionForm, AttentionMetadata
 from shoal.attention.registry import create_attention_backend
 from shoal.attention.torch_paged import _group_by_length
 
@@ -46,7 +46,5 @@ def test_grouped_decodes_equal_the_reference() -> None:
             assert cache.shape == shape
             metadata = AttentionMetadata(query_lens, seq_lens, tables, torch.tensor(slots), block_size)
             backend.prepare(metadata)
-            outputs.append(
-                backend.forward(query, key, value, cache.clone(), metadata, scale=0.3, sliding_window=window)
-            )
+            outputs.append(backend.forward(query, key, value, cache.clone(), metadata, AttentionForm(0.3, window)))
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5)

@@ -12,9 +12,15 @@ import tests.kernels.conftest  # noqa: F401  the interpreter, before Triton's ow
 pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-from shoal.attention.base import AttentionMetadata, DeviceRows, HeadTransform  # noqa: E402
+from shoal.attention.base import AttentionForm, AttentionMetadata, DeviceRows, HeadTransform  # noqa: E402
 from shoal.attention.reference import ReferenceAttention  # noqa: E402
+from shoal.attention.registry import create_attention_backend  # noqa: E402
 from shoal.attention.triton_paged import TritonPagedAttention  # noqa: E402
+from shoal.config.rope import RopeConfig  # noqa: E402
+from shoal.layers.attention import RotaryAttention  # noqa: E402
+from shoal.layers.context import BuildContext  # noqa: E402
+from shoal.layers.norm import RMSNorm  # noqa: E402
+from shoal.layers.rotary import RotaryEmbedding  # noqa: E402
 from tests.attention.test_backends import NUM_BLOCKS, STEPS, Step, make_step  # noqa: E402
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -45,12 +51,12 @@ def compare(found: torch.Tensor, expected: torch.Tensor, found_cache: torch.Tens
 def check_forward(step: Step, window: int | None) -> None:
     plain, cache = fill_caches(step)
     reference, backend = ReferenceAttention(), TritonPagedAttention()
-    arguments = {"scale": 0.3, "sliding_window": window}
-    expected = reference.forward(step.query, step.key, step.value, plain, step.metadata, **arguments)
+    form = AttentionForm(0.3, window)
+    expected = reference.forward(step.query, step.key, step.value, plain, step.metadata, form)
     metadata = on_device(step.metadata)
     backend.prepare(metadata)
     heads = (tensor.to(DEVICE) for tensor in (step.query, step.key, step.value))
-    compare(backend.forward(*heads, cache, metadata, **arguments), expected, cache, plain)
+    compare(backend.forward(*heads, cache, metadata, form), expected, cache, plain)
 
 
 # The interpreter is slow, and gets products of bfloat16 wrong.
@@ -82,6 +88,54 @@ def test_prompts_of_more_query_heads_than_a_tile_has_rows() -> None:
 @pytest.mark.parametrize(("head_dim", "block_size"), [(96, 8), (128, 64), (256, 256), (128, 16)])
 def test_types_and_sizes(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
     check_forward(make_step([1, 20, 1, 3], [30, 20, 41, 160], (8, 2, head_dim), block_size, dtype), 25)
+
+
+def stored_order(head_dim: int, rotary_dim: int, interleaved: bool) -> torch.Tensor:
+    """Where the numbers of a stored key stood in its head: the first of each pair, then the second."""
+    places = torch.arange(head_dim)
+    if interleaved:
+        return torch.cat([places[0::2], places[1::2]])
+    turning, rest = places[:rotary_dim].chunk(2), places[rotary_dim:].chunk(2)
+    return torch.cat([turning[0], rest[0], turning[1], rest[1]]) if len(rest[0]) else places
+
+
+@pytest.mark.parametrize("case", ["decodes", "mixed"])
+@pytest.mark.parametrize("backend_name", ["triton_paged", "deterministic_cuda"])
+@pytest.mark.parametrize(("rotary_dim", "interleaved"), [(16, False), (16, True), (32, True)])
+def test_heads_that_turn_in_part_or_side_by_side(
+    case: str, backend_name: str, rotary_dim: int, interleaved: bool
+) -> None:
+    """Through the layer: the backend's own transform against the plain operations."""
+    query_lens, seq_lens = {"decodes": ([1] * 2, [3, 40]), "mixed": ([1, 12, 1], [9, 20, 40])}[case]
+    step = make_step(query_lens, seq_lens, (6, 2, 32), 16, torch.float32)
+    config = RopeConfig(theta=100.0, scaling=None, parameters={})
+    pairs = zip(query_lens, seq_lens, strict=True)
+    positions = torch.cat([torch.arange(length - num_new, length) for num_new, length in pairs])
+    projected = torch.cat([step.query, step.key, step.value], dim=1).flatten(1)
+    order = stored_order(32, rotary_dim, interleaved)
+    outputs, caches = [], []
+    for name, device in (("reference", torch.device("cpu")), (backend_name, DEVICE)):
+        context = BuildContext(
+            dtype=torch.float32, device=device, attention_backend=create_attention_backend(name), deterministic=False
+        )
+        rotary = RotaryEmbedding(config, 32, 64, device, rotary_dim=rotary_dim, interleaved=interleaved)
+        norms = [RMSNorm(context, side, 32, 1e-5) for side in ("q_norm", "k_norm")]
+        for norm in norms:
+            norm.weight.copy_(torch.linspace(0.5, 1.5, 32))
+        layer = RotaryAttention(
+            context, 32, None, num_heads=6, num_kv_heads=2, rotary=rotary, query_norm=norms[0], key_norm=norms[1],
+            softcap=20.0,
+        )  # fmt: skip
+        plain, cache = fill_caches(step)
+        cache[0] = cache[0][..., order.to(DEVICE)]
+        metadata = step.metadata if name == "reference" else on_device(step.metadata)
+        own = plain if name == "reference" else cache
+        context.attention_backend.prepare(metadata)
+        angles = rotary.lookup(positions.to(device))
+        outputs.append(layer.forward_projected(projected.to(device), angles, own, metadata))
+        caches.append(own)
+    caches[0][0] = caches[0][0][..., order]
+    compare(outputs[1], outputs[0], caches[1], caches[0])
 
 
 def plain_transform(projected: torch.Tensor, positions: torch.Tensor, transform: HeadTransform, num_heads: int,
@@ -118,7 +172,7 @@ def test_projected_heads(case: str, norm: bool, dtype: torch.dtype, follow: bool
     projected = torch.cat([step.query, step.key, step.value], dim=1).flatten(1)
     plain, cache = fill_caches(step)
     heads = plain_transform(projected, positions, transform, num_heads, num_kv_heads)
-    expected = ReferenceAttention().forward(*heads, plain, step.metadata, scale=0.1)
+    expected = ReferenceAttention().forward(*heads, plain, step.metadata, AttentionForm(0.1))
 
     metadata = on_device(step.metadata)
     if follow:  # tables of all slots, in another order than the sequences, and a row for each token
@@ -137,6 +191,6 @@ def test_projected_heads(case: str, norm: bool, dtype: torch.dtype, follow: bool
     for _ in range(2):  # counters of the splits are as they were
         backend.prepare(metadata)
         found = backend.forward_projected(
-            projected.to(DEVICE), positions.to(DEVICE), moved, cache, metadata, num_heads=num_heads, scale=0.1
+            projected.to(DEVICE), positions.to(DEVICE), moved, cache, metadata, AttentionForm(0.1), num_heads=num_heads
         )
         compare(found, expected, cache, plain)

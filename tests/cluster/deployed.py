@@ -34,12 +34,16 @@ class Deployed:
         """A cluster of all hosts, with the first as its head."""
         start = (sys.executable, "-m", "shoal.cli", "node", "start", "--num-cpus", "4")
         self.host.run(*start, "--head", env=self.environment)
+        for host in self.others:
+            environment = self.environment_on(host)
+            Path(environment["TMPDIR"]).mkdir()
+            host.run(*start, "--address", f"{self.host.address}:6379", env=environment)
+
+    def environment_on(self, host: Host) -> dict[str, str]:
+        """Of a command on one of the others."""
         token = (self.host.home / ".shoal" / "cluster-token").read_text().strip()
-        for number, host in enumerate(self.others):
-            directory = self.directory.parent / f"o{number}"
-            directory.mkdir()
-            join = {**self.environment, "TMPDIR": str(directory), "SHOAL_CLUSTER_TOKEN": token}
-            host.run(*start, "--address", f"{self.host.address}:6379", env=join)
+        directory = self.directory.parent / f"o{self.others.index(host)}"
+        return {**self.environment, "TMPDIR": str(directory), "SHOAL_CLUSTER_TOKEN": token}
 
     def shoal(self, *arguments: str, fails: bool = False) -> str:
         """What `shoal deploy …` prints; with `fails`, also its error."""
@@ -67,9 +71,11 @@ class Deployed:
         path.write_text(yaml.safe_dump({"models": [model], "router": {"port": PORT, "probe_interval": 0.2}}))
         return str(path)
 
-    def deploy_fake(self, file: str) -> None:
-        """`shoal deploy` with the fake server as program, which stays that of this deployment."""
-        self.host.run(sys.executable, "-m", "tests.cluster.deploy_program", file, env=self.environment, timeout=120)
+    def deploy_fake(self, file: str, on: Host | None = None) -> None:
+        """`shoal deploy` with the fake server as program, which stays that of the deployment. on: one of the others."""
+        environment = self.environment if on is None else self.environment_on(on)
+        program = (sys.executable, "-m", "tests.cluster.deploy_program")
+        (on or self.host).run(*program, file, env=environment, timeout=120)
 
     def status(self) -> dict[str, Any]:
         return dict(json.loads(self.shoal("status", "--json")))

@@ -117,6 +117,7 @@ def test_a_node_that_is_gone_takes_no_request_along():
         deployed.deploy_fake(deployed.file(replicas=2))
         before = {replica["node"]: replica["name"] for replica in replicas(deployed)}
         assert before.keys() == {deployed.host.address, other.address}
+        assert deployed.status()["router_pid"] in deployed.host.pids(), "the router is where `shoal deploy` was called"
         with load_on(deployed, 4):
             other.kill_all()
             deployed.wait_until(lambda: before[other.address] not in pids(deployed))
@@ -125,6 +126,21 @@ def test_a_node_that_is_gone_takes_no_request_along():
         assert {replica["node"] for replica in after} == {deployed.host.address}
         assert before[deployed.host.address] in {replica["name"] for replica in after}
         assert "The deployment has ended." in deployed.shoal("stop"), "the cluster is not its own"
+        deployed.host.run(sys.executable, "-m", "shoal.cli", "node", "stop", env=deployed.environment)
+
+
+@pytest.mark.slow
+def test_a_router_whose_node_is_gone_comes_back_on_another():
+    with deployment(2) as deployed:
+        (other,) = deployed.others
+        deployed.start_nodes()
+        deployed.deploy_fake(deployed.file(), on=other)
+        router = deployed.status()["router_pid"]
+        assert router in other.pids()
+        other.kill_all()
+        deployed.wait_until(lambda: deployed.status()["router_state"] == "ready" and bool(deployed.serving()))
+        assert deployed.status()["router_pid"] in deployed.host.pids()
+        deployed.shoal("stop")
         deployed.host.run(sys.executable, "-m", "shoal.cli", "node", "stop", env=deployed.environment)
 
 

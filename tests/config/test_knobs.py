@@ -35,8 +35,8 @@ def test_unknown_names_get_the_nearest_right_one():
         TABLE.find("max_modle_len", str)
     with pytest.raises(ConfigError, match="no name is near"):
         TABLE.find("xyzzy", str)
-    with pytest.raises(ConfigError, match="enable_expert_parallel is not supported: .*experts"):
-        TABLE.find("enable-expert-parallel", str)
+    with pytest.raises(ConfigError, match="speculative_config is not supported: .*speculative decoding"):
+        TABLE.find("speculative-config", str)
 
 
 def test_dashes_underscores_and_aliases_find_the_same_knob():

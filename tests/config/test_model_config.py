@@ -166,7 +166,8 @@ def test_architecture_from_model_type(tmp_path: Path) -> None:
     [
         (
             {"model_type": "GPT2LMHeadModel"},
-            "architecture GPT2LMHeadModel is not supported; supported: LlamaForCausalLM",
+            "architecture GPT2LMHeadModel: Transformers .* does not know model_type 'GPT2LMHeadModel'; "
+            "families with a file of their own: LlamaForCausalLM",
         ),
         ({"hidden_size": 65}, "hidden_size 65 is not a multiple of num_attention_heads 4"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
@@ -175,8 +176,8 @@ def test_architecture_from_model_type(tmp_path: Path) -> None:
         ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer; found 0"),
         ({"intermediate_size": None}, "intermediate_size must be a positive integer; found None"),
         ({"dtype": "float8_e4m3fn"}, "dtype 'float8_e4m3fn' is not supported; supported: float32, bfloat16, float16"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported; supported: default"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope scaling 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "mrope"}}, "rope scaling 'mrope' is not supported; supported: default"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope scaling longrope needs short_factor, a list"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope scaling linear needs factor above 0; found None"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "llama3 needs low_freq_factor above 0"),
         ({"rope_scaling": [1]}, r"must be an object; found \[1\]"),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shoal.distributed.parallel_dims import ParallelDims
-from shoal.distributed.status import GROUPS, OPERATIONS, PHASES, StatusBoard, StatusRecord, describe_stall
+from shoal.distributed.status import GROUPS, MOST_EXPERTS, OPERATIONS, PHASES, StatusBoard, StatusRecord, describe_stall
 
 ALL_REDUCE, GATHER, SEND, RECV = (OPERATIONS.index(name) for name in ("all_reduce", "gather", "send", "recv"))
 TENSOR, PIPELINE = GROUPS.index("tensor"), GROUPS.index("pipeline")
@@ -22,6 +22,15 @@ def board_of(num_ranks: int, **sizes: int) -> tuple[StatusBoard, list[StatusReco
     board = StatusBoard.create(num_ranks)
     dims = [ParallelDims(rank=rank, **(sizes or {"tensor_size": num_ranks})) for rank in range(num_ranks)]
     return board, [board.record(each, each.rank) for each in dims]
+
+
+def test_tokens_of_experts() -> None:
+    board, records = board_of(2)
+    records[1].set_experts(3, [5, 0, 2**40])
+    records[0].set_experts(0, [1] * (MOST_EXPERTS + 1))  # too many to tell
+    first, second = board.read()
+    assert (first.first_expert, first.expert_tokens) == (0, ())
+    assert (second.first_expert, second.expert_tokens) == (3, (5, 0, 2**40))
 
 
 @given(st.integers(0, 2**63), st.integers(0, 2**63), st.sampled_from(PHASES), st.integers(-1, 2**31 - 1))

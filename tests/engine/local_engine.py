@@ -22,6 +22,7 @@ class Answer:
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     finish_reasons: list[FinishReason] = dataclasses.field(default_factory=list)
     num_cached_tokens: int = 0
+    pooled: bytes | None = None
 
 
 def collect(channel: InMemoryChannel) -> dict[str, Answer]:
@@ -37,6 +38,7 @@ def collect(channel: InMemoryChannel) -> dict[str, Answer]:
             if delta.prompt_logprobs is not None:
                 assert answer.prompt_logprobs is None
                 answer.prompt_logprobs = delta.prompt_logprobs
+            answer.pooled = delta.pooled or answer.pooled
             if delta.finish_reason is not None:
                 answer.finish_reasons.append(delta.finish_reason)
     return answers

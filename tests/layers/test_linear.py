@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from shoal.distributed.parallel_dims import ParallelDims
 from shoal.errors import ConfigError
 from shoal.layers.context import BuildContext
 from shoal.layers.linear import ColumnLinear, GateUpLinear, Linear, QKVLinear, RowLinear
+from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
+from shoal.quantization.unquantized import UnquantizedLinear
 from tests import rank_threads
 
 Weights = dict[str, torch.Tensor]
@@ -146,3 +151,83 @@ def test_kv_heads_are_copied_when_there_are_more_ranks() -> None:
     key = x @ weights["attn.k_proj.weight"].T
     for rank, layer in enumerate(ranks):
         torch.testing.assert_close(layer(x)[:, 16:24], key[:, rank // 2 * 8 : rank // 2 * 8 + 8])
+
+
+class Blocks(QuantizationScheme):
+    """Weights that the checkpoint holds in blocks: an element along the outputs and inputs stands for several."""
+
+    name = "blocks"
+
+    def __init__(self, out_unit: int, in_unit: int | Fraction) -> None:
+        self.out_unit, self.in_unit = out_unit, in_unit
+
+    def linear(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> LinearMethod:
+        scheme = self
+
+        class Method(UnquantizedLinear):
+            def tensors(self) -> list[LinearTensor]:
+                shape = (
+                    -(-spec.out_features // scheme.out_unit),
+                    math.ceil(spec.in_features / Fraction(scheme.in_unit)),
+                )
+                self.blocks = torch.zeros(shape, dtype=torch.int32)
+                self.scale = torch.zeros(len(spec.names))
+                units = {"out_unit": scheme.out_unit, "in_unit": scheme.in_unit}
+                return [
+                    LinearTensor(suffix="blocks", data=self.blocks, out_dim=0, in_dim=1, **units),
+                    LinearTensor(suffix="scale", data=self.scale, out_dim=None, in_dim=None, by_part=True),
+                ]
+
+        return Method(spec, weight)
+
+
+def blocks_of(make: Callable[[BuildContext], Linear], size: int, rank: int, scheme: Blocks) -> dict[str, torch.Tensor]:
+    """What a rank takes of tensors whose elements count themselves, as its method gets it."""
+    layer = make(dataclasses.replace(make_context(torch.float32, size, rank, False), quantization=scheme))
+    for tensor in layer.checkpoint_tensors():
+        whole = torch.arange(math.prod(tensor.shape)).view(tensor.shape) + 1
+        tensor.destination.copy_(whole[tensor.index])
+    method = layer.method
+    return {"blocks": method.blocks, "scale": method.scale}
+
+
+def test_quantized_units_are_cut_whole() -> None:
+    def up(context: BuildContext) -> Linear:
+        return GateUpLinear(context, "mlp", 60, 32, bias=False)
+
+    scheme = Blocks(out_unit=8, in_unit=16)  # [4, 4] for each part; the last block of inputs is smaller
+    whole = blocks_of(up, 1, 0, scheme)["blocks"]
+    assert whole.tolist() == torch.arange(1, 17).view(4, 4).repeat(2, 1).tolist()
+    for rank in range(2):
+        rows = [2 * rank, 2 * rank + 1, 4 + 2 * rank, 5 + 2 * rank]
+        assert torch.equal(blocks_of(up, 2, rank, scheme)["blocks"], whole[rows])
+
+    def down(context: BuildContext) -> Linear:
+        return RowLinear(context, "down", 64, 8, bias=False)
+
+    three_bits = Blocks(out_unit=1, in_unit=Fraction(32, 3))
+    whole = blocks_of(down, 1, 0, three_bits)["blocks"]
+    assert whole.shape == (8, 6)
+    for rank in range(2):
+        assert torch.equal(blocks_of(down, 2, rank, three_bits)["blocks"], whole[:, 3 * rank : 3 * rank + 3])
+    with pytest.raises(ConfigError, match=r"down.blocks: the inputs of this rank are 0 to 32, .*units of 64 inputs"):
+        blocks_of(down, 2, 0, Blocks(1, 64))
+    with pytest.raises(ConfigError, match=r"mlp.gate_proj.blocks: the outputs of this rank are 0 to 8, .*units of 16"):
+        blocks_of(up, 4, 0, Blocks(16, 1))
+
+
+def test_parts_stored_as_one_matrix() -> None:
+    """Query, key and value of each rank out of one tensor, the same as out of three."""
+    one: Weights = {}
+    three: Weights = {}
+    x = torch.randn(5, 64)
+    for size in (1, 2, 4):
+        for rank in range(size):
+            context = make_context(torch.float32, size, rank, False)
+            joined = fill(QKVLinear(context, "attn", 64, 8, 2, 16, bias=True, names="qkv_proj"), one)
+            for suffix in ("weight", "bias"):
+                parts = one[f"attn.qkv_proj.{suffix}"].split([128, 32, 32])
+                three |= {f"attn.{name}_proj.{suffix}": part for name, part in zip("qkv", parts, strict=True)}
+            apart = fill(QKVLinear(context, "attn", 64, 8, 2, 16, bias=True), three)
+            assert torch.equal(joined(x), apart(x))
+    assert one["attn.qkv_proj.weight"].shape == (192, 64)

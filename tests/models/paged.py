@@ -44,12 +44,16 @@ class PagedModel:
         seed: int = 0,
         group: GroupCoordinator | None = None,
         layer_range: range | None = None,
+        max_model_len: int | None = None,
+        model_impl: str = "auto",
+        trust_remote_code: bool = False,
+        expert_parallel: bool = False,
     ) -> None:
         """group: the tensor-parallel ranks, which all make the same calls. layer_range: of a pipeline stage."""
-        self.config: ModelConfig = load_model_config(path)
+        self.config: ModelConfig = load_model_config(path, model_impl=model_impl, trust_remote_code=trust_remote_code)
         self.backend = create_attention_backend(backend)
         group = group or GroupCoordinator([0], 0, name="tensor")
-        parallel = ParallelDims(tensor_size=group.world_size, rank=group.rank_in_group)
+        parallel = ParallelDims(tensor_size=group.world_size, rank=group.rank_in_group, expert_parallel=expert_parallel)
         context = BuildContext(
             dtype=dtype,
             device=CPU,
@@ -58,6 +62,7 @@ class PagedModel:
             parallel=parallel,
             tensor_group=group,
             layer_range=layer_range,
+            max_model_len=max_model_len,
         )
         self.model: CausalLM = build_model(self.config, context)
         load_weights(self.model, self.config, load_format)

@@ -110,7 +110,7 @@ def test_shoal_tiny_has_the_same_bits_on_all_degrees() -> None:
         torch.testing.assert_close(logits_at(path, size, "torch_paged")[0], fast, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "opt"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3", "phi3", "glm", "glm4", "opt"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_stages_of_two_ranks(tmp_path: Path, family: str, tied: bool) -> None:
     """A tied head on a stage without the embedding reads its own slice of the table."""

@@ -52,6 +52,21 @@ def test_bubbles_are_told_for_each_stage() -> None:
     ]
 
 
+def test_the_load_of_experts_is_told_where_there_are_some() -> None:
+    metrics = EngineMetrics("tiny")
+    metrics.stats[0] = EngineStats()
+    assert b"expert" not in metrics.render()
+    metrics.stats[0] = EngineStats(expert_tokens_total=[10, 0, 50, 20])
+    found = [line for line in metrics.render().decode().splitlines() if line.startswith("shoal:expert_")]
+    assert found == [
+        *(
+            f'shoal:expert_tokens_total{{expert="{expert}",model_name="tiny",replica="0"}} {count}'
+            for expert, count in enumerate((10.0, 0.0, 50.0, 20.0))
+        ),
+        'shoal:expert_imbalance{model_name="tiny",replica="0"} 2.5',
+    ]
+
+
 def test_ranks_are_told_each_and_grow_older_while_their_core_is_silent(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr("shoal.observability.metrics.time.monotonic", lambda: now)

@@ -226,6 +226,9 @@ def test_a_rank_reads_its_piece_only(tmp_path: Path) -> None:
                 name="w", shape=(4, 6), index=self.index, destination=self.destination, kind="matrix"
             )
 
+        def tensor_name(self, stored: str) -> str:
+            return stored
+
         def expects_elsewhere(self, name: str) -> bool:
             return False
 
@@ -300,6 +303,9 @@ def test_layers_pack_one_after_the_other(tmp_path: Path) -> None:
     class Model:
         def weight_holders(self) -> Iterator[HoldsWeights]:
             yield from (Layer("tied", 0), Layer("a", 2), Layer("b", 2))
+
+        def tensor_name(self, stored: str) -> str:
+            return stored
 
         def expects_elsewhere(self, name: str) -> bool:
             return False

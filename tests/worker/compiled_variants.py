@@ -1,6 +1,7 @@
 """Warm up as `serve --enforce-eager` does, then serve, and print which kernels would be compiled only then, one a line:
 `python -m tests.worker.compiled_variants worker BACKEND DTYPE CHECKPOINT`, or `… sampling DTYPE` for two ranks that
-share a vocabulary. No GPU is needed: launches note what they would compile; results are whatever was in memory.
+share a vocabulary, or `… norms DTYPE` for norms alone, which few rows have in the product after them: one number of
+rows stands for all. No GPU is needed: launches note what they would compile; results are whatever was in memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shoal.sampling.plan
 from shoal.attention.registry import create_attention_backend
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.vocabulary import VocabularySlice
+from shoal.kernels.norm import add_rms_norm, rms_norm
 from shoal.sampling.rehearse import rehearse_sampling
 from shoal.sampling.sampler import Sampler
 from shoal.sampling.state import SamplingState
@@ -99,6 +101,21 @@ def sample_on_two_ranks(dtype: str) -> None:
     report(warm)
 
 
+def normalise(dtype: str) -> None:
+    weight = torch.ones(256, dtype=getattr(torch, dtype))
+
+    def run(num_rows: int) -> None:
+        x = torch.zeros(num_rows, 256, dtype=weight.dtype)
+        rms_norm(x, weight, 1e-6)
+        add_rms_norm(x, x, weight, 1e-6)
+
+    run(64)
+    warm = set(VARIANTS)
+    for num_rows in (1, 2, 17, 100, 250, 272):
+        run(num_rows)
+    report(warm)
+
+
 def report(warm: set[tuple[str, str]]) -> None:
     print(f"{len(warm)} at the start")
     for name, key in sorted(VARIANTS - warm):
@@ -108,4 +125,4 @@ def report(warm: set[tuple[str, str]]) -> None:
 if __name__ == "__main__":
     record_variants(VARIANTS)
     shoal.sampling.plan.has_kernels = lambda _: True
-    {"worker": serve_a_worker, "sampling": sample_on_two_ranks}[sys.argv[1]](*sys.argv[2:])
+    {"worker": serve_a_worker, "sampling": sample_on_two_ranks, "norms": normalise}[sys.argv[1]](*sys.argv[2:])

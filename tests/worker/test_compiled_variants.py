@@ -12,9 +12,10 @@ from tests.checkpoints import make_checkpoint  # noqa: E402
 from tests.kernels.offline import run_script  # noqa: E402
 
 
-def check(*arguments: str) -> None:
+def check(*arguments: str, fewest: int = 9) -> None:
+    """fewest: kernels that the start has compiled, at least."""
     start, *later = run_script("tests.worker.compiled_variants", *arguments).splitlines()
-    assert int(start.split()[0]) >= 9
+    assert int(start.split()[0]) >= fewest
     assert not later
 
 
@@ -25,3 +26,7 @@ def test_steps_compile_nothing_that_the_start_did_not(tmp_path: Path, backend: s
 
 def test_nor_does_the_sampling_of_ranks_that_share_a_vocabulary() -> None:
     check("sampling", "bfloat16")
+
+
+def test_nor_do_norms_of_another_number_of_rows() -> None:
+    check("norms", "bfloat16", fewest=2)

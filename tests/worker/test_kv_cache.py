@@ -68,6 +68,30 @@ def test_one_worker_loads_and_allocates_what_it_is_told(config: EngineConfig) ->
     worker.shutdown()
 
 
+@pytest.mark.parametrize("name", ["fp8", "fp8_e5m2"])
+def test_8_bits_hold_more_tokens(config: EngineConfig, name: str) -> None:
+    """Four times as many as of fp32; and a step runs with them."""
+    cramped = dataclasses.replace(config, kv_cache_memory=3 * MIB // 2, max_num_seqs=1000)
+    plain, _ = Worker(cramped).load(lambda _: None)
+    worker = Worker(dataclasses.replace(cramped, kv_cache_dtype=name))
+    num_blocks, _ = worker.load(lambda _: None)
+    assert num_blocks // 4 == plain
+    facts = worker.allocate(num_blocks, lambda _: None)
+    assert facts["kv_cache_dtype"] == ("float8_e4m3fn" if name == "fp8" else "float8_e5m2")
+    assert facts["kv_cache_tokens"] == (num_blocks - 1) * config.block_size
+    assert facts["kv_cache_bytes"] == sum(cache.nbytes for cache in worker.runner.kv_caches) <= 3 * MIB // 2
+    worker.shutdown()
+
+
+def test_latents_are_held_once_whatever_the_heads(config: EngineConfig) -> None:
+    worker = Worker(config)
+    worker.load(lambda _: None)
+    assert worker._cache_shape(5)[1:3] == (worker.config.model.num_kv_heads, 5)
+    worker.config = dataclasses.replace(config, model=dataclasses.replace(config.model, latent_cache_dim=40))
+    assert worker._cache_shape(5) == (5, config.block_size, 40)
+    worker.shutdown()
+
+
 def test_threads_are_shared_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     try:

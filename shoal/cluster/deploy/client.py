@@ -15,7 +15,7 @@ import msgspec
 from shoal import env, network
 from shoal.cluster.deploy.actors import needs_admin_key
 from shoal.cluster.deploy.controller_actor import CONTROLLER, ControllerActor
-from shoal.cluster.deploy.ray_fleet import find_actor, forget_state, lasting, load_state, near
+from shoal.cluster.deploy.ray_fleet import find_actor, forget_state, lasting, load_state
 from shoal.cluster.deploy.records import Deployment, DeployStatus
 from shoal.cluster.node import start_node, stop_node
 from shoal.cluster.ray_node import NodePlan
@@ -103,13 +103,13 @@ class Deployer:
             owns_node=self.began,
         )
         node = ray.get_runtime_context().get_node_id()
+        # On any node: when that one ends, Ray starts it again on another.
         options = lasting(
             CONTROLLER,
             num_cpus=0,
             max_restarts=-1,
             max_task_retries=-1,
             max_concurrency=4,
-            scheduling_strategy=near(node),
         )
         return ray.remote(ControllerActor).options(**options).remote(msgspec.json.encode(first), node)
 

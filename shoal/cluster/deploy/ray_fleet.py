@@ -63,11 +63,16 @@ def lasting(name: str, **options: Any) -> dict[str, Any]:
     return {"name": name, "namespace": NAMESPACE, "lifetime": "detached", "get_if_exists": True, **options}
 
 
-def near(node_id: str) -> Any:
-    """On this node while it is there."""
+def where(node_id: str) -> Any:
+    """For an actor that asks for no CPUs: on this node while it is there, else on any.
+
+    Ray places actors without resources at random, soft affinity or not; it heeds only one that is a must.
+    """
+    import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(node_id, soft=True)
+    is_there = any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes())
+    return NodeAffinitySchedulingStrategy(node_id, soft=False) if is_there else "DEFAULT"
 
 
 class _Line:
@@ -83,7 +88,7 @@ class _Line:
 
 
 class RayFleet(Fleet):
-    """router_node: id of the node where the router is to be."""
+    """router_node: id of the node where the router is while that is there."""
 
     def __init__(self, router_node: str) -> None:
         self._router_node = router_node
@@ -150,7 +155,7 @@ class RayFleet(Fleet):
                 num_cpus=0,
                 max_restarts=0,
                 max_concurrency=8,
-                scheduling_strategy=near(self._router_node),
+                scheduling_strategy=where(self._router_node),
             )
             actor = ray.remote(RouterActor).options(**options)
             self._router = _Line(actor.remote(msgspec.json.encode(launch), host, port, admin_key))
@@ -211,7 +216,7 @@ class RayFleet(Fleet):
         try:
             # The actor itself waits no longer for its router than this.
             answer = ray.get(getattr(self._router.handle, method).remote(*arguments), timeout=3 * _ANSWER_SECONDS)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        except (*_gone(), ray.exceptions.GetTimeoutError):
             return None
         return answer if isinstance(answer, bytes) else None
 
@@ -240,7 +245,7 @@ class RayFleet(Fleet):
                 return line.report
             except ray.exceptions.ActorUnavailableError:
                 pass  # for the moment
-            except ray.exceptions.RayActorError as error:
+            except _gone() as error:
                 logger.warning("%s: its actor has died: %s", name, ray_join.first_line(error))
                 return None
         if not line.has_answered:
@@ -254,6 +259,13 @@ class RayFleet(Fleet):
 
 def _replica(name: str) -> str:
     return f"replica {name}"
+
+
+def _gone() -> tuple[type[Exception], ...]:
+    """What Ray raises for an actor that has died; unschedulable: its node went before it was there."""
+    import ray
+
+    return ray.exceptions.RayActorError, ray.exceptions.ActorUnschedulableError
 
 
 def _kill(handle: Any) -> None:

@@ -40,7 +40,7 @@ def _model(plan: Plan) -> dict[str, Any]:
         "path": config.path,
         "architecture": config.architecture,
         "dtype": plan.load.dtype,
-        "quantization": None if quantization is None else quantization.describe(),
+        "quantization": None if quantization is None else quantization.config.describe(),
         "parameters": plan.shape.num_parameters,
         "active_parameters": plan.shape.num_active_parameters,
         "layers": config.num_layers,

@@ -73,8 +73,8 @@ def obstacles(architecture: str, quantization: str, layout: Layout | None, load:
         found.append(f"{architecture} cannot be served in this version (it serves {names}): the plan is arithmetic")
     if quantization and "quantization" in NOT_YET:
         found.append(NOT_YET["quantization"])
-    if layout is not None and layout.shares_experts and "enable_expert_parallel" in NOT_YET:
-        found.append(NOT_YET["enable_expert_parallel"])
-    if load.kv_dtype != load.dtype and "kv_cache_dtype" in NOT_YET:
-        found.append(NOT_YET["kv_cache_dtype"])
+    if layout is not None and layout.shares_experts and (layout.in_lockstep or _per_server(layout) > 1):
+        found.append(
+            "experts that replicas share cannot be served in this version: the ranks of one replica share them"
+        )
     return found

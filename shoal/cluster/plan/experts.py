@@ -91,7 +91,9 @@ def _per_token(read: Reader, num_experts: int, default: int) -> int:
 def _qwen(read: Reader) -> MadeLayers:
     """Qwen2-MoE has a shared expert with a gate of its own, Qwen3-MoE norms of heads; some layers may be dense."""
     is_third = read.architecture == "Qwen3MoeForCausalLM"
-    num_experts, width = read.size("num_experts"), read.size("moe_intermediate_size")
+    # Transformers writes num_local_experts for Qwen3-MoE since its version 5.
+    name = "num_experts" if "num_experts" in read.raw else "num_local_experts"
+    num_experts, width = read.size(name), read.size("moe_intermediate_size")
     step, dense = read.size("decoder_sparse_step", 1), set(read.raw.get("mlp_only_layers") or [])
     is_sparse = [index not in dense and (index + 1) % step == 0 for index in range(read.size("num_hidden_layers"))]
     shared = 0 if is_third else read.size("shared_expert_intermediate_size")

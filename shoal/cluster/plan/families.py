@@ -31,12 +31,18 @@ def read_shape(model: str, quantization: str | None = None) -> tuple[ModelShape,
     raw = read_config(directory / "config.json")
     architecture = _architecture(raw, directory)
     try:
-        if architecture in SUPPORTED_ARCHITECTURES:
-            config = load_model_config(directory)
-            shape = _opt(config) if architecture == "OPTForCausalLM" else _llama_like(config)
-        else:
+        config = load_model_config(directory) if architecture in SUPPORTED_ARCHITECTURES else None
+        if architecture in _BUILDERS:
             shape = _BUILDERS[architecture](Reader(raw, architecture, str(directory)))
-        found = quantization_of(raw, quantization)
+            # What the engine reads itself decides about degrees and stages.
+            shape = shape if config is None else dataclasses.replace(shape, config=config)
+        else:
+            assert config is not None
+            shape = _opt(config) if architecture == "OPTForCausalLM" else _llama_like(config)
+        stated = raw.get("quantization_config") or raw.get("compression_config")
+        if config is not None and config.quantization is not None:  # or a file beside says so
+            stated = config.quantization.raw
+        found = quantization_of(stated, quantization)
     except ModelError as error:
         where = str(directory / "config.json")
         raise (error if where in str(error) else ModelError(f"{where}: {error}")) from None
@@ -59,7 +65,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def known_architectures() -> list[str]:
-    return [*SUPPORTED_ARCHITECTURES, *_BUILDERS]
+    return list(dict.fromkeys((*SUPPORTED_ARCHITECTURES, *_BUILDERS)))
 
 
 def _architecture(raw: dict[str, Any], directory: Path) -> str:
@@ -83,7 +89,7 @@ def quantize(shape: ModelShape, quantization: Quantization) -> ModelShape:
     """The same shape with the matrices that the checkpoint quantizes in its format."""
 
     def held(part: Part, prefix: str) -> Part:
-        if not isinstance(part, Matrix) or not part.can_quantize or quantization.keeps(f"{prefix}{part.name}"):
+        if not isinstance(part, Matrix) or not part.can_quantize or quantization.config.keeps(f"{prefix}{part.name}"):
             return part
         return dataclasses.replace(part, format=quantization.format)
 
@@ -93,7 +99,7 @@ def quantize(shape: ModelShape, quantization: Quantization) -> ModelShape:
     )
     prefix = f"model.layers.{len(layers)}."
     head = shape.head
-    if quantization.quantizes_head:
+    if quantization.config.quantizes_head:
         head = dataclasses.replace(head, format=quantization.format)
     last = tuple(head if part == shape.head else part for part in shape.last)
     apart = tuple(held(part, prefix) for part in shape.apart)

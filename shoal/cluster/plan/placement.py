@@ -85,9 +85,15 @@ def check_cut(
     widths = list(shape.mlp_widths)
     if shape.num_experts and not shares_experts:
         widths.append(shape.expert_width)
-    parallel = ParallelConfig(tensor_size=tensor_size, pipeline_size=pipeline_size)
-    # Where experts are shared whole and nothing else has a width, heads alone decide.
-    for width in widths or [shape.config.num_heads * 8]:
+    parallel = ParallelConfig(
+        tensor_size=tensor_size, pipeline_size=pipeline_size, expert_parallel=shares_experts and tensor_size > 1
+    )
+    if shape.config.experts is not None:  # the engine knows its widths itself
+        check_degrees(shape.config, parallel, deterministic=deterministic)
+        widths = []
+    elif not widths:  # experts are shared whole and nothing else has a width: heads alone decide
+        widths = [shape.config.num_heads * 8]
+    for width in widths:
         model = dataclasses.replace(shape.config, intermediate_size=width)
         check_degrees(model, parallel, deterministic=deterministic)
     for layer in shape.distinct_layers:

@@ -94,7 +94,7 @@ def make_plan(wish: Wish, machine: Machine) -> Plan:
     links = links_of(machine, wish.node_link)
     notes += links.notes
     if quantization is not None and quantization.is_assumed:
-        notes.append(f"the checkpoint is not quantized: planned as if it were ({quantization.describe()})")
+        notes.append(f"the checkpoint is not quantized: planned as if it were ({quantization.config.describe()})")
     if not machine.device.served:
         notes.append(f"Shoal does not run on {machine.device.name}: the figures are arithmetic")
     candidates, rejected = survey(shape, machine, links, load, deterministic=deterministic)
@@ -113,7 +113,7 @@ def make_plan(wish: Wish, machine: Machine) -> Plan:
         )
     refusal = None if choice is not None else _refuse(shape, machine, load, rejected, deterministic)
     layout = None if choice is None else choice.candidate.layout
-    method = "" if quantization is None else quantization.method
+    method = "" if quantization is None else quantization.config.method
     return Plan(
         wish=wish,
         shape=shape,

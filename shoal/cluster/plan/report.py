@@ -99,7 +99,7 @@ def _say(console: Console, line: str, style: str = "") -> None:
 
 def _memory_table(plan: Plan) -> Table:
     config, weights, cache = plan.shape.config, weights_dict(plan), cache_dict(plan)
-    quantization = "" if plan.quantization is None else f", {plan.quantization.describe()}"
+    quantization = "" if plan.quantization is None else f", {plan.quantization.config.describe()}"
     parameters = plan.shape.num_parameters / 1e9
     title = f"{config.architecture}, {parameters:.3g} B parameters, {plan.load.dtype}{quantization}"
     if plan.shape.num_experts:

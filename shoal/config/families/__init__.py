@@ -9,9 +9,13 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from shoal.config.families.bert import bert_fields
 from shoal.config.families.common import Fields
+from shoal.config.families.decoders import gemma3_fields, gemma_fields, glm_fields, phi3_fields
 from shoal.config.families.llama import llama_fields
+from shoal.config.families.moe import moe_fields
 from shoal.config.families.opt import opt_fields
+from shoal.config.families.qwen import qwen_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +30,25 @@ class Family:
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", llama_fields),
     "MistralForCausalLM": Family("mistral", llama_fields),
+    "MixtralForCausalLM": Family("mixtral", moe_fields),
     "Qwen2ForCausalLM": Family("qwen2", llama_fields),
     "Qwen3ForCausalLM": Family("qwen3", llama_fields),
+    "Qwen2MoeForCausalLM": Family("qwen2_moe", moe_fields),
+    "Qwen3MoeForCausalLM": Family("qwen3_moe", moe_fields),
+    "GemmaForCausalLM": Family("gemma", gemma_fields),
+    "Gemma2ForCausalLM": Family("gemma2", gemma_fields),
+    "Gemma3ForCausalLM": Family("gemma3_text", gemma3_fields),
+    "Gemma3ForConditionalGeneration": Family("gemma3", gemma3_fields),
+    "Phi3ForCausalLM": Family("phi3", phi3_fields),
+    "GlmForCausalLM": Family("glm", glm_fields),
+    "Glm4ForCausalLM": Family("glm4", glm_fields),
     "OPTForCausalLM": Family("opt", opt_fields),
+    "QWenLMHeadModel": Family("qwen", qwen_fields),
+    "BertModel": Family("bert", bert_fields),
+    "BertForSequenceClassification": Family("bert", bert_fields),
+    "RobertaModel": Family("roberta", bert_fields),
+    "RobertaForSequenceClassification": Family("roberta", bert_fields),
+    "XLMRobertaModel": Family("xlm-roberta", bert_fields),
+    "XLMRobertaForSequenceClassification": Family("xlm-roberta", bert_fields),
 }
 SUPPORTED_ARCHITECTURES = {architecture: family.model_type for architecture, family in FAMILIES.items()}

@@ -5,6 +5,7 @@
 | a new key | a run, from its first byte |
 | a key whose run is here | the run's bytes from where the client is; a stream's reader before it ends |
 | a key whose run has lost those bytes, or is a peer's | a new run, from the journal cut to where the client is |
+| the same, with a text that is not known here | a peer that knows it gives it away, and a new run goes on from there |
 | a key that nobody knows, with Last-Event-ID | 409: it was too long away |
 | a key of another request | 422 |
 """
@@ -25,12 +26,16 @@ import msgspec
 from shoal.errors import InvalidRequestError, ShoalError
 from shoal.log import get_logger
 from shoal.observability.router_metrics import RouterMetrics
+from shoal.protocol import sse
 from shoal.protocol.errors import ErrorBody, ErrorDetail, error_type
 from shoal.router.admission import ApiKey
 from shoal.router.asgi import Answer
+from shoal.router.resume import replication
+from shoal.router.resume.journals import CannotResume
 from shoal.router.resume.kept import KEY_HEADER, KeptRequest, Name, Reader
 from shoal.router.resume.peers import Peers
-from shoal.router.resume.position import FramePosition, Position, parse_event_id
+from shoal.router.resume.position import FramePosition, Position, TextPosition, parse_event_id
+from shoal.router.resume.replication import VERSION, Claim, Cursor, Given, news_of
 from shoal.router.resume.store import KeptStore
 
 EVENT_HEADER = "last-event-id"
@@ -87,7 +92,13 @@ class Entrance:
         streams = fields.get("stream") is True
         if event_id is not None and not streams:
             raise InvalidRequestError(f"{EVENT_HEADER} is of a stream; the request asks for none (stream)", "stream")
-        kept, reader = await self._attach(name, digest, streams, position, event_id, answer.request_id, run)
+        try:
+            kept, reader = await self._attach(name, digest, streams, position, event_id, answer.request_id, run)
+        except CannotResume as error:
+            # The stream has begun: an error is an event of it.
+            await answer.start(200, {"content-type": sse.MEDIA_TYPE, **sse.HEADERS, KEY_HEADER: own_key})
+            await answer.error(error)
+            return
         try:
             await kept.read(reader, answer, {KEY_HEADER: own_key})
         finally:
@@ -127,18 +138,51 @@ class Entrance:
             async with kept.attaching:
                 if self.store.get(name) is not kept:
                     continue  # it went while others came back to it
+                start = position.num_characters if isinstance(position, TextPosition) else 0
                 cursor = kept.find(event_id) if kept.can_be_read else None
                 if cursor is not None:
                     self._metrics.num_resumed += 1
-                    return kept, kept.attach(cursor)
+                    return kept, kept.attach(cursor, start)
+                if isinstance(position, TextPosition) and _has_something(position) and not kept.text.has(position):
+                    await self._claim(kept, position)
                 await self._begin_again(kept, position, run)
-                return kept, kept.attach(0)
+                return kept, kept.attach(0, start)
 
     def _new(self, name: Name, digest: bytes, streams: bool, request_id: str) -> KeptRequest:
         seed = uuid.uuid4().int >> (128 - _SEED_BITS)
         kept = KeptRequest(name, digest, request_id, seed, int(time.time()), streams, self.max_ring_bytes)
         self.store.add(kept, time.monotonic())
         return kept
+
+    async def _claim(self, kept: KeptRequest, position: TextPosition) -> None:
+        """Get the text that a client has from the peer that has it; what is here is older, or of another run.
+
+        Raises CannotResume, and changes nothing, where nobody has it.
+        """
+        given = await self.peers.claim(kept.name, kept.digest, position)
+        if given is not None:
+            await _end_run(kept)
+            replication.replace(kept, given)
+        kept.text.check(position)
+
+    async def give(self, claim: Claim) -> Given:
+        """What is known of a request, to a peer that a client has come to whose text is here; no run goes on here then.
+
+        Raises InvalidRequestError.
+        """
+        position = claim.read_position()
+        kept = self.store.get((claim.scope, claim.key))
+        if kept is None or not hmac.compare_digest(kept.digest, claim.digest) or not kept.text.has(position):
+            return Given(VERSION, self.peers.name, None)
+        if kept.owner is None:
+            await _end_run(kept)
+        if not kept.text.has(position):  # a client came back here meanwhile, with less of it
+            return Given(VERSION, self.peers.name, None)
+        if kept.owner is None and not kept.is_running:
+            logger.info("request %s: given to another router", kept.request_id)
+            kept.give_to(claim.router)
+        news, _ = news_of(kept, Cursor())
+        return Given(VERSION, self.peers.name, news)
 
     async def _begin_again(self, kept: KeptRequest, position: Position | None, run: Run) -> None:
         """From the journal, where the client is."""
@@ -149,9 +193,7 @@ class Entrance:
             self._metrics.num_rerun += 1
         if kept.failure is not None and not kept.may_be_tried_again:
             run = _again(*kept.failure)  # what ended it then would end it now
-        if kept.task is not None and not kept.task.done():
-            kept.task.cancel()
-            await asyncio.gather(kept.task, return_exceptions=True)
+        await _end_run(kept)
         self._start(kept, position, run)
 
     def _start(self, kept: KeptRequest, position: Position | None, run: Run) -> None:
@@ -189,6 +231,12 @@ class Entrance:
             return key.name
         given = headers.get("authorization", "")
         return hmac.digest(self._secret, given.encode("utf-8", "surrogatepass"), "sha256").hex() if given else ""
+
+
+async def _end_run(kept: KeptRequest) -> None:
+    if kept.task is not None and not kept.task.done():
+        kept.task.cancel()
+        await asyncio.gather(kept.task, return_exceptions=True)
 
 
 def _asked(headers: Mapping[str, str]) -> tuple[str, Position | None, str | None]:

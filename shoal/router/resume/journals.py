@@ -1,22 +1,18 @@
-"""The journals of kept requests: they count positions, write them behind events, and can be cut to a client's position.
+"""The journal of a kept request by frames: it counts positions, writes them behind events, and can be cut to a client's
+position. By text: text.py.
 
-core.py's requests without a key use their base classes, which do nothing of this.
+core.py's requests without a key use the base class, which does nothing of this.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
-
-import msgspec
 
 from shoal.errors import EngineError
 from shoal.protocol.internal import AnswerJournal, Progress
 from shoal.router.native import Journal
 from shoal.router.outcome import Realign
-from shoal.router.request import GenerationRequest
-from shoal.router.resume.position import AnswerPosition, FramePosition, TextPosition, join_answers
-from shoal.router.text_journal import Chunk, TextJournal
+from shoal.router.resume.position import AnswerPosition, FramePosition, join_answers
 from shoal.types.outputs import TokenLogprobs
 
 # About what Python holds for them.
@@ -185,61 +181,3 @@ def cost_of(entries: Sequence[TokenLogprobs | None] | None) -> int:
     if not entries:
         return 0
     return sum(_LOGPROB_BYTES + _TOP_BYTES * len(one.token_ids) for one in entries if one is not None)
-
-
-class TextState(msgspec.Struct, omit_defaults=True):
-    """A TextJournal without its request. head: what all events say, as JSON."""
-
-    pieces: list[str] = []
-    num_tokens: int = 0
-    num_events: int = 0
-    head: dict[str, Any] | None = None
-    finish_reason: str | None = None
-    trouble: str | None = None
-
-
-class TrackedTextJournal(TextJournal):
-    """A text journal whose events get their position as their id."""
-
-    def __init__(self, request: GenerationRequest, key: str, grown: Grown = ignore) -> None:
-        super().__init__(request)
-        self.num_events = self.num_characters = 0
-        self._grown = grown
-        self._mark = f"\nid: {key}:".encode("ascii")
-        self._num_counted = 0
-
-    def add(self, chunk: Chunk, data: bytes) -> bytes:
-        told = super().add(chunk, data)
-        while self._num_counted < len(self._text):
-            self.num_characters += len(self._text[self._num_counted])
-            self._grown(TOKEN_BYTES + len(self._text[self._num_counted]))
-            self._num_counted += 1
-        if not told:
-            return told
-        self.num_events += 1
-        ended = self.finish_reason is not None
-        position = TextPosition(self.num_events, self.num_characters, self.num_tokens, ended)
-        return b"".join((told, self._mark, str(position).encode("ascii")))
-
-    def state(self, first_piece: int = 0) -> TextState:
-        return TextState(
-            self._text[first_piece:], self.num_tokens, self.num_events, self._head, self.finish_reason, self._trouble
-        )
-
-    def go_to(self, state: TextState, position: TextPosition) -> None:
-        """Be where the client is. Raises CannotResume where it has what is not known here."""
-        if not position.num_events:
-            return
-        text = "".join(state.pieces)
-        if state.head is None or len(text) < position.num_characters:
-            raise CannotResume(
-                f"the client has {position.num_characters} characters, of which {len(text)} are known here; "
-                "the answer of a server that speaks no frames cannot be generated again"
-            )
-        text = text[: position.num_characters]
-        self._text = [text] if text else []
-        self._num_counted = len(self._text)
-        self.num_characters, self.num_events = len(text), position.num_events
-        self.num_tokens = self._base_tokens = position.num_tokens
-        self._head, self._trouble = state.head, state.trouble
-        self.finish_reason = (state.finish_reason or "stop") if position.ended else None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import uuid
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -16,8 +17,9 @@ from shoal.protocol.errors import ErrorBody, ErrorDetail, error_type
 from shoal.router.asgi import Answer, Message
 from shoal.router.failover import CRASHES_ALONE, Begun
 from shoal.router.request import GenerationRequest
-from shoal.router.resume.journals import CannotResume, TextState, TrackedJournal, TrackedTextJournal
+from shoal.router.resume.journals import CannotResume, TrackedJournal
 from shoal.router.resume.position import FramePosition, Position, TextPosition
+from shoal.router.resume.text import TextState, TrackedTextJournal
 
 Name = tuple[str, str]  # whose it is, and its key
 
@@ -29,10 +31,14 @@ KEY_HEADER = "idempotency-key"
 
 
 class Reader:
-    """A connection that reads a kept request. cursor: in bytes of the run's answer. replaced: another took over."""
+    """A connection that reads a kept request. cursor: in bytes of the run's answer. replaced: another took over.
 
-    def __init__(self, cursor: int) -> None:
+    start: characters of the text that its client had before.
+    """
+
+    def __init__(self, cursor: int, start: int = 0) -> None:
         self.cursor = cursor
+        self.start = start
         self.replaced = False
 
 
@@ -56,7 +62,6 @@ class KeptRequest:
         self.task: asyncio.Task[None] | None = None
         self.idle_since = 0.0
         self.journal = TrackedJournal(name[1])
-        self.text_state = TextState()
         self.failure: tuple[int, bytes] | None = None
         self.failed_for_good = True
         self.ended = False
@@ -72,6 +77,7 @@ class KeptRequest:
         self._size = BASE_BYTES
         self._headers: dict[str, str] = {}
         self._text: TrackedTextJournal | None = None
+        self._text_state = TextState()  # while there is no such journal
         self._ring: deque[tuple[int, bytes]] = deque()
         self._start = self._end = 0
         self._changed = asyncio.Event()
@@ -91,7 +97,7 @@ class KeptRequest:
     @property
     def in_use(self) -> bool:
         """Somebody reads it, or is just about to."""
-        return bool(self.readers) or self.attaching.locked()
+        return self.attaching.locked() or any(not reader.replaced for reader in self.readers)
 
     @property
     def is_running(self) -> bool:
@@ -106,16 +112,27 @@ class KeptRequest:
     def may_be_tried_again(self) -> bool:
         return self.failure is not None and (self.failure[0] in BUSY or not self.failed_for_good)
 
+    @property
+    def text(self) -> TextState:
+        """All that is known of an answer by text."""
+        return self._text.state() if self._text is not None else self._text_state
+
+    @text.setter
+    def text(self, state: TextState) -> None:
+        """What another router has told."""
+        self._text_state = state
+
     # --- a run -------------------------------------------------------------------------------------------------------
 
     def begin_run(self, position: Position | None) -> Answer:
         """Make room for a run that goes on from here, and return where its answer goes. Nothing may run now.
 
-        position: what the client has; None: nothing.
+        position: what the client has; None: nothing. Raises CannotResume, and changes nothing, where it has a text that
+        is not here. What peers are told from now on is what the client has.
         """
+        by_text = position if isinstance(position, TextPosition) else None
+        self._text_state, self._text = self.text.begin(by_text, uuid.uuid4().hex[:8]), None
         self.owner = None
-        if self._text is not None:
-            self.text_state, self._text = self._text.state(), None
         self._obstacle = None
         try:
             if isinstance(position, FramePosition) or (position is None and self.streams):
@@ -124,18 +141,34 @@ class KeptRequest:
                 self.journal.keep_all()
         except CannotResume as error:
             self._obstacle = error
-        for reader in self.readers:
-            reader.replaced = True
-        self.cursors.clear()
         self.ended, self.failure, self.status = False, None, 0
         self._position = position
         self._headers = {}
+        self.journal.grown = self._grown
+        self._forget_answer()
+        return KeptAnswer(self)
+
+    def give_to(self, owner: str) -> None:
+        """Another router answers it from here on, from all that is known here. Nothing may run now."""
+        self._text_state, self._text = self.text, None
+        self.owner = owner
+        self.before_bytes = self.on_change = None
+        self._forget_answer()
+
+    def replace(self, journal: TrackedJournal, text: TextState) -> None:
+        """Know this of it, as another router does, in the place of what was known. Nothing may run now."""
+        self.journal, self._text_state, self._text = journal, text, None
+        self._forget_answer()
+
+    def _forget_answer(self) -> None:
+        """The bytes of a run, who read them, and what peers were told of it."""
+        for reader in self.readers:
+            reader.replaced = True
+        self.cursors.clear()
         self._ring.clear()
         self._start = self._end = 0
-        self.journal.grown = self._grown
-        self.resize(BASE_BYTES + self.journal.num_bytes - self._size)
+        self.resize(BASE_BYTES + self.journal.num_bytes + self._text_state.num_bytes - self._size)
         self._notify()
-        return KeptAnswer(self)
 
     async def begin_stream(self, answer: Answer) -> None:
         """Where the client has a part already, the stream has begun: what fails now is an event of it.
@@ -150,17 +183,15 @@ class KeptRequest:
             raise self._obstacle
 
     def begun(self, request: GenerationRequest) -> Begun:
-        """For the forwarding. Raises CannotResume."""
-        text = TrackedTextJournal(request, self.key, self._grown)
+        """For the forwarding."""
         by_frames = None
         match self._position:
             case TextPosition() as position:
-                text.go_to(self.text_state, position)  # where it cannot, what is known stays known
                 by_frames = False if position.num_events else None
             case FramePosition() as position:
                 by_frames = True if position.answers else None
-        self._text = text
-        return Begun(self.journal, text, by_frames)
+        self._text = TrackedTextJournal(request, self.key, self._text_state, self._grown)
+        return Begun(self.journal, self._text, by_frames)
 
     async def take(self, message: Message) -> None:
         """ASGI's send, for the run's answer. Waiting in it is the back-pressure of a client that reads slowly."""
@@ -195,19 +226,9 @@ class KeptRequest:
         # Of a run that began where a client said that it is, an error may be of that place.
         self.failed_for_good = self._position is None or self.journal.num_crashes > CRASHES_ALONE
 
-    def text_news(self, first_piece: int) -> TextState:
-        """What other routers are told of an answer by text."""
-        if self._text is not None:
-            return self._text.state(first_piece)
-        state = self.text_state
-        return TextState(
-            state.pieces[first_piece:],
-            state.num_tokens,
-            state.num_events,
-            state.head,
-            state.finish_reason,
-            state.trouble,
-        )
+    def text_since(self, first_piece: int) -> TextState:
+        """What other routers are told of an answer by text that have so many pieces."""
+        return self._text.state(first_piece) if self._text is not None else self._text_state.since(first_piece)
 
     def _append(self, data: bytes) -> None:
         if not data:
@@ -260,9 +281,9 @@ class KeptRequest:
         place = held.find(mark)
         return None if place < 0 else self._start + place + len(mark)
 
-    def attach(self, cursor: int) -> Reader:
-        """A stream has one reader: the newest."""
-        reader = Reader(cursor)
+    def attach(self, cursor: int, start: int = 0) -> Reader:
+        """A stream has one reader: the newest. start: characters of the text that its client has."""
+        reader = Reader(cursor, start)
         if self.streams:
             for other in self.readers:
                 other.replaced = True

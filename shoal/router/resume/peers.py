@@ -18,14 +18,18 @@ import msgspec
 
 from shoal.log import get_logger
 from shoal.router.resume.kept import KeptRequest, Name
+from shoal.router.resume.position import TextPosition
 from shoal.router.resume.replication import (
+    CLAIM_PATH,
     MEDIA_TYPE,
     PATH,
     VERSION,
     Batch,
+    Claim,
     Cursor,
+    Given,
     News,
-    Reply,
+    decode_given,
     decode_reply,
     encode,
     news_of,
@@ -40,8 +44,13 @@ _TIMEOUT = aiohttp.ClientTimeout(total=5.0, sock_connect=2.0)
 _LONGEST_WAIT = 1.0
 _MOST_NEWS = 512
 _MOST_GONE = 10_000
+_NO_REPLY = (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError)
 
 logger = get_logger(__name__)
+
+
+def _why(error: Exception) -> str:
+    return describe(error) if str(error) else "it does not answer"
 
 
 class PeerLink:
@@ -145,9 +154,9 @@ class PeerLink:
                 told.append((kept, after))
         data = encode(Batch(VERSION, self._router, batch))
         try:
-            reply = await self._post(data)
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.DecodeError) as error:
-            self._down(describe(error) if str(error) else "it does not answer", min(dirty.values(), default=None))
+            reply = decode_reply(await self._post(PATH, data))
+        except _NO_REPLY as error:
+            self._down(_why(error), min(dirty.values(), default=None))
             return False
         self._up(len(data))
         del self._gone[:num_gone]
@@ -164,14 +173,24 @@ class PeerLink:
             kept.cursors[self] = cursor
         return bool(unknown) or len(self._dirty) + len(self._gone) >= _MOST_NEWS
 
-    async def _post(self, data: bytes) -> Reply:
+    async def claim(self, name: Name, digest: bytes, position: TextPosition) -> Given | None:
+        """What the peer gives of a request that it answered until now; None: nothing."""
+        try:
+            claim = Claim(VERSION, self._router, *name, digest, str(position))
+            given = decode_given(await self._post(CLAIM_PATH, encode(claim)))
+        except _NO_REPLY as error:
+            logger.warning("the router %s cannot be asked for a request: %s", self.url, _why(error))
+            return None
+        return given if given.news is not None else None
+
+    async def _post(self, path: str, data: bytes) -> bytes:
         async with self._session.post(
-            self.url + PATH, data=data, headers=self._headers, timeout=_TIMEOUT, allow_redirects=False
+            self.url + path, data=data, headers=self._headers, timeout=_TIMEOUT, allow_redirects=False
         ) as response:
             body = await response.read()
             if response.status != 200:
                 raise ValueError(f"it answers {response.status}: {body[:200].decode('utf-8', 'replace')}")
-            return decode_reply(body)
+            return body
 
     def _up(self, num_bytes: int) -> None:
         self.num_bytes += num_bytes
@@ -226,6 +245,21 @@ class Peers:
         futures = [future for link in self.links if (future := link.told()) is not None]
         if futures:
             await asyncio.wait(futures, timeout=_LONGEST_WAIT)
+
+    async def claim(self, name: Name, digest: bytes, position: TextPosition) -> Given | None:
+        """What a peer knows of a request whose client has a text that is not known here; it does not answer it any
+        more. None: no peer that can be reached, and answers within a second, has that text."""
+        asking = [
+            asyncio.create_task(link.claim(name, digest, position)) for link in self.links if link.why_down is None
+        ]
+        if not asking:
+            return None
+        try:
+            done, _ = await asyncio.wait(asking, timeout=_LONGEST_WAIT)
+        finally:
+            for task in asking:
+                task.cancel()
+        return next((given for task in done if (given := task.result()) is not None), None)
 
     async def close(self) -> None:
         """Tell the last news, where that does not take long."""

@@ -1,7 +1,8 @@
 """Positions: how far a client has come in a stream, as the `id:` of an event says it. Used by journals.py, entrance.py.
 
     KEY:12.47,8.30s     by frames: of each answer its tokens and characters; s, l: it has ended by stop, by length
-    KEY:t9.30.8e        by text: events, characters, tokens; e: the answer has ended
+    KEY:t9.30.8e.1f     by text: events, characters, tokens, and the run whose text it is; e: the answer has ended,
+                        u: and its usage was told
 
 An event without an id is a part of what the next one with an id ends: a client has it only when it has that one, too.
 """
@@ -18,7 +19,7 @@ from shoal.types.outputs import FinishReason
 _ENDINGS = {FinishReason.STOP: "s", FinishReason.LENGTH: "l"}
 _REASONS = {"s": FinishReason.STOP, "l": FinishReason.LENGTH, "": None}
 _ANSWER = re.compile(r"([0-9]{1,9})\.([0-9]{1,9})([sl]?)")
-_TEXT = re.compile(r"t([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})(e?)")
+_TEXT = re.compile(r"t([0-9]{1,9})\.([0-9]{1,9})\.([0-9]{1,9})([eu]?)\.([0-9a-z]{1,16})")
 
 
 class AnswerPosition(NamedTuple):
@@ -49,15 +50,21 @@ class FramePosition(NamedTuple):
 
 
 class TextPosition(NamedTuple):
-    """A stream that servers of the OpenAI API answer; num_events counts those that the client got."""
+    """A stream that servers of the OpenAI API answer; num_events counts those that the client got.
+
+    run: the name of the run that the last of them came from. told_usage: of an answer that has ended.
+    """
 
     num_events: int
     num_characters: int
     num_tokens: int
+    run: str
     ended: bool = False
+    told_usage: bool = False
 
     def __str__(self) -> str:
-        return f"t{self.num_events}.{self.num_characters}.{self.num_tokens}{'e' if self.ended else ''}"
+        ending = "" if not self.ended else "u" if self.told_usage else "e"
+        return f"t{self.num_events}.{self.num_characters}.{self.num_tokens}{ending}.{self.run}"
 
 
 Position = FramePosition | TextPosition
@@ -73,8 +80,8 @@ def join_answers(answers: Mapping[int, str]) -> str:
 def parse_position(text: str) -> Position:
     """Raises ValueError for what is no position."""
     if found := _TEXT.fullmatch(text):
-        events, characters, tokens, ended = found.groups()
-        return TextPosition(int(events), int(characters), int(tokens), bool(ended))
+        events, characters, tokens, ending, run = found.groups()
+        return TextPosition(int(events), int(characters), int(tokens), run, bool(ending), ending == "u")
     answers: dict[int, AnswerPosition] = {}
     for index, part in enumerate(text.split(",")):
         if not part:

@@ -2,27 +2,36 @@
 
 POST /router/replicate carries a Batch in MessagePack, and the answer is a Reply. Version 1. A link (peers.py) keeps a
 Cursor for each request: what its peer has. A request is told of whole again when the peer does not know it.
+
+POST /router/claim carries a Claim: a client has come to this router whose text only the other one has. Who has it, and
+answered until then, tells all of it in a Given, and lets go.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import msgspec
 
 from shoal.errors import InvalidRequestError
 from shoal.protocol.internal import AnswerJournal
-from shoal.router.resume.journals import TOKEN_BYTES, TextState, cost_of
+from shoal.router.resume.journals import TOKEN_BYTES, TrackedJournal, cost_of
 from shoal.router.resume.kept import KeptRequest
-from shoal.router.resume.position import AnswerPosition
+from shoal.router.resume.position import AnswerPosition, TextPosition, parse_position
 from shoal.router.resume.store import KeptStore
+from shoal.router.resume.text import TextState
 from shoal.types.outputs import FinishReason, TokenLogprobs
 
 VERSION = 1
 PATH = "/router/replicate"
+CLAIM_PATH = "/router/claim"
 MEDIA_TYPE = "application/x-shoal-replicate"
 MAX_BATCH_BYTES = 256 * 1024 * 1024
+MAX_CLAIM_BYTES = 64 * 1024
+
+_Message = TypeVar("_Message")
 
 
 class Head(msgspec.Struct, array_like=True):
@@ -85,6 +94,35 @@ class Reply(msgspec.Struct):
     refused: list[int]
 
 
+class Claim(msgspec.Struct):
+    """router: who is to answer the request. position: the id of the last event that its client has, without the key."""
+
+    version: int
+    router: str
+    scope: str
+    key: str
+    digest: bytes
+    position: str
+
+    def read_position(self) -> TextPosition:
+        """Raises InvalidRequestError."""
+        try:
+            position = parse_position(self.position)
+        except ValueError as error:
+            raise InvalidRequestError(f"the claim has no position: {error}") from None
+        if not isinstance(position, TextPosition):
+            raise InvalidRequestError(f"{self.position[:40]!r} is no position in a text, which alone is given away")
+        return position
+
+
+class Given(msgspec.Struct):
+    """router: who gives. news: the request whole; None: it has no such text."""
+
+    version: int
+    router: str
+    news: News | None
+
+
 class _Versioned(msgspec.Struct):
     version: int
 
@@ -92,18 +130,29 @@ class _Versioned(msgspec.Struct):
 encode = msgspec.msgpack.Encoder().encode
 _decode_version = msgspec.msgpack.Decoder(_Versioned).decode
 _decode_batch = msgspec.msgpack.Decoder(Batch).decode
+_decode_claim = msgspec.msgpack.Decoder(Claim).decode
+decode_given = msgspec.msgpack.Decoder(Given).decode
 decode_reply = msgspec.msgpack.Decoder(Reply).decode
 
 
 def decode_batch(data: bytes) -> Batch:
     """Raises InvalidRequestError for what is none, or of another version."""
+    return _decode(data, _decode_batch, "batch", PATH)
+
+
+def decode_claim(data: bytes) -> Claim:
+    """Raises InvalidRequestError for what is none, or of another version."""
+    return _decode(data, _decode_claim, "claim", CLAIM_PATH)
+
+
+def _decode(data: bytes, decode: Callable[[bytes], _Message], what: str, path: str) -> _Message:
     try:
         version = _decode_version(data).version
         if version != VERSION:
-            raise InvalidRequestError(f"the batch is of version {version}; this router speaks {VERSION} on {PATH}")
-        return _decode_batch(data)
+            raise InvalidRequestError(f"the {what} is of version {version}; this router speaks {VERSION} on {path}")
+        return decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"the body is no batch in MessagePack: {error}") from None
+        raise InvalidRequestError(f"the body is no {what} in MessagePack: {error}") from None
 
 
 # --- telling ---------------------------------------------------------------------------------------------------------
@@ -132,7 +181,7 @@ def news_of(kept: KeptRequest, cursor: Cursor) -> tuple[News | None, Cursor]:
         for index, answer in journal.answers.items()
         if positions[index] != cursor.answers.get(index)
     ]
-    text = kept.text_news(cursor.num_pieces)
+    text = kept.text_since(cursor.num_pieces)
     has_text = bool(text.pieces) or text.num_events != cursor.num_events
     has_prompts = journal.prompts is not None
     after = Cursor(
@@ -200,10 +249,12 @@ def _take(store: KeptStore, news: News, router: str, max_ring_bytes: int, now: f
         if kept is not None and kept.owner == router and not kept.in_use:
             store.drop(kept)
         return ""
-    if kept is not None and (kept.in_use or (kept.owner is None and news.head is None)):
+    if kept is not None and _stays(kept, news):
         return "refused"  # both answer it: each goes on by itself
     if news.head is not None:
         if kept is not None:
+            for reader in kept.readers:
+                reader.replaced = True
             store.silently_drop(kept)
         elif not store.has_room():
             return "refused"
@@ -214,6 +265,28 @@ def _take(store: KeptStore, news: News, router: str, max_ring_bytes: int, now: f
     elif kept is None or kept.owner != router:
         return "unknown"
     return "" if _add(kept, news) else "unknown"
+
+
+def _stays(kept: KeptRequest, news: News) -> bool:
+    """Whether what a peer tells of a request does not replace what is here."""
+    if news.head is not None and news.text is not None and news.text.runs and kept.text.runs:
+        ours, theirs = kept.text, news.text
+        if ours.follows(theirs.runs[-1]):
+            return True  # what is here took over from it
+        if kept.owner is None and not kept.attaching.locked() and (after := theirs.follows(ours.runs[-1])):
+            # It took over from what is here, as the client went there: only who came since then still reads here.
+            return any(reader.start >= after.start for reader in kept.readers if not reader.replaced)
+    return kept.in_use or (kept.owner is None and news.head is None)
+
+
+def replace(kept: KeptRequest, given: Given) -> None:
+    """Know of a request what a peer gave, which answered it until now. Nothing may run now."""
+    news = given.news
+    assert news is not None and news.head is not None
+    kept.owner, kept.seed, kept.created = given.router, news.head.seed, news.head.created
+    kept.request_id = news.head.request_id
+    kept.replace(TrackedJournal(kept.key), TextState())
+    _add(kept, news)
 
 
 def _add(kept: KeptRequest, news: News) -> bool:
@@ -240,12 +313,12 @@ def _add(kept: KeptRequest, news: News) -> bool:
         answer.finish_reason, answer.stop_reason = one.finish_reason, one.stop_reason
         size += TOKEN_BYTES * len(one.token_ids) + cost_of(one.logprobs) + cost_of(one.prompt_logprobs)
     if news.text is not None:
-        old = kept.text_state.pieces
+        old = kept.text.pieces
         if len(old) != news.first_piece:
             return False
         size += sum(TOKEN_BYTES + len(piece) for piece in news.text.pieces)
         old += news.text.pieces
-        kept.text_state = msgspec.structs.replace(news.text, pieces=old)
+        kept.text = msgspec.structs.replace(news.text, pieces=old)
     kept.failure = news.failure
     kept.ended = news.ended
     kept.resize(size)

@@ -164,7 +164,7 @@ def test_a_quantization_can_be_tried_on_a_plain_checkpoint():
     assert plain.refusal is not None and "--quantization gptq or fp8" in refusal_text(plain)
     tried = make_plan(Wish(model=path_of("Llama-3.1-70B"), quantization="awq"), parse_machine("1xH100-80"))
     assert tried.choice is not None
-    assert any("planned as if it were (awq 4 bits, groups of 128)" in note for note in tried.notes)
+    assert any("planned as if it were (awq, 4-bit int, groups of 128)" in note for note in tried.notes)
 
 
 def test_cards_without_bfloat16_are_planned_in_float16():

@@ -215,10 +215,10 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path):
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"quant_method": "bitsandbytes"}, "'bitsandbytes' of the checkpoint is not known; known: gptq, awq, fp8"),
-        ({"quant_method": "gptq", "bits": 5}, "bits 5 is not known; known: 2, 3, 4, 8"),
+        ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported; supported: gptq, awq, fp8"),
+        ({"quant_method": "gptq", "bits": 5}, "bits 5 is not supported; supported: 2, 3, 4, 8"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "two sizes"),
-        ({"quant_method": "compressed-tensors", "config_groups": {}}, "0 config_groups"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "0 config_groups"),
         ("gptq", "must be an object"),
     ],
 )
@@ -237,8 +237,9 @@ def test_a_wish_that_contradicts_the_checkpoint_is_refused():
 LINEARS = [(64, 64), (16, 64), (16, 64), (64, 64), (96, 64), (96, 64), (64, 96)]
 
 
-def compressed(**weights):
-    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": weights}}}
+def compressed(form="int-quantized", inputs=None, **weights):
+    groups = {"group_0": {"weights": weights, "input_activations": inputs}}
+    return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
 
 
 def fp8(**values):
@@ -257,8 +258,16 @@ def fp8(**values):
         ({"quant_method": "fbgemm_fp8"}, lambda o, i: o * i + 4 * o),
         (compressed(num_bits=8, type="int", strategy="channel"), lambda o, i: o * i + 2 * o),
         (
-            compressed(num_bits=4, type="int", strategy="group", group_size=32),
+            compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
             lambda o, i: o * i // 2 + i // 32 * o * 2 + 16,
+        ),
+        (
+            compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
+            lambda o, i: o * i // 2 + i // 32 * o * 2 + i // 32 * o // 8 * 4 + 16,
+        ),
+        (
+            compressed("float-quantized", {"dynamic": False}, num_bits=8, type="float", strategy="tensor"),
+            lambda o, i: o * i + 2 + 4,
         ),
         ({"quant_method": "gptq", "bits": 8, "group_size": -1}, lambda o, i: o * i + o // 4 * 4 + 2 * o + 4 * i),
     ],

@@ -27,13 +27,19 @@ def test_answers_are_read_as_they_were_written(answers, key):
     assert parse_event_id(f"{key}:{text}") == (key, FramePosition(answers))
 
 
-@given(st.builds(TextPosition, COUNTS, COUNTS, COUNTS, st.booleans()))
-def test_positions_in_text(position):
+RUNS = st.text("0123456789abcdef", min_size=1, max_size=16)
+ENDINGS = st.sampled_from([(False, False), (True, False), (True, True)])
+
+
+@given(COUNTS, COUNTS, COUNTS, RUNS, ENDINGS)
+def test_positions_in_text(events, characters, tokens, run, ending):
+    position = TextPosition(events, characters, tokens, run, *ending)
     assert parse_position(str(position)) == position
 
 
 @pytest.mark.parametrize(
-    "text", ["1", "1.2.3", "1.2x", "-1.2", "1.-2", "t1.2", "t1.2.3.4", "1.2,3", "1234567890.1", "a"]
+    "text",
+    ["1", "1.2.3", "1.2x", "-1.2", "1.-2", "t1.2", "t1.2.3", "t1.2.3.A", "t1.2.3.4.5", "1.2,3", "1234567890.1", "a"],
 )
 def test_what_is_no_position(text):
     with pytest.raises(ValueError, match="position"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,10 +10,10 @@ from hypothesis import strategies as st
 from shoal.errors import InvalidRequestError
 from shoal.protocol.internal import Progress
 from shoal.router.resume import replication
-from shoal.router.resume.journals import TextState
 from shoal.router.resume.kept import KeptRequest
 from shoal.router.resume.replication import Batch, Cursor, News, decode_batch, decode_reply, encode, news_of, take_batch
 from shoal.router.resume.store import KeptStore
+from shoal.router.resume.text import TextRun, TextState
 from shoal.types.outputs import FinishReason, TokenLogprobs
 
 NAME = ("scope", "key")
@@ -73,11 +74,12 @@ def test_the_peer_has_what_it_was_told(steps):
 
 def test_text():
     kept, store = new_kept(), new_store()
-    kept.text_state = TextState(["a", "b"], 2, 3, {"id": "x"})
+    state = TextState(pieces=["a", "b"], num_tokens=2, num_events=3, head={"id": "x"}, runs=[TextRun("r", 0)])
+    kept.text = state
     cursor = tell(store, kept, Cursor())
-    kept.text_state = TextState(["a", "b", "c"], 3, 5, {"id": "x"}, "stop")
+    kept.text = msgspec.structs.replace(state, pieces=["a", "b", "c"], num_tokens=3, num_events=5, finish_reason="stop")
     tell(store, kept, cursor)
-    assert store.get(NAME).text_state == kept.text_state
+    assert store.get(NAME).text == kept.text
 
 
 def test_secrets_and_bodies_are_not_told():
@@ -98,6 +100,27 @@ def test_two_owners():
     assert tell(store, theirs, Cursor(has_head=True, ended=True)).refused
     assert not tell(store, theirs, Cursor()).refused
     assert store.get(NAME).owner == "one" and ours.dropped
+
+
+def of_runs(*runs):
+    kept = new_kept()
+    kept.text = TextState(pieces=["abcdef"], num_events=6, head={}, runs=[TextRun(name, start) for name, start in runs])
+    return kept
+
+
+def test_the_run_that_took_over_wins():
+    """By text, where it shows who took over from whom, whoever reads and whoever does not."""
+    store, ours = new_store(), of_runs(("a", 0), ("b", 3))
+    store.add(ours, 0.0)
+    assert tell(store, of_runs(("a", 0)), Cursor()).refused, "ours took over from it"
+    came_back = ours.attach(0, 5)
+    theirs = of_runs(("a", 0), ("b", 3), ("c", 5))
+    assert tell(store, theirs, Cursor()).refused, "its client went there with 5 characters, and has come back"
+    ours.detach(came_back, 0.0)
+    reader = ours.attach(0, 4)
+    assert not tell(store, theirs, Cursor()).refused, "it went there after it was here"
+    assert reader.replaced and ours.dropped and store.get(NAME).text == theirs.text
+    assert tell(store, ours, Cursor(), "two").refused, "nor does a third router bring the older one back"
 
 
 def test_a_third_router_hears_of_the_new_owner():

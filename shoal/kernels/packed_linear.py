@@ -1,0 +1,582 @@
+"""Linear layers whose weight is integers of 4 or 8 bits in groups with a scale each (GPTQ, AWQ): multiply, dequantize.
+
+M rows of x, N outputs, K inputs. A `PackedWeight` lies in slabs of 16 words an output: the word w of a slab holds, from
+its lowest bits up, the inputs w, 16 + w, 32 + w, … of the slab's 128 (4 bits) or 64 (8 bits). So a thread loads 16
+bytes of weight and runs of x, the words give the left operand of one matrix instruction after the other without an
+exchange between threads, and groups of 16 inputs or more never share an instruction.
+
+`_sum_kernel`: one row, multiplied by the plain units. `_dot_kernel`: 1 to 128 rows a program by the matrix units.
+Neither rounds a weight: integers are exact in fp16 and bf16, scales act on sums in fp32. Called through
+kernels/packed_tuning.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from shoal.kernels.activation import silu_product
+from shoal.kernels.launch import has_dependent_launch, launch_options
+from shoal.kernels.linear import MOST_SPLITS, Workspace
+
+WORDS = 16  # of an output in a slab
+MOST_DOT_ROWS = 128  # of a program
+# What a product asks into L2 while the one before it still runs.
+_PREFETCHED_BYTES = 12 << 20
+# A float whose bits are an integer v shifted left by s is v 2^(s - 149), not normal. Times x 2^(64 - s) it is a normal
+# number for all x that matter (2^-64 is lost, 2^63 too large), and v x comes for one bit operation and one addition.
+_X_SCALE = tl.constexpr(2.0**64)
+_PART_SCALE = tl.constexpr(2.0**85)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWeight:
+    """words: int32 [slabs, N, 16]; scales: floating [groups, N]; zeros: uint8 [groups, N], None: 2^(bits - 1) for all.
+
+    The weight at (n, k) is (integer - zero) * scale. group_size: inputs of a scale; it divides a slab, or a slab it.
+    """
+
+    words: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bits: int
+    group_size: int
+    num_inputs: int
+
+    @property
+    def num_outputs(self) -> int:
+        return self.words.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.words.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
+
+
+def slab_inputs(bits: int) -> int:
+    return WORDS * (32 // bits)
+
+
+def pack_words(integers: torch.Tensor, bits: int) -> torch.Tensor:
+    """integers uint8 [N, K], K a multiple of a slab's inputs -> int32 [slabs, N, 16]."""
+    num_outputs, num_inputs = integers.shape
+    places = integers.view(num_outputs, num_inputs // slab_inputs(bits), 32 // bits, WORDS).permute(1, 0, 2, 3)
+    words = torch.zeros(places.shape[0], num_outputs, WORDS, dtype=torch.int32, device=integers.device)
+    for place in range(32 // bits):
+        words |= places[:, :, place].to(torch.int32) << (bits * place)
+    return words
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedConfig:
+    """How a product is cut. kind: "sum" (one row; block_n a multiple of 8, a warp takes every num_warps-th slab) or
+    "dot"."""
+
+    kind: str
+    block_n: int
+    num_warps: int
+    num_stages: int = 1
+    num_splits: int = 1
+
+    @property
+    def label(self) -> str:
+        """What stands for it in files."""
+        return f"{self.kind} {self.block_n} warps={self.num_warps} stages={self.num_stages} splits={self.num_splits}"
+
+
+@triton.jit
+def _finish(
+    y, bias, residual, m, n, acc, up, inside, N, y_stride, residual_stride,
+    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Bias, activation, residual; one rounding. m and n: rows and outputs, broadcast to acc's shape."""
+    if HAS_BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if GATED:
+        if HAS_BIAS:
+            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
+        acc = silu_product(acc, up)
+    if HAS_RESIDUAL:
+        acc += tl.load(residual + m * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _prefetch(words, slab, end, step, first, N, count, THREADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask `count` slabs of the outputs from `first` on into L2, each thread one of them."""
+    if count > 0:
+        own = slab + tl.arange(0, THREADS)
+        inside = own < tl.minimum(slab + count, end)
+        address = words + tl.where(inside, own, slab) * step + first * 16
+        num_bytes = tl.where(inside, tl.minimum(BLOCK_N, N - first) * 64, 16)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [address, num_bytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def _load_inputs(
+    x, slab, end, K, BITS: tl.constexpr, WARPS: tl.constexpr, WHOLE_K: tl.constexpr, IS_NEEDED: tl.constexpr
+):  # fmt: skip
+    """For each place in a word, those inputs of the slabs [WARPS, 8, 16], the same for all 8 lanes."""
+    found = ()
+    if IS_NEEDED:
+        lane = tl.arange(0, 8)[None, :, None]
+        word = tl.arange(0, 16)[None, None, :]
+        for place in tl.static_range(32 // BITS):
+            k = slab * (16 * (32 // BITS)) + 16 * place + word + 0 * lane
+            inside = (slab + 0 * (lane + word)) < end
+            if not WHOLE_K:
+                inside = inside & (k < K)
+            found = found + (tl.load(x + k, mask=inside, other=0.0),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit(do_not_specialize=["num_splits", "prefetch_slabs"])
+def _sum_kernel(
+    x, words, scales, zeros, bias, residual, norm, y, partial, counters,
+    N, K, num_slabs, num_splits, split_slabs, eps, prefetch_slabs,
+    BITS: tl.constexpr, GROUP: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr, MOST_SPLITS: tl.constexpr,
+    WHOLE_K: tl.constexpr, GATED: tl.constexpr, HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, HAS_NORM: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """One row. A program owns REPEATS x 8 outputs. In a warp 4 lanes hold an output's slab, 16 bytes each."""
+    HALVES: tl.constexpr = 2 if GATED else 1
+    PER_WORD: tl.constexpr = 32 // BITS
+    SLAB: tl.constexpr = 16 * PER_WORD
+    SUBGROUP: tl.constexpr = PER_WORD if GROUP >= SLAB else GROUP // 16
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    begin = split * split_slabs
+    end = tl.minimum(begin + split_slabs, num_slabs)
+    warp = tl.arange(0, WARPS)[:, None, None]
+    lane = tl.arange(0, 8)[None, :, None]
+    word = tl.arange(0, 16)[None, None, :]
+    total_outputs = N * HALVES
+    outputs = ()
+    for half in tl.static_range(HALVES):
+        for repeat in tl.static_range(REPEATS):
+            n = tl.minimum(tile * (8 * REPEATS) + 8 * repeat + lane, N - 1) + half * N
+            outputs = outputs + (n,)  # type: ignore[assignment]
+    step = total_outputs.to(tl.int64) * 16
+    if DEPENDENT:
+        gdc_launch_dependents()
+        first_output = tile * (8 * REPEATS)
+        _prefetch(words, begin, end, step, first_output, N, prefetch_slabs, 32 * WARPS, 8 * REPEATS)
+        if GATED:
+            _prefetch(words + N * 16, begin, end, step, first_output, N, prefetch_slabs, 32 * WARPS, 8 * REPEATS)
+    slab = begin + warp
+    tiles = ()
+    for index in tl.static_range(HALVES * REPEATS):
+        address = words + slab * step + outputs[index] * 16 + word
+        tiles = tiles + (tl.load(address, mask=slab < end, other=0),)  # type: ignore[assignment]
+    if DEPENDENT:
+        gdc_wait()
+    values = _load_inputs(x, slab, end, K, BITS, WARPS, WHOLE_K, True)
+    factors = _load_inputs(norm, slab, end, K, BITS, WARPS, WHOLE_K, HAS_NORM)
+    totals = (tl.zeros([WARPS, 8, 16], tl.float32),) * (HALVES * REPEATS)
+    squares = tl.zeros([WARPS, 8, 16], tl.float32)
+    for first in range(begin, end, WARPS):
+        # The next slab is on its way while this one is multiplied.
+        slab = first + warp
+        later = slab + WARPS
+        next_tiles = ()
+        for index in tl.static_range(HALVES * REPEATS):
+            address = words + later * step + outputs[index] * 16 + word
+            next_tiles = next_tiles + (tl.load(address, mask=later < end, other=0),)  # type: ignore[assignment]
+        next_values = _load_inputs(x, later, end, K, BITS, WARPS, WHOLE_K, True)
+        next_factors = _load_inputs(norm, later, end, K, BITS, WARPS, WHOLE_K, HAS_NORM)
+        for subgroup in tl.static_range(PER_WORD // SUBGROUP):
+            parts = (tl.zeros([WARPS, 8, 16], tl.float32),) * (HALVES * REPEATS)
+            inputs = tl.zeros([WARPS, 8, 16], tl.float32)
+            for within in tl.static_range(SUBGROUP):
+                value = values[subgroup * SUBGROUP + within].to(tl.float32)
+                if HAS_NORM:
+                    squares += value * value
+                    value *= factors[subgroup * SUBGROUP + within].to(tl.float32)
+                inputs += value
+                first_bit = BITS * (subgroup * SUBGROUP + within)
+                value *= _X_SCALE / (1 << (first_bit % 16))
+                new_parts = ()
+                for index in tl.static_range(HALVES * REPEATS):
+                    bits = tiles[index] if first_bit < 16 else tiles[index] >> 16
+                    bits = bits & (((1 << BITS) - 1) << (first_bit % 16))
+                    product = bits.to(tl.float32, bitcast=True) * value
+                    new_parts = new_parts + (parts[index] + product,)  # type: ignore[assignment]
+                parts = new_parts
+            group = (slab * SLAB + 16 * SUBGROUP * subgroup) // GROUP
+            if not HAS_ZEROS:
+                inputs *= 1 << (BITS - 1)
+            new_totals = ()
+            for index in tl.static_range(HALVES * REPEATS):
+                place = group.to(tl.int64) * total_outputs + outputs[index]
+                scale = tl.load(scales + place, mask=slab < end, other=0.0).to(tl.float32)
+                part = parts[index] * _PART_SCALE
+                if HAS_ZEROS:
+                    part -= tl.load(zeros + place, mask=slab < end, other=0).to(tl.float32) * inputs
+                else:
+                    part -= inputs
+                new_totals = new_totals + (totals[index] + part * scale,)  # type: ignore[assignment]
+            totals = new_totals
+        tiles = next_tiles
+        values = next_values
+        factors = next_factors
+    inverse = tl.full([], 1.0, tl.float32)
+    if HAS_NORM:
+        # All 8 lanes have the same inputs.
+        inverse = tl.rsqrt(tl.sum(tl.sum(tl.sum(squares, axis=2), axis=1), axis=0) / (8 * K) + eps)
+    n8 = tl.arange(0, 8)
+    if MOST_SPLITS == 1:
+        for repeat in tl.static_range(REPEATS):
+            n = tile * (8 * REPEATS) + 8 * repeat + n8
+            acc = tl.sum(tl.sum(totals[repeat], axis=2), axis=0) * inverse
+            up = acc
+            if GATED:
+                up = tl.sum(tl.sum(totals[REPEATS + repeat], axis=2), axis=0) * inverse
+            _finish(y, bias, residual, 0, n, acc, up, n < N, N, 0, 0, GATED, HAS_BIAS, HAS_RESIDUAL)
+    else:
+        # Everyone leaves its summand; who comes last adds all of them, in the order of the splits.
+        for index in tl.static_range(HALVES * REPEATS):
+            n = tile * (8 * REPEATS) + 8 * (index % REPEATS) + n8
+            acc = tl.sum(tl.sum(totals[index], axis=2), axis=0)
+            tl.store(partial + (split * HALVES + index // REPEATS) * N + n, acc, mask=n < N)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + tile, 1, sem="acq_rel") == num_splits - 1:
+            for repeat in tl.static_range(REPEATS):
+                n = tile * (8 * REPEATS) + 8 * repeat + n8
+                acc = tl.zeros([8], tl.float32)
+                up = acc
+                for other in tl.static_range(MOST_SPLITS):
+                    there = (n < N) & (other < num_splits)
+                    from_split = partial + other * HALVES * N + n
+                    acc += tl.load(from_split, mask=there, other=0.0, cache_modifier=".cg")
+                    if GATED:
+                        up += tl.load(from_split + N, mask=there, other=0.0, cache_modifier=".cg")
+                _finish(y, bias, residual, 0, n, acc, up, n < N, N, 0, 0, GATED, HAS_BIAS, HAS_RESIDUAL)
+            tl.store(counters + tile, 0)
+
+
+# Two words of neighbours -> for each place in a word a pair of 16-bit floats, each the integer less half its range. An
+# integer under the exponent of 128 (bf16) or 1024 (fp16) is that much more than itself.
+def _pairs_assembly(bits: int, is_bf16: bool) -> str:
+    count, mask = 32 // bits, (1 << bits) - 1
+    magic, one = (0x4300, 0x3F80) if is_bf16 else (0x6400, 0x3C00)
+    minus = (0x8000 | magic) + (1 << bits - 1)
+    kind = "bf16x2" if is_bf16 else "f16x2"
+    lines = [
+        ".reg .b32 low, high, one, minus, ored;",
+        f"mov.b32 one, {one << 16 | one:#010x};",
+        f"mov.b32 minus, {minus << 16 | minus:#010x};",
+        f"prmt.b32 low, ${count}, ${count + 1}, 0x5410;",
+        f"prmt.b32 high, ${count}, ${count + 1}, 0x7632;",
+    ]
+    for place in range(count):
+        source = "low" if place * bits < 16 else "high"
+        if place * bits % 16:
+            lines.append(f"shr.u32 {source}, {source}, {bits};")
+        lines.append(f"lop3.b32 ored, {source}, {mask << 16 | mask:#010x}, {magic << 16 | magic:#010x}, 0xea;")
+        lines.append(f"fma.rn.{kind} ${place}, ored, one, minus;")
+    return "{ " + " ".join(lines) + " }"
+
+
+_PAIRS_4_BF16 = tl.constexpr(_pairs_assembly(4, True))
+_PAIRS_4_FP16 = tl.constexpr(_pairs_assembly(4, False))
+_PAIRS_8_FP16 = tl.constexpr(_pairs_assembly(8, False))
+
+
+_EIGHT_BF16 = tl.constexpr((tl.bfloat16,) * 8)
+_EIGHT_FP16 = tl.constexpr((tl.float16,) * 8)
+_FOUR_FP16 = tl.constexpr((tl.float16,) * 4)
+
+
+@triton.jit
+def _assembled(words, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, DTYPES: tl.constexpr):
+    return tl.inline_asm_elementwise(ASSEMBLY, CONSTRAINTS, [words], dtype=DTYPES, is_pure=True, pack=2)
+
+
+@triton.jit
+def _unpack(words, BITS: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """For each place in a word: the integers there less half their range, in DTYPE. The interpreter has no assembly."""
+    if not ASSEMBLY:
+        values = ()
+        for place in tl.static_range(32 // BITS):
+            integer = ((words >> (BITS * place)) & ((1 << BITS) - 1)) - (1 << (BITS - 1))
+            values = values + (integer.to(DTYPE),)  # type: ignore[assignment]
+        return values
+    elif BITS == 8:  # too many bits for bf16's 7 behind the point
+        a, b, c, d = _assembled(words, _PAIRS_8_FP16, "=r,=r,=r,=r,r,r", _FOUR_FP16)
+        return (a.to(DTYPE), b.to(DTYPE), c.to(DTYPE), d.to(DTYPE))
+    elif DTYPE == tl.bfloat16:
+        return _assembled(words, _PAIRS_4_BF16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", _EIGHT_BF16)
+    else:
+        return _assembled(words, _PAIRS_4_FP16, "=r,=r,=r,=r,=r,=r,=r,=r,r,r", _EIGHT_FP16)
+
+
+@triton.jit
+def _add_slab(
+    acc, words, values, scales_now, zeros_now,
+    BITS: tl.constexpr, SUBGROUP: tl.constexpr, HAS_ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """acc [BLOCK_N, ROWS] plus the product of a slab. values: for each place in a word x [16, ROWS]; scales_now and
+    zeros_now: for each group in the slab [BLOCK_N]."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    integers = _unpack(words, BITS, values[0].dtype, ASSEMBLY)
+    for subgroup in tl.static_range(PER_WORD // SUBGROUP):
+        part = tl.zeros_like(acc)
+        for within in tl.static_range(SUBGROUP):
+            weight = integers[subgroup * SUBGROUP + within]
+            if HAS_ZEROS:
+                weight -= (zeros_now[subgroup].to(tl.float32) - (1 << (BITS - 1))).to(weight.dtype)[:, None]
+            part = tl.dot(weight, values[subgroup * SUBGROUP + within], part, input_precision="ieee")
+        acc += part * scales_now[subgroup].to(tl.float32)[:, None]
+    return acc
+
+
+@triton.jit
+def _load_groups(pointer, slab, end, n, stride, BITS: tl.constexpr, GROUP: tl.constexpr, SUBGROUP: tl.constexpr):
+    """For each group in the slab, of scales or zeros: those of the outputs n."""
+    SLAB: tl.constexpr = 16 * (32 // BITS)
+    found = ()
+    for subgroup in tl.static_range(32 // BITS // SUBGROUP):
+        group = (slab * SLAB + 16 * SUBGROUP * subgroup) // GROUP
+        place = pointer + group.to(tl.int64) * stride + n
+        found = found + (tl.load(place, mask=(slab < end) & (n >= 0), other=0),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit(do_not_specialize=["M", "num_splits", "prefetch_slabs"])
+def _dot_kernel(
+    x, words, scales, zeros, bias, residual, y, partial, counters,
+    M, N, K, num_slabs, num_splits, split_slabs, x_stride, y_stride, residual_stride, prefetch_slabs,
+    BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    MOST_SPLITS: tl.constexpr, WHOLE_K: tl.constexpr, GATED: tl.constexpr, HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DEPENDENT: tl.constexpr, ASSEMBLY: tl.constexpr,
+    THREADS: tl.constexpr,
+):  # fmt: skip
+    """Program (rows, outputs, split). The weight is the left operand, so that few rows of x fill an instruction."""
+    HALVES: tl.constexpr = 2 if GATED else 1
+    PER_WORD: tl.constexpr = 32 // BITS
+    SLAB: tl.constexpr = 16 * PER_WORD
+    SUBGROUP: tl.constexpr = PER_WORD if GROUP >= SLAB else GROUP // 16
+    m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[None, :]
+    tile = tl.program_id(1)
+    split = tl.program_id(2)
+    begin = split * split_slabs
+    end = tl.minimum(begin + split_slabs, num_slabs)
+    own = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    row = tl.minimum(own, N - 1)
+    word = tl.arange(0, 16)
+    total_outputs = N * HALVES
+    step = total_outputs.to(tl.int64) * 16
+    place = words + row[:, None] * 16 + word[None, :]
+    x_rows = x + tl.minimum(m, M - 1).to(tl.int64) * x_stride
+    if DEPENDENT:
+        gdc_launch_dependents()
+        _prefetch(words, begin, end, step, tile * BLOCK_N, N, prefetch_slabs, THREADS, BLOCK_N)
+        if GATED:
+            _prefetch(words + N * 16, begin, end, step, tile * BLOCK_N, N, prefetch_slabs, THREADS, BLOCK_N)
+    scales_now = _load_groups(scales, begin, end, row, total_outputs, BITS, GROUP, SUBGROUP)
+    scales_up = scales_now
+    zeros_now = scales_now
+    zeros_up = scales_now
+    if GATED:
+        scales_up = _load_groups(scales, begin, end, N + row, total_outputs, BITS, GROUP, SUBGROUP)
+    if HAS_ZEROS:
+        zeros_now = _load_groups(zeros, begin, end, row, total_outputs, BITS, GROUP, SUBGROUP)
+        zeros_up = zeros_now
+        if GATED:
+            zeros_up = _load_groups(zeros, begin, end, N + row, total_outputs, BITS, GROUP, SUBGROUP)
+    if DEPENDENT:
+        gdc_wait()
+    acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    up = tl.zeros([BLOCK_N, ROWS], tl.float32)
+    for slab in tl.range(begin, end, num_stages=STAGES):
+        block = tl.load(place + slab * step)
+        values = ()
+        for j in tl.static_range(PER_WORD):
+            k = (slab * SLAB + 16 * j + word)[:, None]
+            if WHOLE_K:
+                value = tl.load(x_rows + k)
+            else:
+                value = tl.load(x_rows + k, mask=k < K, other=0.0)
+            values = values + (value,)  # type: ignore[assignment]
+        # A slab ahead: these are too small for asynchronous copies.
+        next_scales = _load_groups(scales, slab + 1, end, row, total_outputs, BITS, GROUP, SUBGROUP)
+        next_zeros = next_scales
+        if HAS_ZEROS:
+            next_zeros = _load_groups(zeros, slab + 1, end, row, total_outputs, BITS, GROUP, SUBGROUP)
+        acc = _add_slab(acc, block, values, scales_now, zeros_now, BITS, SUBGROUP, HAS_ZEROS, ASSEMBLY)
+        scales_now = next_scales
+        zeros_now = next_zeros
+        if GATED:
+            block_up = tl.load(place + N * 16 + slab * step)
+            next_up = _load_groups(scales, slab + 1, end, N + row, total_outputs, BITS, GROUP, SUBGROUP)
+            next_zeros_up = next_up
+            if HAS_ZEROS:
+                next_zeros_up = _load_groups(zeros, slab + 1, end, N + row, total_outputs, BITS, GROUP, SUBGROUP)
+            up = _add_slab(up, block_up, values, scales_up, zeros_up, BITS, SUBGROUP, HAS_ZEROS, ASSEMBLY)
+            scales_up = next_up
+            zeros_up = next_zeros_up
+    n = own[:, None]
+    inside = (n < N) & (m < M)
+    if MOST_SPLITS == 1:
+        _finish(
+            y, bias, residual, m, n, acc, up, inside, N, y_stride, residual_stride, GATED, HAS_BIAS, HAS_RESIDUAL
+        )  # fmt: skip
+    else:
+        # Everyone leaves its summand; who comes last adds all of them, in the order of the splits.
+        at = m * N + n
+        first = partial + split * (HALVES * M) * N + at
+        tl.store(first, acc, mask=inside)
+        if GATED:
+            tl.store(first + M * N, up, mask=inside)
+        tl.debug_barrier()
+        counter = counters + tl.program_id(0) * tl.num_programs(1) + tile
+        if tl.atomic_add(counter, 1, sem="acq_rel") == num_splits - 1:
+            acc = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            up = tl.zeros([BLOCK_N, ROWS], tl.float32)
+            for index in tl.static_range(MOST_SPLITS):
+                from_split = partial + index * (HALVES * M) * N + at
+                there = inside & (index < num_splits)
+                acc += tl.load(from_split, mask=there, other=0.0, cache_modifier=".cg")
+                if GATED:
+                    up += tl.load(from_split + M * N, mask=there, other=0.0, cache_modifier=".cg")
+            tl.store(counter, 0)
+            _finish(
+                y, bias, residual, m, n, acc, up, inside, N, y_stride, residual_stride, GATED, HAS_BIAS, HAS_RESIDUAL
+            )  # fmt: skip
+
+
+def packed_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    bias: torch.Tensor | None,
+    config: PackedConfig,
+    workspace: Workspace,
+    *,
+    gated: bool = False,
+    residual: torch.Tensor | None = None,
+    norm: tuple[torch.Tensor, float] | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """x [M, K] in fp16 or bf16, rows may lie apart -> x W^T + bias (+ residual), [M, N].
+
+    gated: silu(gate) * up, [M, N / 2], the gate's outputs of the weight first. norm, with "sum" and one split alone:
+    (weight [K], eps), x is normalised on the way (RMSNorm). Everything is fp32 until the one rounding at the end.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    num_rows, num_inputs = x.shape
+    num_outputs = weight.num_outputs // 2 if gated else weight.num_outputs
+    y = torch.empty(num_rows, num_outputs, dtype=output_dtype or x.dtype, device=x.device)
+    if residual is not None and residual.stride(-1) != 1:
+        residual = residual.contiguous()
+    num_slabs = weight.words.shape[0]
+    split_slabs = triton.cdiv(num_slabs, config.num_splits)
+    num_splits = triton.cdiv(num_slabs, split_slabs)
+    num_tiles = triton.cdiv(num_outputs, config.block_n)
+    tensors = (
+        x,
+        weight.words,
+        weight.scales,
+        weight.scales if weight.zeros is None else weight.zeros,
+        x if bias is None else bias,
+        x if residual is None else residual,
+    )
+    dependent = has_dependent_launch(x.device)
+    options = {
+        "BITS": weight.bits, "GROUP": weight.group_size, "MOST_SPLITS": 1 if num_splits == 1 else MOST_SPLITS,
+        "WHOLE_K": num_inputs % slab_inputs(weight.bits) == 0, "GATED": gated, "HAS_ZEROS": weight.zeros is not None,
+        "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None, "DEPENDENT": dependent,
+        "num_warps": config.num_warps, **launch_options(x.device),
+    }  # fmt: skip
+    spaces = (y, workspace.partial, workspace.counters)
+    slabs = (num_slabs, num_splits, split_slabs)
+    prefetch = 0
+    if dependent:
+        prefetch = _prefetch_slabs(num_tiles * num_splits, config, 2 if gated else 1, x.device)
+    if config.kind == "sum":
+        assert num_rows == 1 and (norm is None or num_splits == 1)
+        assert num_splits == 1 or Workspace.holds(num_splits, 1, weight.num_outputs, num_tiles)
+        norm_weight, eps = norm or (x, 0.0)
+        _sum_kernel[num_tiles, num_splits](
+            *tensors, norm_weight, *spaces, num_outputs, num_inputs, *slabs, eps, prefetch,
+            REPEATS=config.block_n // 8, WARPS=config.num_warps, HAS_NORM=norm is not None, **options,
+        )  # fmt: skip
+        return y
+    rows = dot_rows(num_rows)
+    row_tiles = triton.cdiv(num_rows, rows)
+    assert norm is None
+    assert num_splits == 1 or Workspace.holds(num_splits, num_rows, weight.num_outputs, num_tiles * row_tiles)
+    strides = (x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0))
+    _dot_kernel[row_tiles, num_tiles, num_splits](
+        *tensors, *spaces, num_rows, num_outputs, num_inputs, *slabs, *strides, prefetch,
+        ROWS=rows, BLOCK_N=config.block_n, STAGES=config.num_stages, ASSEMBLY=x.device.type == "cuda",
+        THREADS=32 * config.num_warps, **options,
+    )  # fmt: skip
+    return y
+
+
+def _prefetch_slabs(num_programs: int, config: PackedConfig, halves: int, device: torch.device) -> int:
+    """How many slabs of its outputs a program asks for before it waits for the kernel before it."""
+    at_once = min(num_programs, 8 * _num_multiprocessors(device))
+    return min(32 * config.num_warps, _PREFETCHED_BYTES // (at_once * halves * config.block_n * 4 * WORDS))
+
+
+@functools.cache
+def _num_multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def dot_rows(num_rows: int) -> int:
+    """Rows of a program of the "dot" kind."""
+    return min(MOST_DOT_ROWS, max(16, triton.next_power_of_2(num_rows)))
+
+
+@triton.jit
+def _dequantize_kernel(
+    words, scales, zeros, output, first, count, total_outputs, K,
+    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, HAS_ZEROS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Program (slab, outputs)."""
+    PER_WORD: tl.constexpr = 32 // BITS
+    slab = tl.program_id(0)
+    own = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
+    row = tl.minimum(first + own, total_outputs - 1)
+    word = tl.arange(0, 16)[None, :]
+    if DEPENDENT:
+        gdc_launch_dependents()
+    block = tl.load(words + (slab.to(tl.int64) * total_outputs + row) * 16 + word)
+    if DEPENDENT:
+        gdc_wait()
+    for j in tl.static_range(PER_WORD):
+        k = slab * (16 * PER_WORD) + 16 * j + word
+        group = (slab * (16 * PER_WORD) + 16 * j) // GROUP
+        scale = tl.load(scales + group.to(tl.int64) * total_outputs + row).to(tl.float32)
+        zero = tl.full([1, 1], 1 << (BITS - 1), tl.float32)
+        if HAS_ZEROS:
+            zero = tl.load(zeros + group.to(tl.int64) * total_outputs + row).to(tl.float32)
+        value = (((block >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.float32) - zero) * scale
+        place = output + own.to(tl.int64) * K + k
+        tl.store(place, value.to(output.dtype.element_ty), mask=(own < count) & (k < K))
+
+
+def dequantize_packed(weight: PackedWeight, outputs: slice, output: torch.Tensor) -> None:
+    """Write these outputs' weights, rounded once, to `output` [outputs, K]. An element depends on nothing else."""
+    count = outputs.stop - outputs.start
+    assert output.is_contiguous() and output.shape == (count, weight.num_inputs)
+    block = 32
+    _dequantize_kernel[weight.words.shape[0], triton.cdiv(count, block)](
+        weight.words, weight.scales, weight.scales if weight.zeros is None else weight.zeros, output,
+        outputs.start, count, weight.num_outputs, weight.num_inputs,
+        BITS=weight.bits, GROUP=weight.group_size, BLOCK_N=block, HAS_ZEROS=weight.zeros is not None,
+        DEPENDENT=has_dependent_launch(output.device), num_warps=4, **launch_options(output.device),
+    )  # fmt: skip

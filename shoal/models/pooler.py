@@ -1,0 +1,91 @@
+"""Pooler: what becomes of a text's pooled hidden state, on the last stage of a model that makes vectors or scores.
+
+`attach_pooler` takes the head for tokens away from a model and gives it this; the registry calls it.
+R rows (texts), H hidden size, L labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from shoal.config.model_config import ModelConfig
+from shoal.config.pooling import PoolingConfig
+from shoal.layers.checkpoint import CheckpointTensor, whole
+from shoal.layers.context import BuildContext
+from shoal.layers.embedding import LogitsHead
+from shoal.models.base import CausalLM
+
+
+class Pooler(nn.Module):
+    """Pooled hidden states in, embeddings or scores out, before normalisation and activation."""
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        """pooled [R, H], after the final norm -> [R, H or L], fp32. All ranks of the last stage must call it."""
+        return pooled.float()
+
+
+class ScoreHead(Pooler):
+    """What *ForSequenceClassification has: a matrix of labels, of encoders a layer with biases and a tanh before it.
+    Whole on every rank, and computed in fp32."""
+
+    def __init__(self, context: BuildContext, names: tuple[str, ...], num_labels: int, hidden_size: int) -> None:
+        super().__init__()
+        *inner, outer = names
+        sizes = [(name, hidden_size) for name in inner] + [(outer, num_labels)]
+        options = {"dtype": context.dtype, "device": context.device}
+        self._names = names
+        self._weights = [torch.empty((size, hidden_size), **options) for _, size in sizes]
+        self._biases = [torch.empty(size, **options) for _, size in sizes] if inner else []
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        pooled = pooled.float()
+        for index, weight in enumerate(self._weights):
+            if index:
+                pooled = pooled.tanh()
+            bias = self._biases[index].float() if self._biases else None
+            pooled = torch.nn.functional.linear(pooled, weight.float(), bias)
+        return pooled
+
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        for name, weight in zip(self._names, self._weights, strict=True):
+            yield whole(f"{name}.weight", weight, "matrix")
+        for name, bias in zip(self._names, self._biases, strict=False):
+            yield whole(f"{name}.bias", bias, "bias")
+
+    def process_after_load(self) -> None:
+        return None
+
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self._weights, *self._biases))
+
+
+class TokenScore(Pooler):
+    """What the model's own head says between two tokens ("no" and "yes"): rerankers made of generating models."""
+
+    def __init__(self, model: CausalLM, label_token_ids: tuple[int, int]) -> None:
+        super().__init__()
+        self._logits = model.compute_full_logits  # not the model itself: it would be a part of its own part
+        self._no, self._yes = label_token_ids
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        # The softmax over both is the sigmoid of their difference.
+        logits = self._logits(pooled)
+        return (logits[:, self._yes] - logits[:, self._no]).unsqueeze(1)
+
+
+def attach_pooler(model: CausalLM, config: ModelConfig, pooling: PoolingConfig, context: BuildContext) -> None:
+    """Make the model one for vectors or scores: `pooler` on its last stage, and no head that nobody asks."""
+    if pooling.label_token_ids is not None:
+        if model.is_last_stage:
+            model.pooler = TokenScore(model, pooling.label_token_ids)
+        return
+    for name, module in list(model.named_children()):
+        if isinstance(module, LogitsHead):
+            setattr(model, name, None)
+    if model.is_last_stage:
+        scores = pooling.task == "score"
+        labels = pooling.num_labels
+        model.pooler = ScoreHead(context, pooling.score_layers, labels, config.hidden_size) if scores else Pooler()

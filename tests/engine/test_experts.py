@@ -1,0 +1,84 @@
+"""Mixtures of experts in an engine of several processes: the tokens of one rank, and the load of each expert."""
+
+from __future__ import annotations
+
+import pytest
+
+from shoal.types import EngineRequest, SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.engine.local_engine import run_engine
+from tests.engine.test_parallel import VOCAB_SIZE, alone, check_equal, make_config, make_requests
+
+WAYS = {
+    "tp": {"tensor_parallel_size": 2},
+    "pp": {"pipeline_parallel_size": 2},
+    "ep": {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+}
+FAMILIES = ["mixtral", "qwen2_moe", "qwen3_moe"]
+# Each family and each way once; tests/models/test_experts.py has all of them with ranks as threads.
+QUICK = [("mixtral", "pp"), ("qwen2_moe", "tp"), ("qwen3_moe", "ep")]
+ALL = [
+    pytest.param(family, way, marks=[] if (family, way) in QUICK else [pytest.mark.slow])
+    for family in FAMILIES
+    for way in WAYS
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return {
+        family: str(
+            make_checkpoint(tmp_path_factory.mktemp(family), family, num_hidden_layers=3, vocab_size=VOCAB_SIZE)
+        )
+        for family in FAMILIES
+    }
+
+
+@pytest.mark.parametrize(("family", "way"), ALL)
+def test_ranks_give_the_tokens_of_one(models: dict[str, str], family: str, way: str) -> None:
+    answers, _ = run_engine(make_config(models[family], **WAYS[way]), make_requests(VOCAB_SIZE))
+    check_equal(answers, alone(models[family]), bits=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_deterministic_ranks_give_its_bits(models: dict[str, str], family: str) -> None:
+    expected = alone(models[family], deterministic=True)
+    for way in ("tp", "ep"):
+        config = make_config(models[family], deterministic=True, **WAYS[way])
+        answers, _ = run_engine(config, make_requests(VOCAB_SIZE))
+        check_equal(answers, expected, bits=True)
+
+
+def test_the_load_of_experts_is_counted(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token of a prompt and every one that is generated goes to three experts in each of three layers."""
+    monkeypatch.setattr("shoal.worker.worker._USE_SECONDS", 0.0)
+    parameters = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    requests = [EngineRequest("a", list(range(5, 35)), parameters)]
+    _, stats = run_engine(make_config(models["qwen3_moe"]), requests, [EngineRequest("b", [1], parameters)])
+    # The counts are read before each step: of the second request's four, the last is not in them. One token a request
+    # is never computed.
+    assert len(stats.expert_tokens_total) == 8
+    assert sum(stats.expert_tokens_total) == (30 + 3 + 1 + 2) * 3 * 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_gives_the_tokens_of_a_cpu(models: dict[str, str], family: str) -> None:
+    """In CUDA graphs and out of them."""
+    expected = alone(models[family])
+    for enforce_eager in (False, True):
+        config = make_config(models[family], device="cuda", enforce_eager=enforce_eager)
+        answers, _ = run_engine(config, make_requests(VOCAB_SIZE))
+        check_equal(answers, expected, bits=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_keeps_bits_in_deterministic_mode(models: dict[str, str], family: str) -> None:
+    """Whatever a request is batched with, and in whatever pieces its prompt comes."""
+    options = {"device": "cuda", "dtype": "bfloat16", "deterministic": True}
+    requests = make_requests(VOCAB_SIZE)
+    together, _ = run_engine(make_config(models[family], **options), requests)
+    one_by_one, _ = run_engine(make_config(models[family], **options), *([request] for request in requests))
+    check_equal(one_by_one, together, bits=True)
