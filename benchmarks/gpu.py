@@ -65,7 +65,8 @@ class Row:
         """The figure that the hardware allows; None for what is bound by many things."""
         shape = self.preset.shape
         if self.unit == "ms/token":
-            return 1e3 * 2 * (layer_weights(shape) + head_weights(shape)) / bandwidth / self.num_gpus
+            num_bytes = bytes_per_weight(shape) * layer_weights(shape) + 2 * head_weights(shape)
+            return 1e3 * num_bytes / bandwidth / self.num_gpus
         if self.unit == "prompt tok/s":
             num_tokens = self.preset.workload.prompt_tokens[1]
             attention = 2 * shape.num_layers * shape.num_heads * shape.head_dim * num_tokens  # 4 x half the square
@@ -86,6 +87,12 @@ def layer_weights(shape: Shape) -> int:
     return shape.num_layers * (attention + 3 * shape.hidden_size * shape.intermediate_size)
 
 
+def bytes_per_weight(shape: Shape) -> float:
+    """Of the layers; with scales in 16 bits where groups of weights have one."""
+    config = shape.more.get("quantization_config")
+    return 2 if config is None else config["bits"] / 8 + 2 / config["group_size"]
+
+
 def head_weights(shape: Shape) -> int:
     return shape.hidden_size * shape.vocab_size
 
@@ -101,6 +108,8 @@ ROWS = {
         Row("det-lat8b", "ms/token", 18.7, 7),
         Row("det-batch8b", "output tok/s", 6060, 7500, seconds=420),
         Row("det-prefill8b", "prompt tok/s", 32900),
+        Row("gptq1", "ms/token", 18.7, 7),
+        Row("gptq64", "output tok/s", 2200, 2400, seconds=420),
         Row("lat8b-tp2", "ms/token", 3.52, 3.2),
         Row("batch8b-tp2", "output tok/s", 14500, 15000, seconds=420),
         Row("lat70b", "ms/token", 12.45, 11, seconds=480),

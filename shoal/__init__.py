@@ -14,12 +14,13 @@ from shoal.version import __version__ as __version__
 # Type checkers read __init__.pyi; an import of shoal.llm here would be one upwards for every floor.
 _HOMES = {
     "LLM": "shoal.llm",
+    "LoRARequest": "shoal.types",
     "PoolingParams": "shoal.types",
     "RequestOutput": "shoal.types",
     "SamplingParams": "shoal.types",
 }
 
-__all__ = ["LLM", "PoolingParams", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "LoRARequest", "PoolingParams", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

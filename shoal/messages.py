@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from shoal.types.adapter import AdapterRef
 from shoal.types.outputs import FinishReason, TokenLogprobs
 from shoal.types.pooling_params import PoolingParams
 from shoal.types.request import EngineRequest
@@ -167,6 +168,7 @@ class SlotAssignment(msgspec.Struct, array_like=True):
     num_prompt_tokens: int
     sampling: SamplingParams
     pooling: PoolingParams | None = None
+    adapter: AdapterRef | None = None
 
 
 class SlotWork(msgspec.Struct, array_like=True):
@@ -201,7 +203,8 @@ class ScheduledBatch(msgspec.Struct, array_like=True):
 class SlotResult(msgspec.Struct, array_like=True):
     """What one slot sampled: 0..k token ids; prompt_logprobs for the prompt positions computed in this step.
 
-    pooled: of a pooling request instead, once its prompt is computed: see TokenDelta.
+    pooled: of a pooling request instead, once its prompt is computed: see TokenDelta. error: why there is no result;
+    the request ends with it.
     """
 
     slot: int
@@ -209,6 +212,7 @@ class SlotResult(msgspec.Struct, array_like=True):
     logprobs: list[TokenLogprobs] | None = None
     prompt_logprobs: list[TokenLogprobs] | None = None
     pooled: bytes | None = None
+    error: str | None = None
 
 
 class BatchResult(msgspec.Struct, array_like=True):

@@ -21,6 +21,14 @@ _LONGROPE: dict[str, Any] = {
     "long_factor": [1.0, 2.0, 3.0, 4.0, 5.0, 6.0],
     "original_max_position_embeddings": 512,
 }
+_YARN: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "mscale": 0.707,
+    "mscale_all_dim": 0.707,
+    "original_max_position_embeddings": 64,
+}
 # Families in all the forms that their code tells apart: name -> (family, changes of its config).
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -91,6 +99,31 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3-moe": ("qwen3_moe", {}),
     "qwen3-moe-not-normalized": ("qwen3_moe", {"norm_topk_prob": False, "num_experts": 11, "attention_bias": True}),
+    "deepseek-v2": ("deepseek_v2", {}),
+    "deepseek-v2-groups": (
+        "deepseek_v2",
+        {"q_lora_rank": None, "topk_method": "group_limited_greedy", "n_group": 3, "topk_group": 2, "head_dim": 8},
+    ),
+    "deepseek-v2-yarn": (
+        "deepseek_v2",
+        {"first_k_dense_replace": 0, "attention_bias": True, "routed_scaling_factor": 2.0, "rope_parameters": _YARN},
+    ),
+    "deepseek-v3": ("deepseek_v3", {}),
+    "deepseek-v3-yarn": ("deepseek_v3", {"rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "deepseek-v3-one-group": (
+        "deepseek_v3",
+        {"n_group": 1, "topk_group": 1, "n_routed_experts": 7, "norm_topk_prob": False, "rope_interleave": False},
+    ),
+    "gpt-oss": ("gpt_oss", {}),
+    "gpt-oss-other-windows": (
+        "gpt_oss",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "num_local_experts": 5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    ),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {}),
     "gemma2-no-caps": ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None, "head_dim": 32}),
@@ -127,6 +160,17 @@ _COMMON: dict[str, Any] = {
     "pad_token_id": 0,
 }
 _GATED: dict[str, Any] = {"intermediate_size": 112, "num_key_value_heads": 2}
+_LATENT: dict[str, Any] = {
+    "intermediate_size": 112,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 40,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+}
 _FAMILY: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] = {
     "llama": (transformers.LlamaConfig, _GATED),
     "mistral": (transformers.MistralConfig, {**_GATED, "sliding_window": 64, "head_dim": 32}),
@@ -146,6 +190,32 @@ _FAMILY: dict[str, tuple[type[transformers.PretrainedConfig], dict[str, Any]]] =
             "num_experts_per_tok": 3,
             "moe_intermediate_size": 48,
             "norm_topk_prob": True,
+        },
+    ),
+    "deepseek_v2": (
+        transformers.DeepseekV2Config,
+        {**_LATENT, "n_routed_experts": 6, "num_experts_per_tok": 3, "n_shared_experts": 2},
+    ),
+    "deepseek_v3": (
+        transformers.DeepseekV3Config,
+        {**_LATENT, "n_routed_experts": 8, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2},
+    ),
+    "gpt_oss": (
+        transformers.GptOssConfig,
+        {
+            **_GATED,
+            "head_dim": 16,
+            "num_local_experts": 6,
+            "num_experts_per_tok": 3,
+            "sliding_window": 40,
+            "swiglu_limit": 1.5,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 150000.0,
+                "factor": 8.0,
+                "truncate": False,
+                "original_max_position_embeddings": 64,
+            },
         },
     ),
     "gemma": (transformers.GemmaConfig, {**_GATED, "head_dim": 32}),
@@ -201,6 +271,9 @@ def make_checkpoint(
             else:
                 is_norm = name.endswith("norm.weight")
                 parameter.normal_(1.0 if is_norm else 0.0, 0.2, generator=generator)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2, generator=generator)
     directory.mkdir(parents=True, exist_ok=True)
     model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
     byte_level_tokenizer().save_pretrained(directory)

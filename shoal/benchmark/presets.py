@@ -144,6 +144,27 @@ QWEN3_30B_A3B = Shape(
     rope={"rope_theta": 1000000.0, "rope_type": "default"},
     more={"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True},
 )
+QWEN25_32B_GPTQ = Shape(
+    name="Qwen2.5-32B-GPTQ-Int4",
+    architecture="Qwen2ForCausalLM",
+    model_type="qwen2",
+    num_layers=64,
+    hidden_size=5120,
+    intermediate_size=27648,
+    num_heads=40,
+    num_kv_heads=8,
+    head_dim=128,
+    vocab_size=152064,
+    tied=False,
+    max_position_embeddings=32768,
+    norm_eps=1e-6,
+    rope={"rope_theta": 1000000.0, "rope_type": "default"},
+    more={
+        "quantization_config": {
+            "quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False,
+        }
+    },
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,6 +193,7 @@ LATENCY_PRESETS = {
     "lat8b-tp2": dataclasses.replace(_LAT8B, tensor_parallel_size=2),
     "det-lat8b": dataclasses.replace(_LAT8B, deterministic=True),
     "lat30b-moe": Preset(QWEN3_30B_A3B, Workload(1, (128, 128), (256, 256))),
+    "gptq1": Preset(QWEN25_32B_GPTQ, Workload(1, (128, 128), (128, 128))),
     "lat70b": Preset(LLAMA_70B, Workload(1, (128, 128), (128, 128)), tensor_parallel_size=4),
 }
 THROUGHPUT_PRESETS = {
@@ -182,6 +204,7 @@ THROUGHPUT_PRESETS = {
     "prefill8b": _PREFILL8B,
     "det-prefill8b": dataclasses.replace(_PREFILL8B, deterministic=True),
     "batch30b-moe": Preset(QWEN3_30B_A3B, Workload(256, (100, 1024), (100, 512))),
+    "gptq64": Preset(QWEN25_32B_GPTQ, Workload(64, (128, 512), (256, 256))),
     "batch70b": Preset(LLAMA_70B, Workload(128, (100, 1024), (100, 256)), tensor_parallel_size=4),
 }
 PRESETS = {**LATENCY_PRESETS, **THROUGHPUT_PRESETS}

@@ -6,6 +6,7 @@ import dataclasses
 
 import msgspec
 
+from shoal.config.lora import LoraConfig
 from shoal.config.model_config import ModelConfig
 from shoal.config.parallel import ParallelConfig
 from shoal.errors import ConfigError
@@ -40,6 +41,7 @@ class EngineConfig:
     long_prefill_token_threshold: int
     scheduling_policy: str
     async_scheduling: bool
+    lora: LoraConfig | None = None
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     generation: int = 0
     kv_cache_dtype: str = "auto"

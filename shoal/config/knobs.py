@@ -20,7 +20,6 @@ _FALSE = ("false", "no", "off", "0")
 # Flags of vLLM's that people bring along and this version has no counterpart of.
 NOT_YET = {
     "speculative_config": "speculative decoding is not built in this version",
-    "enable_lora": "LoRA adapters are not built in this version",
     "tool_call_parser": "tool calls are not built in this version",
     "reasoning_parser": "reasoning parsers are not built in this version",
 }

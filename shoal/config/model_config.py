@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal.config.experts import ExpertsConfig
 from shoal.config.families import FAMILIES, SUPPORTED_ARCHITECTURES
-from shoal.config.pooling import PoolingConfig, check_overrides, decoder_names, read_pooling
+from shoal.config.pooling import PoolingConfig, decoder_names, read_pooling
 from shoal.config.quantization import QuantizationConfig, read_quantization
 from shoal.config.rope import RopeConfig
 from shoal.config.transformers_family import transformers_fields, wants_transformers
@@ -117,7 +117,6 @@ def load_model_config(
         _check_shapes(config)
     except ModelError as error:
         raise ModelError(f"{directory / 'config.json'}: {error}") from None
-    check_overrides(overrides or {}, by_transformers=config.model_impl == "transformers")
     pooling = read_pooling(str(directory), raw, config.hidden_size, runner)
     if pooling is not None and pooling.max_length is not None:
         longest = min(pooling.max_length, config.max_position_embeddings)

@@ -86,6 +86,10 @@ class ModelOptions:
     hf_overrides: str | dict[str, Any] | None = option(
         None, "Keys in place of config.json's, as a JSON object such as '{\"is_matryoshka\": true}'."
     )
+    enable_lora: bool = option(False, "Take LoRA adapters, which requests name as their model.")
+    max_loras: int = option(8, "Adapters that are loaded at a time; all of them may go into one step.", minimum=1)
+    max_lora_rank: int = option(16, "The widest adapter's rank.", minimum=1, maximum=512)
+    lora_modules: list[str] = option([], "Adapters to begin with, each as NAME=PATH.")
     enforce_eager: bool = option(False, "Do not capture CUDA graphs.")
     deterministic: bool | None = option(
         None, "A request's tokens do not depend on what it is batched with; default: on for shoal-tiny on CPU."
@@ -110,8 +114,8 @@ class CacheOptions:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "Numbers of the KV cache. auto: the model's dtype; fp8 (that is fp8_e4m3) and fp8_e5m2: 8 bits, so that twice as "
-        "many tokens fit as with 16, for a little accuracy.",
+        "Numbers of the KV cache. auto: the model's dtype; fp8 (that is fp8_e4m3) and fp8_e5m2: 8 bits, so that twice "
+        "as many tokens fit as with 16, for a little accuracy.",
         choices=tuple(CACHE_DTYPES),
     )
     num_gpu_blocks_override: int | None = option(

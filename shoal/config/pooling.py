@@ -22,8 +22,6 @@ _POOLING_MODES = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
 }
-# Keys that only this file reads.
-_OWN_KEYS = frozenset({"is_matryoshka", "matryoshka_dimensions", "classifier_from_token", "num_labels"})
 # Families of encoders: the layers behind the first token's state that make scores.
 _ENCODERS = {
     "Bert": ("pooler.dense", "classifier"),
@@ -91,16 +89,6 @@ def parse_overrides(given: str | Mapping[str, Any] | None) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"hf_overrides must be a JSON object; got {given!r:.100}")
     return dict(given)
-
-
-def check_overrides(overrides: Mapping[str, Any], *, by_transformers: bool) -> None:
-    """Raise ConfigError for keys that would be ignored: Transformers reads the checkpoint's own config.json."""
-    ignored = sorted(set(overrides) - _OWN_KEYS)
-    if by_transformers and ignored:
-        raise ConfigError(
-            f"hf_overrides: {ignored[0]} is for native models, and this one runs through Transformers; change its "
-            "config.json"
-        )
 
 
 def read_pooling(path: str, raw: Mapping[str, Any], hidden_size: int, runner: str) -> PoolingConfig | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from shoal import env
 from shoal.config.engine_config import EngineConfig
+from shoal.config.lora import LoraConfig, parse_modules
 from shoal.config.model_config import ModelConfig, load_model_config
 from shoal.config.model_path import resolve_model_path
 from shoal.config.options import EMBEDDED_MODEL, CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions
@@ -91,6 +92,7 @@ def resolve(
         long_prefill_token_threshold=scheduler.long_prefill_token_threshold,
         scheduling_policy=scheduler.scheduling_policy,
         async_scheduling=scheduler.async_scheduling,
+        lora=_resolve_lora(model, model_config, deterministic),
         parallel=_resolve_parallel(parallel, model_config, device, deterministic, is_node),
     )
 
@@ -102,6 +104,24 @@ def _for_encoder(scheduler: SchedulerOptions, cache: CacheOptions, deterministic
     if cache.kv_cache_memory is not None:
         _logger.warning("kv_cache_memory changes nothing: this model is an encoder, and keeps no KV cache")
     return dataclasses.replace(scheduler, enable_chunked_prefill=False)
+
+
+def _resolve_lora(options: ModelOptions, model: ModelConfig, deterministic: bool) -> LoraConfig | None:
+    if not options.enable_lora:
+        if options.lora_modules:
+            raise ConfigError("lora_modules needs enable_lora")
+        return None
+    if deterministic:
+        raise ConfigError(
+            "enable_lora does not go with deterministic mode: adapters are multiplied with all tokens of a step; "
+            "pass --no-deterministic"
+        )
+    if model.pooling is not None:
+        raise ConfigError("enable_lora does not go with models for embeddings and scores")
+    modules = parse_modules(options.lora_modules)
+    if len(modules) > options.max_loras:
+        raise ConfigError(f"{len(modules)} lora_modules are more than max_loras {options.max_loras}")
+    return LoraConfig(max_loras=options.max_loras, max_rank=options.max_lora_rank)
 
 
 def _resolve_parallel(

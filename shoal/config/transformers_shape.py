@@ -40,8 +40,14 @@ def answer(directory: str, config: str, trust_remote_code: bool) -> str:
 
 def read_config(directory: str, raw: dict[str, Any], trust_remote_code: bool) -> Any:
     """The configuration that `raw` says, of the class that belongs to the model in `directory`."""
-    auto_config = importlib.import_module("transformers").AutoConfig
-    kind = type(auto_config.from_pretrained(directory, trust_remote_code=trust_remote_code, local_files_only=True))
+    transformers = importlib.import_module("transformers")
+    if raw.get("model_type") in transformers.CONFIG_MAPPING and not (trust_remote_code and raw.get("auto_map")):
+        kind = transformers.CONFIG_MAPPING[raw["model_type"]]
+    else:
+        found = transformers.AutoConfig.from_pretrained(
+            directory, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+        kind = type(found)
     config = kind.from_dict(dict(raw))
     config._name_or_path = directory  # where the model's own code is looked for
     return config

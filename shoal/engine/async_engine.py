@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from shoal.config.engine_config import EngineConfig
+from shoal.engine.adapters import AdapterRegistry
 from shoal.engine.client import CoreRestarting, EngineClient, ReplicaStatus
 from shoal.engine.observer import EngineObserver
 from shoal.engine.placement import Placement
@@ -29,6 +30,7 @@ from shoal.engine.watch import DEFAULT_PROGRESS_TIMEOUT, watch
 from shoal.errors import EngineDeadError, EngineError, InvalidRequestError, UnavailableError
 from shoal.log import get_logger
 from shoal.messages import AbortRequests, CoreOutputs, EngineStats, TokenDelta
+from shoal.types.adapter import AdapterRef
 from shoal.types.outputs import FinishReason, RequestOutput, RequestUpdate
 from shoal.types.sampling_params import SamplingParams
 
@@ -73,7 +75,12 @@ class AsyncEngine:
         self._failure: EngineDeadError | None = None
         self._draining = False
         self._pulse = Pulse()  # of a single core
+        self.adapters = AdapterRegistry(config.lora, self._names_adapter)
         self._away_since: float | None = None  # no core was there, and no token has come since then
+
+    def _names_adapter(self, uid: str) -> bool:
+        journals = (answer.journal for answer in self._answers.values())
+        return any(journal.adapter is not None and journal.adapter.uid == uid for journal in journals)
 
     async def start(self) -> None:
         """Start taking in what the core emits."""
@@ -95,6 +102,7 @@ class AsyncEngine:
         request_id: str | None = None,
         priority: int = 0,
         add_special_tokens: bool = True,
+        adapter: AdapterRef | None = None,
     ) -> PreparedRequest:
         """Tokenize and validate; nothing is queued yet.
 
@@ -104,7 +112,12 @@ class AsyncEngine:
         """
         self._check_admitting(params.n)
         prepared = self._preparer.prepare(
-            prompt, params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+            prompt,
+            params,
+            request_id=request_id,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+            adapter=adapter,
         )
         self._check_unknown(prepared.request_id)
         return prepared
@@ -122,6 +135,7 @@ class AsyncEngine:
         continue_final_message: bool = False,
         chat_template_kwargs: dict[str, Any] | None = None,
         add_special_tokens: bool = False,
+        adapter: AdapterRef | None = None,
     ) -> PreparedRequest:
         """Like `prepare`, for a conversation of OpenAI messages. Templates write their special tokens themselves."""
         self._check_admitting(params.n)
@@ -134,7 +148,12 @@ class AsyncEngine:
             chat_template_kwargs=chat_template_kwargs,
         )
         return self.prepare(
-            text, params, request_id=request_id, priority=priority, add_special_tokens=add_special_tokens
+            text,
+            params,
+            request_id=request_id,
+            priority=priority,
+            add_special_tokens=add_special_tokens,
+            adapter=adapter,
         )
 
     def _check_admitting(self, num_answers: int) -> None:

@@ -13,6 +13,7 @@ import msgspec
 from shoal.engine.detokenizer import Detokenizer
 from shoal.engine.stop_strings import StopStrings
 from shoal.engine.tokenizer import Tokenizer
+from shoal.types.adapter import AdapterRef
 from shoal.types.outputs import FinishReason
 from shoal.types.pooling_params import PoolingParams
 from shoal.types.request import EngineRequest
@@ -40,6 +41,7 @@ class RequestJournal(msgspec.Struct, kw_only=True):
     delivered_tokens: int = 0
     deadline_seconds: float = DEFAULT_DEADLINE_SECONDS
     pooling: PoolingParams | None = None
+    adapter: AdapterRef | None = None
 
     def engine_request(self) -> EngineRequest:
         """What an engine is asked for: the whole answer, or the rest of it once tokens were emitted."""
@@ -51,6 +53,7 @@ class RequestJournal(msgspec.Struct, kw_only=True):
             priority=self.priority,
             arrival_time=self.arrival_time,
             pooling=self.pooling,
+            adapter=self.adapter,
         )
 
     def end_by_engine(self) -> tuple[FinishReason | None, int | None]:

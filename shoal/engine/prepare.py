@@ -19,6 +19,7 @@ from shoal.engine.pooling import check_pooling, what_it_does
 from shoal.engine.tokenizer import Tokenizer
 from shoal.errors import InvalidRequestError
 from shoal.protocol.errors import NOT_THIS_KIND
+from shoal.types.adapter import AdapterRef
 from shoal.types.pooling_params import PoolingParams
 from shoal.types.sampling_params import SamplingParams
 from shoal.types.seeds import derive_seed
@@ -39,7 +40,7 @@ class PreparedRequest:
     begun: of a continuation, the answers of which a part was delivered elsewhere. num_crashes: how many engines ended
     while they worked on it. deadline_seconds: how long it may go without progress. alone: no other request may run
     beside it. held: it waits here for the engine's restart when that is lost, instead of ending as `lost`.
-    pooling: of a request for a vector or scores; `params` chooses nothing then.
+    pooling: of a request for a vector or scores; `params` chooses nothing then. adapter: LoRA, of one that names it.
     """
 
     request_id: str
@@ -55,6 +56,7 @@ class PreparedRequest:
     alone: bool = False
     held: bool = True
     pooling: PoolingParams | None = None
+    adapter: AdapterRef | None = None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -79,6 +81,7 @@ class PreparedRequest:
             delivered_tokens=len(begun.token_ids),
             deadline_seconds=self.deadline_seconds,
             pooling=self.pooling,
+            adapter=self.adapter,
         )
 
     def carry_on(self, begun: Mapping[int, AnswerSoFar], vocab_size: int, *, first_index: int = 0) -> None:
@@ -117,6 +120,7 @@ class RequestPreparer:
         request_id: str | None,
         priority: int,
         add_special_tokens: bool,
+        adapter: AdapterRef | None = None,
     ) -> PreparedRequest:
         """Validate and resolve. Raises InvalidRequestError, saying what was found and what would work."""
         pooling: PoolingParams | None = None
@@ -143,6 +147,7 @@ class RequestPreparer:
             arrival_time=time.time(),
             stop_token_strings=stop_token_strings,
             pooling=pooling,
+            adapter=adapter,
         )
 
     def _check_generates(self) -> None:

@@ -83,6 +83,7 @@ def quantize_rows(
 def _byte_matmul_kernel(
     x, x_scales, weight, scales, bias, y, M, N, K, w_stride, x_scale_rows,
     X_GROUPS: tl.constexpr, SCALES: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SHARES_SCALE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BAND: tl.constexpr, WHOLE_K: tl.constexpr,
 ):  # fmt: skip
     """Tiles that run at the same time share rows and columns (BAND tiles of rows), so that the L2 cache serves them."""
@@ -119,10 +120,17 @@ def _byte_matmul_kernel(
                 part = tl.dot(left, right, out_dtype=tl.int32).to(tl.float32)
             else:
                 part = tl.dot(left, right)
-            part *= tl.load(scales + column // SCALE_N * tl.cdiv(K, SCALE_K) + start // SCALE_K)[None, :]
-            if X_GROUPS:
-                part *= tl.load(x_scales + row * tl.cdiv(K, SCALE_K) + start // SCALE_K)[:, None]
-            total += part
+            block_row = scales + start // SCALE_K
+            if SHARES_SCALE:  # all outputs of the tile
+                factor = tl.load(block_row + (within // height) * BLOCK_N // SCALE_N * tl.cdiv(K, SCALE_K))
+                if X_GROUPS:
+                    factor *= tl.load(x_scales + row * tl.cdiv(K, SCALE_K) + start // SCALE_K)[:, None]
+                total += part * factor
+            else:
+                part *= tl.load(block_row + column // SCALE_N * tl.cdiv(K, SCALE_K))[None, :]
+                if X_GROUPS:
+                    part *= tl.load(x_scales + row * tl.cdiv(K, SCALE_K) + start // SCALE_K)[:, None]
+                total += part
     result = total.to(tl.float32)
     if SCALES == 1:
         result *= tl.load(scales + column)[None, :]
@@ -141,17 +149,20 @@ def byte_matmul(
     scales: ByteScales,
     bias: torch.Tensor | None,
     dtype: torch.dtype,
+    *,
+    tiles: tuple[int, int, int, int, int] | None = None,
 ) -> torch.Tensor:
     """x [M, K] and weight [N, K], both int8 or both float8_e4m3fn -> [M, N] of `dtype`.
 
     x_scales: as `quantize_rows` gives them; by groups only those of the weight's blocks. Sums are fp32, of INT8 exact.
+    tiles: as `choose_tiles`.
     """
     num_rows, num_inputs = x.shape
     num_outputs = weight.shape[0]
     y = torch.empty(num_rows, num_outputs, dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y
-    block_m, block_n, block_k, warps, stages = choose_tiles(num_rows)
+    block_m, block_n, block_k, warps, stages = tiles or choose_tiles(num_rows, scales.block is not None)
     block = scales.block or (1, 1)
     if scales.block is not None:
         block_k = min(block_k, block[1] & -block[1])
@@ -160,16 +171,21 @@ def byte_matmul(
         weight.stride(0), 1 if x_scales.shape[0] == num_rows else 0,
         X_GROUPS=x_scales.dim() == 2 and x_scales.shape[1] > 1, SCALES=1 if scales.block is None else 2,
         SCALE_N=block[0], SCALE_K=block[1], HAS_BIAS=bias is not None, BLOCK_M=block_m, BLOCK_N=block_n,
+        SHARES_SCALE=block[0] % block_n == 0,
         BLOCK_K=block_k, BAND=8, WHOLE_K=num_inputs % block_k == 0, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return y
 
 
-def choose_tiles(num_rows: int) -> tuple[int, int, int, int, int]:
-    """Rows, outputs, inputs, warps, stages."""
+def choose_tiles(num_rows: int, by_blocks: bool) -> tuple[int, int, int, int, int]:
+    """Rows, outputs, inputs, warps, stages.
+
+    H200, 28672 x 4096, without quantizing the rows, µs for 64, 512, 2048 rows, 2026-11: FP8 by blocks 35, 141, 590;
+    INT8 35, 115, 369; cuBLAS in bf16 64, 158, 615. By blocks tiles of 128 rows took 636: their two sums fill registers.
+    """
     if num_rows <= 32:
         return 32, 64, 128, 4, 4
-    return (64, 128, 128, 4, 4) if num_rows <= 64 else (128, 128, 128, 8, 4)
+    return (64, 128, 128, 4, 4) if by_blocks or num_rows <= 512 else (128, 128, 128, 8, 3)
 
 
 @triton.jit

@@ -15,7 +15,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shoal.kernels.launch import has_dependent_launch, launch_options
 
-_CHUNK = 1024
+# Pairs that a program looks at together: of few, and of many.
+_CHUNKS = (1024, 4096)
 
 
 @triton.jit
@@ -130,11 +131,13 @@ def order_pairs(ids: torch.Tensor, tokens: torch.Tensor, block: int) -> PairOrde
     gets."""
     num_pairs, num_experts, device = ids.numel(), len(tokens), ids.device
     num_blocks = max(1, min(num_pairs, num_pairs // block + num_experts))
+    # All three rows begin at a multiple of 16 bytes: kernels are compiled for pointers that do, and for others anew.
+    num_blocks = -(-num_blocks // 4) * 4
     pairs = torch.empty(max(1, num_pairs), dtype=torch.int32, device=device)
     blocks = torch.empty(3, num_blocks, dtype=torch.int32, device=device)
     _order_kernel[(num_experts + 1,)](
         ids.contiguous(), pairs, blocks[0], blocks[1], blocks[2], tokens, num_pairs, num_experts, num_blocks,
-        BLOCK=block, BINS=triton.next_power_of_2(num_experts + 1), CHUNK=_CHUNK,
-        DEPENDENT=has_dependent_launch(device), num_warps=4, **launch_options(device),
+        BLOCK=block, BINS=triton.next_power_of_2(num_experts + 1), CHUNK=_CHUNKS[num_pairs > 2 * _CHUNKS[1]],
+        DEPENDENT=has_dependent_launch(device), num_warps=8, **launch_options(device),
     )  # fmt: skip
     return PairOrder(pairs, blocks[0], blocks[1], blocks[2])

@@ -27,7 +27,7 @@ from shoal.kernels.linear import MOST_SPLITS, Workspace
 WORDS = 16  # of an output in a slab
 MOST_DOT_ROWS = 128  # of a program
 # What a product asks into L2 while the one before it still runs.
-_PREFETCHED_BYTES = 12 << 20
+_PREFETCHED_BYTES = 6 << 20
 # A float whose bits are an integer v shifted left by s is v 2^(s - 149), not normal. Times x 2^(64 - s) it is a normal
 # number for all x that matter (2^-64 is lost, 2^63 too large), and v x comes for one bit operation and one addition.
 _X_SCALE = tl.constexpr(2.0**64)
@@ -74,18 +74,20 @@ def pack_words(integers: torch.Tensor, bits: int) -> torch.Tensor:
 @dataclasses.dataclass(frozen=True)
 class PackedConfig:
     """How a product is cut. kind: "sum" (one row; block_n a multiple of 8, a warp takes every num_warps-th slab) or
-    "dot"."""
+    "dot". takes_norm: a norm before it is part of it ("sum" with one split), rather than a kernel of its own."""
 
     kind: str
     block_n: int
     num_warps: int
     num_stages: int = 1
     num_splits: int = 1
+    takes_norm: bool = False
 
     @property
     def label(self) -> str:
         """What stands for it in files."""
-        return f"{self.kind} {self.block_n} warps={self.num_warps} stages={self.num_stages} splits={self.num_splits}"
+        cut = f"{self.kind} {self.block_n} warps={self.num_warps} stages={self.num_stages} splits={self.num_splits}"
+        return f"{cut}{' norm' * self.takes_norm}"
 
 
 @triton.jit
@@ -182,7 +184,6 @@ def _sum_kernel(
     if DEPENDENT:
         gdc_wait()
     values = _load_inputs(x, slab, end, K, BITS, WARPS, WHOLE_K, True)
-    factors = _load_inputs(norm, slab, end, K, BITS, WARPS, WHOLE_K, HAS_NORM)
     totals = (tl.zeros([WARPS, 8, 16], tl.float32),) * (HALVES * REPEATS)
     squares = tl.zeros([WARPS, 8, 16], tl.float32)
     for first in range(begin, end, WARPS):
@@ -194,7 +195,7 @@ def _sum_kernel(
             address = words + later * step + outputs[index] * 16 + word
             next_tiles = next_tiles + (tl.load(address, mask=later < end, other=0),)  # type: ignore[assignment]
         next_values = _load_inputs(x, later, end, K, BITS, WARPS, WHOLE_K, True)
-        next_factors = _load_inputs(norm, later, end, K, BITS, WARPS, WHOLE_K, HAS_NORM)
+        factors = _load_inputs(norm, slab, end, K, BITS, WARPS, WHOLE_K, HAS_NORM)
         for subgroup in tl.static_range(PER_WORD // SUBGROUP):
             parts = (tl.zeros([WARPS, 8, 16], tl.float32),) * (HALVES * REPEATS)
             inputs = tl.zeros([WARPS, 8, 16], tl.float32)
@@ -208,7 +209,9 @@ def _sum_kernel(
                 value *= _X_SCALE / (1 << (first_bit % 16))
                 new_parts = ()
                 for index in tl.static_range(HALVES * REPEATS):
-                    bits = tiles[index] if first_bit < 16 else tiles[index] >> 16
+                    bits = tiles[index].to(tl.uint32, bitcast=True)
+                    if first_bit >= 16:
+                        bits = bits >> 16
                     bits = bits & (((1 << BITS) - 1) << (first_bit % 16))
                     product = bits.to(tl.float32, bitcast=True) * value
                     new_parts = new_parts + (parts[index] + product,)  # type: ignore[assignment]
@@ -229,7 +232,6 @@ def _sum_kernel(
             totals = new_totals
         tiles = next_tiles
         values = next_values
-        factors = next_factors
     inverse = tl.full([], 1.0, tl.float32)
     if HAS_NORM:
         # All 8 lanes have the same inputs.

@@ -6,6 +6,7 @@ BUCKETS[-1] rows are multiplied by the dequantized weight, piece by piece. N out
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable
@@ -38,15 +39,25 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Up to so many rows the activation, the residual and the norm before cost nothing, or little.
 FUSED_ROWS = 16
 # Outputs, warps, stages of a program; the first is taken where nothing may be measured.
-_SUMS = ((16, 4, 1), (8, 4, 1), (32, 4, 1), (32, 2, 1))
-_FEW_DOTS = ((64, 4, 4), (16, 1, 4), (32, 1, 4))
-_MANY_DOTS = ((128, 8, 3), (64, 4, 4), (128, 4, 3))
+_SUMS = ((16, 4, 1), (32, 4, 1), (32, 2, 1), (16, 8, 1), (64, 2, 1))
+_FEW_DOTS = ((128, 4, 4), (64, 4, 5))
+_MORE_DOTS = ((128, 4, 3), (256, 8, 3), (128, 8, 3))  # up to 64 rows
+_MANY_DOTS = ((128, 8, 3),)
 # Dequantized at a time.
 _SCRATCH_BYTES = 64 << 20
 _MEASURED_BYTES = 128 << 20
 _MOST_LAUNCHES = 16
 # The choice kept for "the dequantized weight is fastest".
 _LIBRARY = "library"
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What a choice is for: rows up to `bucket`, an activation after the product, a norm before it."""
+
+    bucket: int
+    gated: bool
+    has_norm: bool
 
 
 class PackedPlan:
@@ -63,8 +74,8 @@ class PackedPlan:
         self.weight, self.bias, self.dtype = weight, bias, dtype
         self._chooser = chooser
         # Of layers that several ranks hold whole all must choose alike.
-        self._measures = measures
-        self._configs: dict[tuple[bool, int], PackedConfig | None] = {}
+        self.measures = measures
+        self._configs: dict[Case, PackedConfig | None] = {}
 
     def apply(self, x: torch.Tensor, *, residual: torch.Tensor | None = None, norm: Norm | None = None) -> torch.Tensor:
         """x [T, K] -> norm(x) W^T + bias + residual, [T, N]. norm: (weight [K], eps) of an RMSNorm of x."""
@@ -78,14 +89,14 @@ class PackedPlan:
         num_rows = x.shape[0]
         if num_rows == 0 or num_rows > BUCKETS[-1]:
             return self._by_library(x, gated, residual, norm)
-        bucket = next(each for each in BUCKETS if num_rows <= each)
+        case = Case(next(each for each in BUCKETS if num_rows <= each), gated, norm is not None)
         if is_compiling_ahead():
-            for candidate in self._chooser.possible(self, gated, bucket, self._measures):
+            for candidate in self._chooser.possible(self, case):
                 if candidate is not None:
                     self._run(x, candidate, gated, residual, norm)
-                    self._run(x, candidate, gated, None, None)  # as it is measured
+                    self._run(x, candidate, gated, None, norm)  # as it is measured
             return self._by_library(x, gated, residual, norm)
-        config = self._config(bucket, gated)
+        config = self._config(case)
         if config is None:
             return self._by_library(x, gated, residual, norm)
         return self._run(x, config, gated, residual, norm)
@@ -93,7 +104,7 @@ class PackedPlan:
     def _run(
         self, x: torch.Tensor, config: PackedConfig, gated: bool, residual: torch.Tensor | None, norm: Norm | None
     ) -> torch.Tensor:
-        if norm is not None and (config.kind != "sum" or config.num_splits > 1):
+        if norm is not None and not config.takes_norm:
             x, norm = rms_norm(x, *norm), None
         activates_apart = gated and x.shape[0] > FUSED_ROWS
         output = packed_linear(
@@ -118,13 +129,13 @@ class PackedPlan:
             output = silu_and_mul(output)
         return output if residual is None else output + residual
 
-    def _config(self, bucket: int, gated: bool) -> PackedConfig | None:
-        if (gated, bucket) not in self._configs:
-            found, is_final = self._chooser.choose(self, gated, bucket, self._measures)
+    def _config(self, case: Case) -> PackedConfig | None:
+        if case not in self._configs:
+            found, is_final = self._chooser.choose(self, case)
             if not is_final:
                 return found
-            self._configs[gated, bucket] = found
-        return self._configs[gated, bucket]
+            self._configs[case] = found
+        return self._configs[case]
 
 
 def multiply_dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -172,28 +183,26 @@ class PackedChooser:
         self._plans.setdefault(_shape_key(plan), weakref.WeakSet()).add(plan)
         return plan
 
-    def choose(
-        self, plan: PackedPlan, gated: bool, bucket: int, measures: bool = True
-    ) -> tuple[PackedConfig | None, bool]:
+    def choose(self, plan: PackedPlan, case: Case) -> tuple[PackedConfig | None, bool]:
         """(the config, or None for the dequantized weight; whether that is final)."""
-        candidates = self._candidates(plan, gated, bucket)
-        if not measures:
+        candidates = self._candidates(plan, case)
+        if not plan.measures:
             return candidates[0], True
-        key = _key(plan, gated, bucket)
+        key = _key(plan, case)
         if not self._knows(key, candidates):
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
                 return candidates[0], False  # a measurement is a capture of its own
-            self._choices[key] = self._fastest(plan, gated, bucket, candidates)
+            self._choices[key] = self._fastest(plan, case, candidates)
             if self._cache is not None:
                 self._cache.put(key, [_label(self._choices[key]), *map(_label, candidates)])
         return self._choices[key], True
 
-    def possible(self, plan: PackedPlan, gated: bool, bucket: int, measures: bool = True) -> list[PackedConfig | None]:
+    def possible(self, plan: PackedPlan, case: Case) -> list[PackedConfig | None]:
         """The chosen config where that is known, else all that may be chosen."""
-        candidates = self._candidates(plan, gated, bucket)
-        if not measures:
+        candidates = self._candidates(plan, case)
+        if not plan.measures:
             return candidates[:1]
-        key = _key(plan, gated, bucket)
+        key = _key(plan, case)
         return [self._choices[key]] if self._knows(key, candidates) else candidates
 
     def _knows(self, key: str, candidates: list[PackedConfig | None]) -> bool:
@@ -205,25 +214,23 @@ class PackedChooser:
                     self._choices[key] = config
         return key in self._choices
 
-    def _candidates(self, plan: PackedPlan, gated: bool, bucket: int) -> list[PackedConfig | None]:
-        num_multiprocessors = _num_multiprocessors(self.device)
-        return candidates_for(bucket, plan.weight, gated, num_multiprocessors)
+    def _candidates(self, plan: PackedPlan, case: Case) -> list[PackedConfig | None]:
+        return candidates_for(case, plan.weight, _num_multiprocessors(self.device))
 
-    def _fastest(
-        self, plan: PackedPlan, gated: bool, bucket: int, candidates: list[PackedConfig | None]
-    ) -> PackedConfig | None:
+    def _fastest(self, plan: PackedPlan, case: Case, candidates: list[PackedConfig | None]) -> PackedConfig | None:
         """Times the candidates in graphs over the weights of this shape."""
         same_shape = list(self._plans[_shape_key(plan)])
         count = min(len(same_shape), _MOST_LAUNCHES, max(1, _MEASURED_BYTES // plan.weight.nbytes))
-        x = torch.randn(bucket, plan.weight.num_inputs, dtype=plan.dtype, device=self.device)
+        x = torch.randn(case.bucket, plan.weight.num_inputs, dtype=plan.dtype, device=self.device)
+        norm = (torch.ones_like(x[0]), 1e-6) if case.has_norm else None
 
         def chain(config: PackedConfig | None) -> Callable[[], None]:
             def run() -> None:
                 for each in same_shape[:count]:
                     if config is None:
-                        each._by_library(x, gated, None, None)
+                        each._by_library(x, case.gated, None, norm)
                     else:
-                        each._run(x, config, gated, None, None)
+                        each._run(x, config, case.gated, None, norm)
 
             return run
 
@@ -234,10 +241,8 @@ class PackedChooser:
             except OutOfResources:
                 continue  # more shared memory than this GPU has
         _logger.debug(
-            "packed linear %s gated=%s rows=%d: %s",
-            _shape_key(plan),
-            gated,
-            bucket,
+            "packed linear %s: %s",
+            _key(plan, case),
             ", ".join(f"{_label(config)} {seconds / count * 1e6:.1f} us" for seconds, config in times),
         )
         return min(times, key=lambda pair: pair[0])[1]
@@ -249,20 +254,20 @@ def packed_chooser(device: torch.device) -> PackedChooser:
     return PackedChooser(device, ChoiceCache(env.cache_directory() / "packed-linear", environment_of(device)))
 
 
-def candidates_for(
-    bucket: int, weight: PackedWeight, gated: bool, num_multiprocessors: int
-) -> list[PackedConfig | None]:
+def candidates_for(case: Case, weight: PackedWeight, num_multiprocessors: int) -> list[PackedConfig | None]:
     """The few ways worth measuring for a number of rows and a shape; None: the dequantized weight."""
-    num_outputs = weight.num_outputs // 2 if gated and bucket <= FUSED_ROWS else weight.num_outputs
+    bucket = case.bucket
+    num_outputs = weight.num_outputs // 2 if case.gated and bucket <= FUSED_ROWS else weight.num_outputs
     num_slabs = weight.words.shape[0]
     found: list[PackedConfig | None] = []
     kinds = [("sum", each) for each in (_SUMS if bucket == 1 else ())]
-    kinds += [("dot", each) for each in (_FEW_DOTS if bucket <= FUSED_ROWS else _MANY_DOTS)]
+    dots = _FEW_DOTS if bucket <= FUSED_ROWS else _MORE_DOTS if bucket <= 64 else _MANY_DOTS
+    kinds += [("dot", each) for each in dots]
     for kind, (block_n, warps, stages) in kinds:
         tiles = -(-num_outputs // block_n)
         row_tiles = triton.cdiv(bucket, dot_rows(bucket))
         # Warps of a "sum" share the slabs of a program; each should have a few.
-        fewest_slabs = 4 * warps if kind == "sum" else 8
+        fewest_slabs = 2 * warps if kind == "sum" else 8
         splits = [1]
         while (
             2 * splits[-1] <= MOST_SPLITS
@@ -272,7 +277,9 @@ def candidates_for(
         ):
             splits.append(2 * splits[-1])
         found += [PackedConfig(kind, block_n, warps, stages, each) for each in splits[-2:]]
-    if bucket > FUSED_ROWS:
+        if kind == "sum" and case.has_norm:
+            found.append(PackedConfig(kind, block_n, warps, stages, takes_norm=True))
+    if bucket > 64:
         found.append(None)
     return found
 
@@ -281,8 +288,9 @@ def _label(config: PackedConfig | None) -> str:
     return _LIBRARY if config is None else config.label
 
 
-def _key(plan: PackedPlan, gated: bool, bucket: int) -> str:
-    return f"{_shape_key(plan)} {'gated ' if gated else ''}rows={bucket}"
+def _key(plan: PackedPlan, case: Case) -> str:
+    extras = f"{' gated' * case.gated}{' norm' * case.has_norm}"
+    return f"{_shape_key(plan)}{extras} rows={case.bucket}"
 
 
 def _shape_key(plan: PackedPlan) -> str:

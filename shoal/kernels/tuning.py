@@ -40,13 +40,9 @@ _SUMS = {
     4: ((2, 1024, 4), (4, 512, 2)),
 }
 _DOTS = ((16, 256, 1, 4), (64, 128, 4, 4))
-# Of weights of one byte.
-_BYTE_SUMS = {
-    1: ((1, 2048, 4), (2, 2048, 4), (4, 1024, 2), (4, 2048, 4)),
-    2: ((2, 2048, 4), (4, 1024, 2)),
-    4: ((2, 2048, 4), (4, 1024, 2)),
-}
-_BYTE_DOTS = ((16, 512, 1, 4), (16, 128, 1, 6), (64, 128, 4, 4), (32, 256, 2, 4))
+# Of weights of one byte (those that won on an H200, 2026-11); several rows of x in registers lose to matrix units.
+_BYTE_SUMS = {1: ((1, 1024, 1), (1, 2048, 2), (4, 1024, 2))}
+_BYTE_DOTS = ((64, 128, 4, 4), (64, 256, 4, 3), (64, 128, 2, 4), (32, 128, 2, 5), (32, 256, 2, 4))
 # What a product asks into L2 (50 MB on an H100) while the one before it still runs: enough for the microseconds between
 # them. With 32 KB a program, some 40 MB, products of 4096 x 4096 and 2560 x 8192 took 12 and 20 % longer (2026-11).
 _PREFETCHED_BYTES = 12 << 20
@@ -250,7 +246,7 @@ def candidates_for(
         # Programs of one output start so fast that asking ahead does not pay.
         for num_bytes in (0, prefetch) if block_n > 1 else (0,):
             found.append(LinearConfig("sum", block_n, block_k, warps, prefetch_bytes=num_bytes))
-    for block_n, block_k, warps, stages in dots if bucket > 1 else ():
+    for block_n, block_k, warps, stages in dots if bucket > 1 or sums is not None else ():
         num_tiles = -(-num_outputs // block_n)
         most = 1
         while (

@@ -149,19 +149,29 @@ class LatentAttention(nn.Module):
     L numbers of a row, the first value_dim of them its value. Queries enter as they meet the rows: absorbed, rotated.
     """
 
-    def __init__(self, context: BuildContext, latent_dim: int, value_dim: int, scale: float) -> None:
-        """Raises AttentionRefusal."""
+    def __init__(
+        self, context: BuildContext, latent_dim: int, value_dim: int, scale: float, *, name: str | None = None
+    ) -> None:
+        """name: as in `Attention`; of the two scales the keys' is the rows'. Raises AttentionRefusal."""
         super().__init__()
         self.backend = context.attention_backend
         self.value_dim, self.scale = value_dim, scale
+        self.cache_scales = None if name is None else CacheScales(name)
         _check(context, latent_dim, AttentionForm(scale), is_latent=True)
 
     def forward(
         self, query: torch.Tensor, latent: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         """query [T, Hq, L], latent [T, L] -> [T, Hq, value_dim]."""
+        scales = self.cache_scales
         return self.backend.forward_latent(
-            query, latent, kv_cache, metadata, scale=self.scale, value_dim=self.value_dim
+            query,
+            latent,
+            kv_cache,
+            metadata,
+            scale=self.scale,
+            value_dim=self.value_dim,
+            cache_scale=1.0 if scales is None else scales.key,
         )
 
 

@@ -9,6 +9,7 @@ import torch
 from shoal.attention.base import AttentionBackend
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.parallel_dims import ParallelDims
+from shoal.layers.lora import AdapterSlots
 from shoal.quantization.base import QuantizationScheme
 from shoal.quantization.unquantized import Unquantized
 
@@ -24,7 +25,7 @@ class BuildContext:
     parallel, tensor_group: this rank's place in the grid, and the ranks that share its layers: as many as
     `parallel.tensor_size`.
     layer_range: the layers of this pipeline stage; None is all. max_model_len: rows of position tables; None is the
-    model's own limit. cache_dtype: of the KV cache; None is dtype.
+    model's own limit. cache_dtype: of the KV cache; None is dtype. adapters: room for them in the linear layers.
     """
 
     dtype: torch.dtype
@@ -37,3 +38,4 @@ class BuildContext:
     layer_range: range | None = None
     max_model_len: int | None = None
     cache_dtype: torch.dtype | None = None
+    adapters: AdapterSlots | None = None

@@ -5,6 +5,7 @@ T tokens, R rows, H hidden size, V vocabulary, W width of this rank's slice of i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,7 @@ from shoal.distributed.vocabulary import VocabularySlice
 from shoal.layers.activation import activation
 from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
+from shoal.layers.linear import Part, checkpoint_tensor
 from shoal.quantization.base import LinearSpec
 
 
@@ -59,7 +61,14 @@ class VocabularyEmbedding(Embedding):
         return vocabulary.group.all_reduce(found.masked_fill_(elsewhere.unsqueeze(1), 0))
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
-        yield _tokens_of(self.vocabulary, f"{self.name}.weight", self.weight)
+        vocabulary, size = self.vocabulary, self.weight.shape[1]
+        yield CheckpointTensor(
+            name=f"{self.name}.weight",
+            shape=(vocabulary.vocab_size, size),
+            index=(vocabulary.tokens, slice(0, size)),
+            destination=self.weight[: vocabulary.num_tokens],
+            kind="embedding",
+        )
 
 
 class LogitsHead(nn.Module):
@@ -78,7 +87,7 @@ class LogitsHead(nn.Module):
     ) -> None:
         """softcap: logits become cap * tanh(logits / cap) (Gemma 2)."""
         super().__init__()
-        self.name, self.softcap = name, softcap
+        self.name, self.hidden_size, self.softcap = name, hidden_size, softcap
         self._tanh = activation("tanh", context.deterministic and context.device.type == "cpu")
         self.vocabulary = VocabularySlice(vocab_size, context.tensor_group)
         spec = LinearSpec(
@@ -92,8 +101,11 @@ class LogitsHead(nn.Module):
             part_sizes=(self.vocabulary.width,),
         )
         self.method = context.quantization.linear(spec, None if tied is None else tied.weight)
+        # Where the table ends within this rank's slice, what follows it is not loaded.
         for tensor in self.method.tensors():
-            tensor.data[self.vocabulary.num_tokens :].zero_()
+            if (dim := tensor.out_dim) is not None:
+                filled = math.ceil(self.vocabulary.num_tokens / tensor.out_unit)
+                tensor.data.narrow(dim, filled, tensor.data.shape[dim] - filled).zero_()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [R, H] -> this rank's logits [R, W], fp32; -inf for padding."""
@@ -108,23 +120,13 @@ class LogitsHead(nn.Module):
         return logits if self.softcap is None else self._tanh(logits / self.softcap) * self.softcap
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        vocabulary, size = self.vocabulary, self.hidden_size
+        part = Part(self.name, vocabulary.vocab_size, vocabulary.tokens)
         for tensor in self.method.tensors():
-            yield _tokens_of(self.vocabulary, f"{self.name}.{tensor.suffix}", tensor.data)
+            yield checkpoint_tensor(tensor, part, 0, 0, is_last=True, in_features=size, columns=slice(0, size))
 
     def process_after_load(self) -> None:
         self.method.process_after_load()
 
     def weight_bytes(self) -> int:
         return self.method.weight_bytes()
-
-
-def _tokens_of(vocabulary: VocabularySlice, name: str, table: torch.Tensor) -> CheckpointTensor:
-    """The rows of this rank's tokens, a row a token; the table's padding is not filled."""
-    size = table.shape[1]
-    return CheckpointTensor(
-        name=name,
-        shape=(vocabulary.vocab_size, size),
-        index=(vocabulary.tokens, slice(0, size)),
-        destination=table[: vocabulary.num_tokens],
-        kind="embedding",
-    )

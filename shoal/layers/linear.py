@@ -53,23 +53,25 @@ class Linear(nn.Module):
         self.in_features = in_features
         self.parts = parts
         self.columns = columns or slice(0, in_features)
-        self.method = context.quantization.linear(
-            LinearSpec(
-                in_features=self.columns.stop - self.columns.start,
-                out_features=sum(part.rows.stop - part.rows.start for part in parts),
-                bias=bias,
-                dtype=context.dtype,
-                device=context.device,
-                deterministic=context.deterministic,
-                num_input_shards=num_input_shards,
-                is_summand=is_summand,
-                is_replicated=is_replicated,
-                has_bias_elsewhere=has_bias_elsewhere,
-                all_in_features=in_features,
-                names=tuple(part.name for part in parts),
-                part_sizes=tuple(part.rows.stop - part.rows.start for part in parts),
-            )
+        spec = LinearSpec(
+            in_features=self.columns.stop - self.columns.start,
+            out_features=sum(part.rows.stop - part.rows.start for part in parts),
+            bias=bias,
+            dtype=context.dtype,
+            device=context.device,
+            deterministic=context.deterministic,
+            num_input_shards=num_input_shards,
+            is_summand=is_summand,
+            is_replicated=is_replicated,
+            has_bias_elsewhere=has_bias_elsewhere,
+            all_in_features=in_features,
+            names=tuple(part.name for part in parts),
+            part_sizes=tuple(part.rows.stop - part.rows.start for part in parts),
         )
+        self.method = context.quantization.linear(spec)
+        self.is_adapted = context.adapters is not None
+        if context.adapters is not None:
+            self.method = context.adapters.adapt(self.method, spec, parts, self.columns)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, inputs of this rank] -> [T, outputs of this rank]."""
@@ -308,7 +310,9 @@ class RowLinear(Linear):
     @property
     def can_start_sum(self) -> bool:
         """Whether `start_sum` gives the sum, and other work can be done meanwhile."""
-        return self.leaves_sum and self.is_split and not self.deterministic and self.group.overlaps
+        # Adapters know the step's tokens as they lie, not a half of them.
+        alone = self.deterministic or self.is_adapted
+        return self.leaves_sum and self.is_split and not alone and self.group.overlaps
 
     def start_sum(self, x: torch.Tensor) -> PendingSum:
         """As `forward`, where `can_start_sum`: the sum over the ranks, under way."""

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight. Called by layers/moe.py; a family may have a function of its own.
+"""Which experts a token goes to, and with what weight. Called by layers/moe.py; a family may bring one of its own.
 
 T tokens, E experts, k experts a token.
 """

@@ -27,7 +27,8 @@ from shoal.executor.node_agent import work_for_node_0
 from shoal.llm.offline_engine import OfflineEngine
 from shoal.llm.progress import PromptBar, StartupDisplay
 from shoal.network.node_record import is_node
-from shoal.protocol.pooling import make_pairs
+from shoal.protocol.pairs import make_pairs
+from shoal.types.adapter import AdapterRef, LoRARequest
 from shoal.types.outputs import RequestOutput
 from shoal.types.pooling_outputs import EmbeddingOutput, EmbeddingRequestOutput, ScoringOutput, ScoringRequestOutput
 from shoal.types.pooling_params import PoolingParams
@@ -96,19 +97,24 @@ class LLM:
         use_tqdm: bool = True,
         *,
         priority: Sequence[int] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Complete prompts; the outputs come in the order of the prompts.
 
         prompts: one or a list of: text, a list of token ids, {"prompt": text} or {"prompt_token_ids": ids}.
         sampling_params: for all, or one for each prompt; None takes the model's defaults. use_tqdm: show a progress
-        bar. priority: one for each prompt, lower is served first. Nothing runs if one of the prompts is wrong.
+        bar. priority: one for each prompt, lower is served first. lora_request: the adapter for all, or one or None for
+        each (needs `enable_lora`). Nothing runs if one of the prompts is wrong.
         Raises InvalidRequestError, EngineDeadError.
         """
         several = _prompt_list(prompts)
         engine = self._engine.engine
 
+        adapters = self._adapters(lora_request, len(several))
+
         def prepare(index: int, params: SamplingParams) -> PreparedRequest:
-            return engine.prepare(several[index], params, priority=priority[index] if priority else 0)
+            own = priority[index] if priority else 0
+            return engine.prepare(several[index], params, priority=own, adapter=adapters[index])
 
         if priority is not None and len(priority) != len(several):
             raise InvalidRequestError(
@@ -127,6 +133,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[RequestOutput]:
         """Answer conversations: one list of messages ({"role": …, "content": …}), or a list of such lists.
 
@@ -134,6 +141,7 @@ class LLM:
         """
         conversations = list(messages) if messages and not isinstance(messages[0], dict) else [messages]
         engine = self._engine.engine
+        adapters = self._adapters(lora_request, len(conversations))
 
         def prepare(index: int, params: SamplingParams) -> PreparedRequest:
             return engine.prepare_chat(
@@ -144,9 +152,20 @@ class LLM:
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
                 chat_template_kwargs=chat_template_kwargs,
+                adapter=adapters[index],
             )
 
         return self._run(len(conversations), sampling_params, prepare, use_tqdm)
+
+    def _adapters(
+        self, given: LoRARequest | Sequence[LoRARequest | None] | None, num_prompts: int
+    ) -> list[AdapterRef | None]:
+        """Of each prompt; those that are new are loaded. Raises InvalidRequestError."""
+        wanted = [given] * num_prompts if given is None or isinstance(given, LoRARequest) else list(given)
+        if len(wanted) != num_prompts:
+            raise InvalidRequestError(f"{len(wanted)} lora_requests for {num_prompts} prompts; give one each")
+        registry = self._engine.engine.adapters
+        return [None if each is None else registry.find_or_load(each.lora_name, each.lora_path) for each in wanted]
 
     # --- vectors and scores ----------------------------------------------------------------------------------------
 

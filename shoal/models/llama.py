@@ -75,6 +75,7 @@ class LlamaAttention(nn.Module):
             name=prefix,
             scale=self.scale(config),
             softcap=self.softcap(config),
+            sinks=self.make_sinks(config, context, prefix),
             **self.head_norms(config, context, prefix),
         )
 
@@ -83,6 +84,10 @@ class LlamaAttention(nn.Module):
         return None
 
     def softcap(self, config: ModelConfig) -> float | None:
+        return None
+
+    def make_sinks(self, config: ModelConfig, context: BuildContext, prefix: str) -> torch.Tensor | None:
+        """As of `AttentionForm`: fp32 [Hq], filled by the loader."""
         return None
 
     def has_qkv_bias(self, config: ModelConfig) -> bool:

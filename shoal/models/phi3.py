@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4 (Abdin et al. 2024): Llama whose checkpoints hold query, key and value as one matrix, gate and up as one;
+"""Phi-3 and Phi-4 (Abdin et al. 2024): Llama with query, key and value stored as one matrix, and gate and up as one;
 later ones turn a part of each head only, and stretch angles by factors a pair (longrope)."""
 
 from __future__ import annotations

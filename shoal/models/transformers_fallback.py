@@ -31,12 +31,12 @@ from shoal.models.transformers_attention import CHECKED, PAGED, PagedHeads, Step
 from shoal.models.transformers_layers import (
     Head,
     ModuleWeights,
-    Plan,
     PositionTable,
     RowWise,
     TokenEmbedding,
     plain_norm,
 )
+from shoal.models.transformers_plan import Plan
 
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
     {found[0] if isinstance(found, tuple) else found for found in ACT2CLS.values()}
@@ -191,9 +191,9 @@ class TransformersForCausalLM(CausalLM):
         num_positions = context.max_model_len or self.config.max_position_embeddings
         row_wise = context.deterministic and context.device.type == "cpu"
         for name, module in list(model.named_modules()):
-            if type(module) is nn.Linear:
-                _put(model, name, plan.linear(name, module))
-            elif (norm := plain_norm(name, module, context)) is not None:
+            for key, projection in plan.projections(name, module).items():
+                setattr(module, key, projection)
+            if (norm := plain_norm(name, module, context)) is not None:
                 _put(model, name, norm)
             elif "RotaryEmbedding" in type(module).__name__ and not list(module.parameters()):
                 module.to(context.device)

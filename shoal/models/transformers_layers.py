@@ -1,12 +1,11 @@
-"""Our layers in the place of a Transformers model's own: by its tensor-parallel plan, and what of its modules stays.
+"""Modules of ours in a Transformers model: around our layers, around what is left of its own.
 
-T tokens, P positions; activations are [1, T, …] there.
+T tokens, R rows, H hidden size, W width of this rank's slice of the vocabulary; activations are [1, T, …] there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -14,35 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from shoal.config.model_config import ModelConfig
 from shoal.layers.activation import by_rows
 from shoal.layers.checkpoint import CheckpointTensor, TensorKind, whole
 from shoal.layers.context import BuildContext
 from shoal.layers.embedding import LogitsHead, VocabularyEmbedding
-from shoal.layers.linear import ColumnLinear, Linear, Part, ReplicatedLinear, RowLinear
+from shoal.layers.linear import Linear
 from shoal.layers.norm import RMSNorm
 
-_NUMBER = re.compile(r"\.\d+(?=\.|$)")
-# Styles of a tensor-parallel plan (`base_model_tp_plan`). What has another one, or none, is whole on every rank.
-_COLUMN, _GATHERED = ("colwise",), ("colwise_gather_output", "colwise_rep")
-_ROW = ("rowwise", "rowwise_split_input", "rowwise_rep")
-_PACKED = ("packed_colwise",)
-_WHOLE = ("replicate", "replicated_with_grad_allreduce")
-_SPLIT_OUTPUTS = (*_COLUMN, *_PACKED)
-# For families whose config has none. Their code counts heads by these attributes.
-_PLANS = {
-    "stablelm": {
-        "layers.*.self_attn.q_proj": "colwise",
-        "layers.*.self_attn.k_proj": "colwise",
-        "layers.*.self_attn.v_proj": "colwise",
-        "layers.*.self_attn.o_proj": "rowwise",
-        "layers.*.mlp.gate_proj": "colwise",
-        "layers.*.mlp.up_proj": "colwise",
-        "layers.*.mlp.down_proj": "rowwise",
-    }
-}
-_HEAD_COUNTS = {"num_heads": "num_heads", "num_attention_heads": "num_heads", "num_key_value_heads": "num_kv_heads"}
-_KEYS_AND_VALUES = ("k_proj", "v_proj")
 _NORM_TOLERANCE = 1e-5
 
 
@@ -64,6 +41,45 @@ class Projection(nn.Module):
         rows = self.linear(rows)
         if self._group is not None:
             rows = self._group.all_gather(rows)
+        return rows.view(*x.shape[:-1], rows.shape[1])
+
+
+class Merged(nn.Module):
+    """One product for several projections that take the same input, one after the other, as in
+    `act(gate(x)) * up(x)`: the first computes all, the others take theirs. One that brings another input computes
+    again."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__()
+        self.linear = linear
+        self._sizes = [part.rows.stop - part.rows.start for part in linear.parts]
+        self._input: torch.Tensor | None = None
+        self._outputs: dict[int, torch.Tensor] = {}
+
+    def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """x [1, T, …] -> [T, outputs of part `index`]."""
+        if x is not self._input or index not in self._outputs:
+            self._outputs = dict(enumerate(self.linear(x.reshape(-1, x.shape[-1])).split(self._sizes, dim=-1)))
+            self._input = x
+        output = self._outputs.pop(index)
+        if not self._outputs:
+            self._input = None
+        return output
+
+
+class MergedPart(nn.Module):
+    """One of the projections of a Merged, in the place of the model's own. gathers: as Projection's."""
+
+    def __init__(self, merged: Merged, index: int, context: BuildContext, *, gathers: bool) -> None:
+        super().__init__()
+        self.merged, self._index = merged, index
+        self.in_features = merged.linear.in_features
+        self._group = context.tensor_group if gathers and context.tensor_group.world_size > 1 else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self.merged.take(self._index, x)
+        if self._group is not None:
+            rows = self._group.all_gather(rows.contiguous())
         return rows.view(*x.shape[:-1], rows.shape[1])
 
 
@@ -191,108 +207,6 @@ class RowWise(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return by_rows(self.module, x.reshape(-1, x.shape[-1])).view(x.shape)
-
-
-class Plan:
-    """Which layers of ours stand for which modules of a model on this rank."""
-
-    def __init__(self, model: nn.Module, base: nn.Module, prefix: str, config: ModelConfig, context: BuildContext):
-        """base: the decoder in the model, whose names begin with `prefix`."""
-        self._config, self._context, self._prefix = config, context, prefix
-        hf_config: Any = base.config
-        self._styles: dict[str, str] = dict(
-            getattr(hf_config, "base_model_tp_plan", None) or _PLANS.get(config.model_type, {})
-        )
-        self._whole_parents = {name for name, module in model.named_modules() if self._must_be_whole(name, module)}
-
-    def style(self, name: str) -> str | None:
-        """name: of a module or parameter, in the whole model."""
-        inner = name.removeprefix(f"{self._prefix}.") if self._prefix else name
-        return self._styles.get(_NUMBER.sub(".*", inner))
-
-    def _must_be_whole(self, name: str, module: nn.Module) -> bool:
-        """Whether a module with split projections has further weights, of which the plan does not say that they fit
-        the part of the heads that a rank then has."""
-        children = dict(module.named_children())
-        split = {key for key in children if self.style(f"{name}.{key}") in _SPLIT_OUTPUTS}
-        if not split:
-            return False
-        for key, parameter in module.named_parameters():
-            owner = key.rpartition(".")[0]
-            styles = [self.style(f"{name}.{each}") for each in (owner, key)]
-            is_planned = styles[0] is not None and isinstance(children.get(owner), nn.Linear)
-            if not is_planned and parameter.numel() > 1 and not any(style in _WHOLE for style in styles):
-                return True
-        return False
-
-    def shares_heads(self, layer_name: str, layer: nn.Module) -> bool:
-        """Whether the layer's attention has this rank's heads alone."""
-        return self._context.parallel.tensor_size > 1 and any(
-            self._splits_heads(f"{layer_name}.{name}", module) for name, module in layer.named_modules()
-        )
-
-    def _splits_heads(self, name: str, module: nn.Module) -> bool:
-        """Whether `module` projects to this rank's query heads: it is no part of an MLP."""
-        parent, _, key = name.rpartition(".")
-        return (
-            isinstance(module, (nn.Linear, Projection))
-            and self.style(name) in _SPLIT_OUTPUTS
-            and parent not in self._whole_parents
-            and any(word in key for word in ("q_proj", "query", "qkv", "c_attn"))
-        )
-
-    def count_own_heads(self, layer_name: str, layer: nn.Module) -> None:
-        """Modules that split their heads count this rank's."""
-        parallel, config = self._context.parallel, self._config
-        kv_heads = parallel.kv_head_slice(config.num_kv_heads)
-        own = {"num_heads": config.num_heads // parallel.tensor_size, "num_kv_heads": kv_heads.stop - kv_heads.start}
-        for name, module in layer.named_modules():
-            if any(self._splits_heads(f"{layer_name}.{name}.{key}", child) for key, child in module.named_children()):
-                for attribute, what in _HEAD_COUNTS.items():
-                    if getattr(module, attribute, None) == getattr(config, what):
-                        setattr(module, attribute, own[what])
-
-    def linear(self, name: str, module: nn.Linear) -> Projection:
-        context, inputs, outputs = self._context, module.in_features, module.out_features
-        bias, parent, style = module.bias is not None, name.rpartition(".")[0], self.style(name)
-        if parent in self._whole_parents or self._is_uneven(style, inputs, outputs, name):
-            style = None
-        if style in _ROW:
-            own = context.parallel.tensor_slice(inputs, f"inputs of {name}")
-            return Projection(RowLinear(context, name, inputs, outputs, bias=bias), context, own=own)
-        if style in _PACKED:
-            return Projection(self._packed(name, inputs, outputs, bias), context)
-        if style in (*_COLUMN, *_GATHERED):
-            column = (
-                self._by_kv_heads(name, inputs, outputs, bias)
-                if self._is_key_or_value(name, outputs)
-                else ColumnLinear(context, name, inputs, outputs, bias=bias)
-            )
-            return Projection(column, context, gathers=style in _GATHERED)
-        return Projection(ReplicatedLinear(context, name, inputs, outputs, bias=bias), context)
-
-    def _is_uneven(self, style: str | None, inputs: int, outputs: int, name: str) -> bool:
-        """What is put together again need not be split; KV heads of which ranks hold copies cannot be."""
-        size = self._context.parallel.tensor_size
-        if style in _GATHERED:
-            return outputs % size != 0 or (self._is_key_or_value(name, outputs) and self._config.num_kv_heads < size)
-        return style in ("rowwise_split_input", "rowwise_rep") and inputs % size != 0
-
-    def _is_key_or_value(self, name: str, outputs: int) -> bool:
-        config = self._config
-        return name.rpartition(".")[2] in _KEYS_AND_VALUES and outputs == config.num_kv_heads * config.head_dim
-
-    def _by_kv_heads(self, name: str, inputs: int, outputs: int, bias: bool) -> Linear:
-        heads, size = self._context.parallel.kv_head_slice(self._config.num_kv_heads), self._config.head_dim
-        part = Part(name, outputs, slice(heads.start * size, heads.stop * size))
-        return Linear(self._context, in_features=inputs, parts=[part], bias=bias)
-
-    def _packed(self, name: str, inputs: int, outputs: int, bias: bool) -> Linear:
-        """Two matrices in one, such as gate and up."""
-        half = outputs // 2
-        own = self._context.parallel.tensor_slice(half, f"outputs of {name}")
-        parts = [Part(name, outputs, slice(start + own.start, start + own.stop)) for start in (0, half)]
-        return Linear(self._context, in_features=inputs, parts=parts, bias=bias)
 
 
 def plain_norm(name: str, module: nn.Module, context: BuildContext) -> RMSNorm | None:

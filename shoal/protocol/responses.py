@@ -153,6 +153,9 @@ class ModelCard(msgspec.Struct):
     max_model_len: int
     object: str = "model"
     owned_by: str = "shoal"
+    # Of an adapter: its directory, and the model that it adapts.
+    root: str | None = None
+    parent: str | None = None
 
 
 class ModelList(msgspec.Struct):

@@ -89,6 +89,13 @@ class LinearMethod(abc.ABC):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, in_features] -> [T, out_features], in the layer's dtype (see `LinearSpec.is_summand`)."""
 
+    def dense_weight(self) -> torch.Tensor:
+        """The weight [out_features, in_features] in the layer's dtype, of a layer without bias. Called once, in place
+        of `process_after_load`, by a layer that makes something else of it: the method is done with then."""
+        self.process_after_load()
+        spec: LinearSpec = self.spec  # type: ignore[attr-defined]
+        return self.apply(torch.eye(spec.in_features, dtype=spec.dtype, device=spec.device)).T.contiguous()
+
     # Up to so many rows `apply_fused` exists, and `apply_gated` takes a norm.
     fused_rows: int = 0
 

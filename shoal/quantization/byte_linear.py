@@ -82,6 +82,15 @@ class ByteMethod(LinearMethod):
         output: torch.Tensor = self._product.apply(x)
         return output
 
+    def dense_weight(self) -> torch.Tensor:
+        weight = self._weight()
+        scales = weight.scales.unsqueeze(1)
+        if weight.block is not None:
+            outputs, inputs = weight.numbers.shape
+            scales = weight.scales.repeat_interleave(weight.block[0], 0)[:outputs]
+            scales = scales.repeat_interleave(weight.block[1], 1)[:, :inputs]
+        return weight.numbers.float().mul_(scales).to(self.spec.dtype)
+
     def apply_gated(self, x: torch.Tensor, *, norm: NormWeights | None = None) -> torch.Tensor | None:
         output: torch.Tensor | None = self._product.apply_gated(x, norm=norm)
         return output

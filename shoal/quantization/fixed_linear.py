@@ -31,6 +31,8 @@ class FixedLinear(UnquantizedLinear):
         assert spec.num_input_shards == 1 and not spec.is_summand, spec
         super().__init__(spec, weight)
         self._may_ask_library = spec.device.type == "cuda" and spec.dtype in (torch.bfloat16, torch.float16)
+        # A single output goes another way in cuBLAS, which does not take our wish.
+        self._may_ask_library &= spec.out_features > 1
 
     def process_after_load(self) -> None:
         """The weight stays as it is. With a bias cuBLAS is reached through the interface that takes our wish."""

@@ -65,7 +65,7 @@ class BlockProduct:
             x = x.index_select(1, self.order)
         if self._packed_scales is not None and x.shape[0] <= _FEW_ROWS:
             output = torch.ops.aten._weight_int4pack_mm_for_cpu(
-                x.contiguous(), self.integers.flatten(1), self.group_size, self._packed_scales
+                x.contiguous(), self.integers.view(-1, self.num_inputs // 2), self.group_size, self._packed_scales
             )[:, : self.num_outputs]
         else:
             output = self.multiply([x], self.dtype)[0]

@@ -7,12 +7,24 @@ from __future__ import annotations
 
 import torch
 
-from shoal.kernels.moe import KINDS, PLAIN, ExpertWeight, choose_tiles, combine, few_down, few_up, grouped_matmul
+from shoal.kernels.compile_ahead import is_compiling_ahead
+from shoal.kernels.moe import (
+    KINDS,
+    PLAIN,
+    ExpertWeight,
+    GroupedTiles,
+    choose_tiles,
+    combine,
+    every_tiles,
+    few_down,
+    few_up,
+    grouped_matmul,
+)
 from shoal.kernels.moe_routing import order_pairs
 from shoal.quantization.base import ExpertsMethod, ExpertsSpec, ExpertTensor, LinearTensor
 
 # Up to so many rows each is multiplied for itself.
-FEW_ROWS = 2
+FEW_ROWS = 4
 
 
 class StackedExperts(ExpertsMethod):
@@ -69,8 +81,14 @@ class StackedExperts(ExpertsMethod):
     def _grouped(self, x: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """[T * k, H] of `dtype`; of pairs without an expert here anything."""
         x = x if x.stride(1) == 1 else x.contiguous()
+        num_pairs = ids.numel()
+        if is_compiling_ahead():  # no step is to wait for tiles that no warm-up happens to choose
+            for tiles in every_tiles(x.dtype, x.device):
+                self._multiply(x, ids, tiles, dtype)
+        return self._multiply(x, ids, choose_tiles(num_pairs, self.spec.num_experts, x.dtype, x.device), dtype)
+
+    def _multiply(self, x: torch.Tensor, ids: torch.Tensor, tiles: GroupedTiles, dtype: torch.dtype) -> torch.Tensor:
         num_chosen, num_pairs = ids.shape[1], ids.numel()
-        tiles = choose_tiles(num_pairs, self.spec.num_experts, x.dtype, x.device)
         order = order_pairs(ids, self.tokens, tiles.block_m)
         hidden = grouped_matmul(x, self.gate_up, order, num_pairs, num_chosen, tiles)
         if not self._is_fused:

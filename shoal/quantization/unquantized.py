@@ -77,6 +77,11 @@ class UnquantizedLinear(LinearMethod):
     def apply(self, x: torch.Tensor) -> torch.Tensor:
         return self._multiply(x)
 
+    def dense_weight(self) -> torch.Tensor:
+        weight = self.weight
+        del self.weight
+        return weight
+
     def apply_gated(self, x: torch.Tensor, *, norm: NormWeights | None = None) -> torch.Tensor | None:
         return None if self._plan is None else self._plan.apply_gated(x, norm=norm)
 

@@ -33,6 +33,7 @@ class RequestState:
         "eos",
         "external_ready",
         "finish_reason",
+        "hash_root",
         "key",
         "last_step",
         "max_total",
@@ -70,6 +71,8 @@ class RequestState:
         self.slot = -1
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
+        # Keys and values of one adapter's tokens are no other's.
+        self.hash_root = None if request.adapter is None else request.adapter.uid.encode()
         self.num_committed = 0
         self.last_step = -1
         self.finish_reason: FinishReason | None = None
@@ -108,7 +111,8 @@ class RequestState:
         num_full = min(num_tokens, len(self.token_ids)) // size
         while len(hashes) < num_full:
             start = len(hashes) * size
-            hashes.append(hash_block(hashes[-1] if hashes else None, self.token_ids[start : start + size]))
+            parent = hashes[-1] if hashes else self.hash_root
+            hashes.append(hash_block(parent, self.token_ids[start : start + size]))
         return hashes[:num_full]
 
     def append(self, token_id: int) -> tuple[FinishReason | None, int | None]:

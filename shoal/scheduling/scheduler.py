@@ -294,6 +294,7 @@ class Scheduler:
                     state.num_prompt,
                     state.request.sampling,
                     state.request.pooling,
+                    state.request.adapter,
                 )
             )
             self._put_to_work(state, num_new, list(state.block_ids), step_id, work, request_of_slot)
@@ -395,6 +396,9 @@ class Scheduler:
     def _take_result(self, state: RequestState, result: SlotResult) -> TokenDelta | None:
         if state.finished:
             return None  # it was stopped or aborted while this step ran
+        if result.error is not None:
+            self._finish(state, FinishReason.ERROR)
+            return TokenDelta(state.request_id, finish_reason=FinishReason.ERROR, error=result.error)
         if result.prompt_logprobs and state.wants_prompt_logprobs:
             assert state.prompt_logprobs is not None
             state.prompt_logprobs += result.prompt_logprobs

@@ -12,6 +12,7 @@ from shoal.config.options import ModelOptions, ServerOptions
 from shoal.engine.async_engine import AsyncEngine
 from shoal.network.http_server import Cors
 from shoal.observability.metrics import EngineMetrics
+from shoal.server.adapters import adapters_router
 from shoal.server.chat import chat_router
 from shoal.server.completions import completions_router
 from shoal.server.documentation import complete_openapi
@@ -54,7 +55,7 @@ def create_app(
     )
     for make_router in (
         chat_router, completions_router, embeddings_router, scoring_router, tokenization_router, models_router,
-        health_router, internal_router,
+        adapters_router, health_router, internal_router,
     ):  # fmt: skip
         app.include_router(make_router(state))
     complete_openapi(app)

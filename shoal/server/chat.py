@@ -64,10 +64,10 @@ async def _prepare(state: ServerState, body: ChatCompletionRequest, origin: Orig
     params = origin.seeded(body.to_sampling_params(state.model_defaults))
     template = state.request_template(body.chat_template)
     messages = prepare_messages(body.messages, template or state.template)
-    priority = body.priority or 0
+    priority, adapter = body.priority or 0, state.engine.adapters.find(body.model)
     (rendered,) = origin.rendered(1)
     if rendered is not None:
-        return state.engine.prepare(rendered, params, request_id=engine_id, priority=priority)
+        return state.engine.prepare(rendered, params, request_id=engine_id, priority=priority, adapter=adapter)
 
     def prepare() -> PreparedRequest:
         return state.engine.prepare_chat(
@@ -80,6 +80,7 @@ async def _prepare(state: ServerState, body: ChatCompletionRequest, origin: Orig
             continue_final_message=bool(body.continue_final_message),
             chat_template_kwargs=body.chat_template_kwargs,
             add_special_tokens=bool(body.add_special_tokens),
+            adapter=adapter,
         )
 
     size = sum(len(str(message.get("content", ""))) for message in messages)

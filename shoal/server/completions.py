@@ -96,6 +96,7 @@ async def _prepare_all(
             request_id=f"{engine_id}-{index}",
             priority=body.priority or 0,
             add_special_tokens=body.add_special_tokens is not False,
+            adapter=state.engine.adapters.find(body.model),
         )
         prepared.append(await off_the_loop(len(prompt) if isinstance(prompt, str) and ids is None else 0, prepare))
         if index % 16 == 15:

@@ -18,12 +18,17 @@ def models_router(state: ServerState) -> APIRouter:
     router = APIRouter(tags=["information"])
 
     def card(name: str) -> ModelCard:
-        return ModelCard(name, state.started, state.engine.max_model_len)
+        adapter = state.engine.adapters.find(name)
+        if adapter is None:
+            return ModelCard(name, state.started, state.engine.max_model_len)
+        return ModelCard(
+            name, state.started, state.engine.max_model_len, root=adapter.path, parent=state.model_names[0]
+        )
 
     @router.get("/v1/models")
     async def list_models(request: Request) -> Response:
         """The names that the model is served under."""
-        return json_response(ModelList([card(name) for name in state.model_names]))
+        return json_response(ModelList([card(name) for name in (*state.model_names, *state.engine.adapters.names)]))
 
     @router.get("/v1/models/{model_id:path}")
     async def get_model(model_id: str, request: Request) -> Response:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from shoal.config.engine_config import EngineConfig
+from shoal.config.lora import parse_modules
 from shoal.config.model_path import resolve_model_path
 from shoal.config.options import ModelOptions, ServerOptions
 from shoal.engine.async_engine import AsyncEngine
@@ -29,6 +30,7 @@ from shoal.messages import CoreReady
 from shoal.network import format_url, internal_secret, listen, port_of
 from shoal.network.http_server import HttpServer, check_tls, http_config, loop_factory
 from shoal.observability.metrics import EngineMetrics
+from shoal.server.adapters import load_and_try
 from shoal.server.app import create_app
 from shoal.server.observer import MetricsObserver
 from shoal.server.startup import Gate, StartupDisplay, describe_address, describe_engine
@@ -177,6 +179,8 @@ class _Service:
             observer=MetricsObserver(metrics),
         )
         await engine.start()
+        for name, path in parse_modules(self.model.lora_modules).items():
+            await load_and_try(engine, name, path)
         self.gate.app = create_app(
             engine,
             self.options,

@@ -70,9 +70,10 @@ class ServerState:
         """The name to answer under. Raises NotFoundError for a name that is not served."""
         if wanted is None:
             return self.model_names[0]
-        if wanted not in self.model_names:
+        if wanted not in self.model_names and self.engine.adapters.find(wanted) is None:
+            names = [*self.model_names, *self.engine.adapters.names]
             raise NotFoundError(
-                f"the model {wanted[:200]!r} is not served here; there is {', '.join(self.model_names)}",
+                f"the model {wanted[:200]!r} is not served here; there is {', '.join(names)}",
                 "model",
                 "model_not_found",
             )

@@ -1,5 +1,6 @@
 """What users and every floor speak of: sampling parameters, requests and their outputs. Plain data, no torch."""
 
+from shoal.types.adapter import AdapterRef, LoRARequest
 from shoal.types.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput, RequestUpdate, TokenLogprobs
 from shoal.types.pooling_outputs import (
     EmbeddingOutput,
@@ -12,11 +13,13 @@ from shoal.types.request import EngineRequest
 from shoal.types.sampling_params import SamplingParams
 
 __all__ = [
+    "AdapterRef",
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
     "EngineRequest",
     "FinishReason",
+    "LoRARequest",
     "Logprob",
     "PoolingParams",
     "RequestOutput",

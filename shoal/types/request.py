@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
+from shoal.types.adapter import AdapterRef
 from shoal.types.pooling_params import PoolingParams
 from shoal.types.sampling_params import SamplingParams
 
@@ -15,7 +16,7 @@ class EngineRequest(msgspec.Struct):
     emitted_token_ids: tokens that an earlier engine emitted already (a continuation); they are not emitted again.
     sampling: resolved parameters: `seed` is drawn, `max_tokens` is set, stop token ids include the model's end tokens.
     priority: lower is served first; ties by arrival.
-    pooling: of a request for a vector or scores in place of tokens.
+    pooling: of a request for a vector or scores in place of tokens. adapter: LoRA, of one that names it.
     """
 
     request_id: str
@@ -25,3 +26,4 @@ class EngineRequest(msgspec.Struct):
     priority: int = 0
     arrival_time: float = 0.0
     pooling: PoolingParams | None = None
+    adapter: AdapterRef | None = None

@@ -6,7 +6,9 @@ T tokens of a step, R requests (rows) of a step, B blocks of the longest sequenc
 from __future__ import annotations
 
 import dataclasses
+import operator
 
+import msgspec
 import numpy as np
 import torch
 
@@ -16,7 +18,8 @@ from shoal.scheduling.block_pool import NULL_BLOCK
 _INT = np.int64
 # What a row of a decode step brings to the device, int32: see `kernels.step.unpack_rows`.
 ROW_WIDTH = 8
-_SLOT, _POSITION, _TOKEN, _SAMPLING, _UPDATE = 0, 1, 2, slice(3, 6), slice(6, 8)
+SLOT_COLUMN = 0
+_SLOT, _POSITION, _TOKEN, _SAMPLING, _UPDATE = SLOT_COLUMN, 1, 2, slice(3, 6), slice(6, 8)
 
 
 @dataclasses.dataclass(slots=True)
@@ -97,6 +100,14 @@ class TokenRows:
     @property
     def num_tokens(self) -> int:
         return len(self.packed)
+
+
+def longest_first(batch: ScheduledBatch) -> ScheduledBatch:
+    """The same step, its rows by context. Attention begins with the first ones: where short ones come last, all
+    processors are done at about the same time. Every rank does so, with graphs or without, as rows of hidden states and
+    tokens pass between them."""
+    work = sorted(batch.work, key=operator.attrgetter("num_computed_tokens"), reverse=True)
+    return msgspec.structs.replace(batch, work=work)
 
 
 class InputBatch:

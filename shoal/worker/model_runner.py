@@ -28,9 +28,10 @@ from shoal.sampling.rows import upload
 from shoal.sampling.sampler import SampledTokens, Sampler
 from shoal.sampling.state import SamplingState
 from shoal.types.outputs import TokenLogprobs
+from shoal.worker.adapters import RankAdapters
 from shoal.worker.clock import BUSY, MESSAGES, StageClock
 from shoal.worker.graphs import MOST_CONTEXT, StepGraphs, graph_sizes, token_graph_sizes
-from shoal.worker.input_batch import DecodeRows, InputBatch, StepInputs, TokenRows
+from shoal.worker.input_batch import SLOT_COLUMN, DecodeRows, InputBatch, StepInputs, TokenRows, longest_first
 from shoal.worker.layer_status import LayerStatus
 from shoal.worker.pooling import SequencePooling, mark_segments
 from shoal.worker.stage import PipelineStage
@@ -82,8 +83,10 @@ class ModelRunner:
         device: torch.device,
         groups: ParallelGroups,
         hooks: LayerHooks | None = None,
+        adapters: RankAdapters | None = None,
     ) -> None:
         self.config = config
+        self._adapters = adapters
         self.model = model
         self.backend = backend
         self.device = device
@@ -134,6 +137,7 @@ class ModelRunner:
         """Take slot changes in and start the forward pass: from tokens, or from what the stage before sends."""
         self.clock.begin_step()
         self.clock.enter(BUSY)
+        batch = longest_first(batch)
         self._change_slots(batch)
         self._executed[batch.step_id] = self._run_by_graph(batch) or self._run_eagerly(batch)
         self.clock.enter(MESSAGES)
@@ -172,6 +176,7 @@ class ModelRunner:
             self._clear(batch)
         if self.stage.is_first and not self.stage.is_last:
             self.stage.fetch_tokens(rows.reading_slots, self.batch.store_sampled)
+        self._put_adapters(rows.packed[:, SLOT_COLUMN])
         hidden = graphs.forward_tokens(rows, self.stage.receive(rows.num_tokens))
         if not self.stage.is_last:
             hidden = hidden.clone()  # on its way while the next replay begins
@@ -198,6 +203,7 @@ class ModelRunner:
             by_graph = parameters is not None
             if parameters is not None:
                 rows.put_sampling(parameters)
+        self._put_adapters(rows.slots)
         hidden = graphs.forward(rows, self.stage.receive(len(slots)))
         if not self.stage.is_last:
             hidden = hidden.clone()  # on its way while the next replay begins
@@ -205,6 +211,11 @@ class ModelRunner:
         return _Executed(
             batch.step_id, batch.generation, slots, ends, hidden if self.stage.is_last else None, by_graph=by_graph
         )
+
+    def _put_adapters(self, slots: np.ndarray) -> None:
+        """slots: the request's of each token of the step."""
+        if self._adapters is not None:
+            self._adapters.put_tokens(slots)
 
     def _pass_on(self, step_id: int, sample_slots: np.ndarray, hidden: torch.Tensor) -> None:
         """To the next stage, if there is one; the first one expects the tokens of sample_slots back."""
@@ -222,6 +233,8 @@ class ModelRunner:
             if model.pooling is not None:
                 assignment = mark_segments(assignment, model.pooling.num_segments, model.vocab_size)
             self.batch.assign(assignment)
+            if self._adapters is not None:
+                self._adapters.assign(assignment.slot, assignment.adapter)
             if self.sampling is not None:
                 self.sampling.assign(
                     assignment.slot, assignment.sampling, assignment.token_ids, assignment.num_prompt_tokens
@@ -253,6 +266,8 @@ class ModelRunner:
         self.backend.prepare(metadata)
         token_ids = self._token_ids(inputs)
         hidden = self.stage.receive(inputs.num_tokens)
+        if self._adapters is not None:
+            self._put_adapters(inputs.slots[inputs.row_of_token])
         hidden = self.model.forward(token_ids, inputs.positions, self.kv_caches, metadata, self.hooks, hidden)
         self._status.enter_layer(-1)
         return hidden
@@ -361,6 +376,7 @@ class ModelRunner:
         host = _HostCopy(sampled) if sampled is not None else None
         # Before the last stage nothing is sampled.
         slots = executed.slots if executed.hidden is not None else []
+        failures = {} if self._adapters is None else dict(self._adapters.failures)
 
         def collect() -> BatchResult:
             results = []
@@ -370,10 +386,15 @@ class ModelRunner:
                 token_ids = host.token_ids()
                 logprobs = host.logprobs() or logprobs
             for slot, token_id, entry in zip(slots, token_ids, logprobs, strict=True):
+                if slot in failures:
+                    results.append(SlotResult(slot, [], error=failures[slot]))
+                    continue
                 results.append(
                     SlotResult(slot, [token_id], [entry] if entry is not None else None, prompts.pop(slot, None))
                 )
-            results += [SlotResult(slot, [], None, entries) for slot, entries in prompts.items()]
+            results += [
+                SlotResult(slot, [], None, entries) for slot, entries in prompts.items() if slot not in failures
+            ]
             return BatchResult(executed.step_id, executed.generation, results)
 
         return collect
@@ -401,6 +422,8 @@ class ModelRunner:
         if self.device.type != "cuda":
             return 0.0
         started = time.monotonic()
+        if self._adapters is not None:
+            self._adapters.rehearse()
         if self._captures:
             self.graphs = self._capture_graphs(on_progress, local_size)
         else:
@@ -462,6 +485,8 @@ class ModelRunner:
             block_size=self.config.block_size,
         )
         self.backend.prepare(metadata)
+        if self._adapters is not None:
+            self._adapters.rehearse()
         token_ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
         hidden = None
         if not self.stage.is_first:

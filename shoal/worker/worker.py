@@ -20,11 +20,13 @@ from shoal.kernels.compile_ahead import CompileWatch, compile_ahead
 from shoal.kernels.disk_cache import find_compiler_cache
 from shoal.kernels.small_reducer import attach_small_reducer
 from shoal.layers.context import BuildContext
+from shoal.layers.lora import AdapterSlots
 from shoal.log import get_logger
 from shoal.messages import BatchResult, ScheduledBatch, StartupProgress
 from shoal.models.base import CausalLM
 from shoal.models.registry import build_model
 from shoal.weights.loader import load_weights
+from shoal.worker.adapters import RankAdapters
 from shoal.worker.device import (
     check_dtype,
     describe_device,
@@ -114,7 +116,10 @@ class Worker:
             # Not before: what packing frees would stay, a part of every matrix.
             keep_freed_memory()
             use_few_threads(weight_bytes)
-        self._runner = ModelRunner(config, model, context.attention_backend, device, self.groups)
+        adapters = None
+        if config.lora is not None and context.adapters is not None:
+            adapters = RankAdapters(config.lora, context.adapters, model, self.groups.world, config.max_num_seqs)
+        self._runner = ModelRunner(config, model, context.attention_backend, device, self.groups, adapters=adapters)
         self._expert_load = ExpertLoad(model, device)
         # One rank may load for longer than a collective of the step that sizes the cache would wait for it.
         self.groups.meet("loaded")
@@ -138,6 +143,10 @@ class Worker:
         partition = config.parallel.layer_partition or balance_layers(config.model, dims.pipeline_size)
 
         def build(backend: AttentionBackend) -> tuple[CausalLM, BuildContext]:
+            lora = config.lora
+            adapters = None
+            if lora is not None:
+                adapters = AdapterSlots(lora.max_loras, lora.max_rank, config.max_num_batched_tokens, dtype, device)
             context = BuildContext(
                 dtype=dtype,
                 device=device,
@@ -148,6 +157,7 @@ class Worker:
                 layer_range=dims.layer_range(config.model.num_layers, partition),
                 max_model_len=config.max_model_len,
                 cache_dtype=self._cache_dtype,
+                adapters=adapters,
             )
             return build_model(config.model, context), context
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 from shoal.attention.base import AttentionForm, AttentionMetadata, DeviceRows, HeadTransform  # noqa: E402
+from shoal.attention.cache_dtype import cells  # noqa: E402
 from shoal.attention.deterministic_cuda import DeterministicCudaAttention  # noqa: E402
 from shoal.attention.reference import ReferenceAttention  # noqa: E402
 from shoal.kernels.fixed_attention import SPLIT  # noqa: E402
@@ -53,7 +54,8 @@ def test_follows_rows_of_the_device() -> None:
 
 def attend(
     projected: torch.Tensor, num_heads: int, num_kv_heads: int, pieces: list[int], window: int | None, mates: int = 0,
-    block_size: int = 16,
+    block_size: int = 16, cache_dtype: torch.dtype | None = None, softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """One sequence, computed in `pieces`; before it, in every step, `mates` sequences of one token each."""
     backend = DeterministicCudaAttention()
@@ -62,9 +64,11 @@ def attend(
     transform = HeadTransform(torch.cat([angles.cos(), angles.sin()], dim=1).to(DEVICE))
     shape = backend.kv_cache_shape(NUM_BLOCKS, block_size, num_kv_heads, head_dim)
     cache = torch.full(shape, float("nan"), dtype=projected.dtype, device=DEVICE)
+    if cache_dtype is not None:
+        cache = cache.to(cache_dtype)
     num_blocks = -(-length // block_size)
     own, others = (torch.randperm(NUM_BLOCKS - 1)[: 2 * num_blocks].int() + 1).chunk(2)
-    cache[:, :, others.long().to(DEVICE)] = 0.5
+    cells(cache)[:, :, others.long().to(DEVICE)] = 48 if cache_dtype else 0.5  # 48: the bits of 0.5
     lengths = [1 + 37 * mate % length for mate in range(mates)]
     outputs, start = [], 0
     for count in pieces:
@@ -78,7 +82,7 @@ def attend(
         backend.prepare(metadata)
         step = torch.cat([torch.randn_like(projected[:1]).expand(mates, -1), projected[start:end]]).contiguous()
         output = backend.forward_projected(
-            step, positions.to(DEVICE), transform, cache, metadata, AttentionForm(head_dim**-0.5, window),
+            step, positions.to(DEVICE), transform, cache, metadata, AttentionForm(head_dim**-0.5, window, softcap, sinks),
             num_heads=num_heads,
         )  # fmt: skip
         outputs.append(output[mates:])
@@ -112,6 +116,20 @@ def test_same_bits_in_any_pieces_and_company(
     )
     part = attend(own.flatten(1).contiguous(), group, 1, pieces, window)
     assert torch.equal(part, whole.view(LENGTH, num_heads, head_dim)[:, last * group :].flatten(1))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("cache_dtype", [None, torch.float8_e4m3fn])
+def test_same_bits_of_other_forms(cache_dtype: torch.dtype | None) -> None:
+    """Sinks and a softcap, in a cache of 8-bit floats too."""
+    generator = torch.Generator().manual_seed(1)
+    projected = torch.randn((LENGTH, 12 * 128), generator=generator).to(DEVICE, torch.bfloat16)
+    kind = {"softcap": 8.0, "sinks": torch.linspace(-1, 5, 8, device=DEVICE), "cache_dtype": cache_dtype}
+    whole = attend(projected, 8, 2, [LENGTH], 400, **kind)
+    assert torch.isfinite(whole).all()
+    pieces = [500, 1, 1, 30, 1, 257, 1, 277, *[1] * 32]
+    for mates in (0, 70, 200):
+        assert torch.equal(attend(projected, 8, 2, pieces, 400, mates=mates, **kind), whole), mates
 
 
 def test_scratch_memory_is_enough_for_every_number_of_sequences() -> None:

@@ -12,11 +12,12 @@ from shoal.config.knobs import KnobTable
 from shoal.config.model_config import load_model_config
 from shoal.errors import ConfigError
 
-QWEN, QWEN_MOE, LLAMA_8B, LLAMA_70B = (
+QWEN, QWEN_MOE, LLAMA_8B, LLAMA_70B, QWEN_GPTQ = (
     ("qwen3", 28, 1024, 3072, 16, 8, 128, 151936, True),
     ("qwen3_moe", 48, 2048, 6144, 32, 4, 128, 151936, False),
     ("llama", 32, 4096, 14336, 32, 8, 128, 128256, False),
     ("llama", 80, 8192, 28672, 64, 8, 128, 128256, False),
+    ("qwen2", 64, 5120, 27648, 40, 8, 128, 152064, False),
 )
 # Name -> shape, requests, prompt, output, temperature, tensor parallel size.
 ROWS = {
@@ -27,6 +28,8 @@ ROWS = {
     "prefill8b": (LLAMA_8B, 32, (4096, 4096), (1, 1), 0, 1),
     "lat30b-moe": (QWEN_MOE, 1, (128, 128), (256, 256), 0, 1),
     "batch30b-moe": (QWEN_MOE, 256, (100, 1024), (100, 512), 0, 1),
+    "gptq1": (QWEN_GPTQ, 1, (128, 128), (128, 128), 0, 1),
+    "gptq64": (QWEN_GPTQ, 64, (128, 512), (256, 256), 0, 1),
     "lat70b": (LLAMA_70B, 1, (128, 128), (128, 128), 0, 4),
     "batch70b": (LLAMA_70B, 128, (100, 1024), (100, 256), 0, 4),
 }

@@ -44,13 +44,16 @@ class PagedModel:
         seed: int = 0,
         group: GroupCoordinator | None = None,
         layer_range: range | None = None,
+        quantization: str | None = None,
         max_model_len: int | None = None,
         model_impl: str = "auto",
         trust_remote_code: bool = False,
         expert_parallel: bool = False,
     ) -> None:
         """group: the tensor-parallel ranks, which all make the same calls. layer_range: of a pipeline stage."""
-        self.config: ModelConfig = load_model_config(path, model_impl=model_impl, trust_remote_code=trust_remote_code)
+        self.config: ModelConfig = load_model_config(
+            path, quantization, model_impl=model_impl, trust_remote_code=trust_remote_code
+        )
         self.backend = create_attention_backend(backend)
         group = group or GroupCoordinator([0], 0, name="tensor")
         parallel = ParallelDims(tensor_size=group.world_size, rank=group.rank_in_group, expert_parallel=expert_parallel)
@@ -66,9 +69,12 @@ class PagedModel:
         )
         self.model: CausalLM = build_model(self.config, context)
         load_weights(self.model, self.config, load_format)
-        heads = parallel.kv_head_slice(self.config.num_kv_heads)
-        num_kv_heads = heads.stop - heads.start
-        shape = self.backend.kv_cache_shape(num_blocks, block_size, num_kv_heads, self.config.head_dim)
+        if self.config.latent_cache_dim is not None:
+            shape = self.backend.latent_cache_shape(num_blocks, block_size, self.config.latent_cache_dim)
+        else:
+            heads = parallel.kv_head_slice(self.config.num_kv_heads)
+            num_kv_heads = heads.stop - heads.start
+            shape = self.backend.kv_cache_shape(num_blocks, block_size, num_kv_heads, self.config.head_dim)
         # What other requests left behind must not matter.
         self.kv_caches = [torch.full(shape, 3.0, dtype=dtype) for _ in self.model.layer_range]
         self.block_size = block_size

@@ -178,3 +178,43 @@ def test_random_weights_keep_activations_their_size(tmp_path: Path, name: str) -
     )
     for rank in again:
         torch.testing.assert_close(rank, logits, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["float-quantized-tensor", "float-quantized-channel", "float-quantized-block"])
+def test_a_quantized_head(tmp_path: Path, name: str) -> None:
+    """517 tokens are no multiple of a slice, nor of a block."""
+    config, writer = FORMATS[name]
+    (group,) = config["config_groups"].values()
+    own = config | {"config_groups": {"group_0": group | {"targets": ["Linear", "lm_head"]}}, "ignore": []}
+    changes: dict[str, Any] = {"tie_word_embeddings": False, **MODEL, "vocab_size": 517}
+    plain = make_checkpoint(tmp_path / "plain", "qwen2", **changes)
+    path = write_quantized(plain, tmp_path, own, writer, keep="nothing")
+    expected = run(PagedModel(tmp_path / "reference"))
+    for size in (1, 2):
+        for rank in on_ranks(size, lambda group: run(PagedModel(path, group=group))):
+            torch.testing.assert_close(rank, expected, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_quantizing_while_loading(tmp_path: Path, quantization: str, tied: bool) -> None:
+    """In deterministic mode ranks that hold different inputs quantize them as one that holds all."""
+    path = make_checkpoint(tmp_path, "qwen2", **{**MODEL, "tie_word_embeddings": tied})
+    plain = run(PagedModel(path))
+    for backend in ("torch_paged", "deterministic"):
+        (expected,) = on_ranks(1, lambda group: run(PagedModel(path, backend, group=group, quantization=quantization)))
+        distance = (expected - plain).norm() / plain.norm()
+        assert 1e-3 < distance < 0.1
+        for rank in on_ranks(2, lambda group: run(PagedModel(path, backend, group=group, quantization=quantization))):
+            if backend == "deterministic":
+                assert torch.equal(rank, expected)
+            else:
+                assert (rank - plain).norm() / plain.norm() < 0.1
+    tokens = random_tokens(50, seed=1)
+    expected = PagedModel(path, quantization=quantization).logits(tokens, 50)
+    hidden = None
+    for layers in (range(0, 2), range(2, 3)):
+        stage = PagedModel(path, layer_range=layers, quantization=quantization)
+        hidden = stage.hidden([(Sequence(tokens), len(tokens))], hidden)
+    with torch.inference_mode():
+        torch.testing.assert_close(stage.model.compute_full_logits(hidden), expected, atol=1e-4, rtol=1e-5)

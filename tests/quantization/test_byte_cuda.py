@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from shoal import LLM, SamplingParams
 from shoal.quantization.base import LinearSpec
 from shoal.quantization.byte_linear import MOST, ByteFormat, ByteLinear, QuantizedWhileLoading
 
@@ -180,13 +179,3 @@ def test_quantizing_while_loading_holds_one_layer_more(dtype: torch.dtype) -> No
     assert torch.cuda.max_memory_allocated() - before < held + 32 * size * size
     x = torch.randn(3, size, device=DEVICE).to(torch.bfloat16)
     assert distance(methods[-1].apply(x), x.double() @ plain.to(DEVICE).double().T) < 0.05
-
-
-@pytest.mark.parametrize("quantization", ["fp8", "int8"])
-def test_llm_on_a_gpu(quantization: str) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-    options: dict[str, Any] = dict(dtype="bfloat16", max_model_len=64, kv_cache_memory="8MiB", enforce_eager=True)
-    prompts = ["What is", *["The quick brown fox jumps"] * 20]
-    with LLM(model="shoal-tiny", quantization=quantization, **options) as llm:
-        answers = llm.generate(prompts, params)
-    assert all(len(answer.outputs[0].token_ids) == 12 for answer in answers)

@@ -1,7 +1,8 @@
 """Warm up as `serve --enforce-eager` does, then serve, and print which kernels would be compiled only then, one a line:
 `python -m tests.worker.compiled_variants worker BACKEND DTYPE CHECKPOINT`, or `… sampling DTYPE` for two ranks that
 share a vocabulary, or `… norms DTYPE` for norms alone, which few rows have in the product after them: one number of
-rows stands for all. No GPU is needed: launches note what they would compile; results are whatever was in memory.
+rows stands for all, and `… experts DTYPE`. No GPU is needed: launches note what they would compile; results are
+whatever was in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ import shoal.sampling.plan
 from shoal.attention.registry import create_attention_backend
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.vocabulary import VocabularySlice
+from shoal.kernels.moe_routing import softmax_top_k
 from shoal.kernels.norm import add_rms_norm, rms_norm
+from shoal.quantization import stacked_experts
+from shoal.quantization.base import ExpertActivation, ExpertsSpec
+from shoal.quantization.stacked_experts import StackedExperts
 from shoal.sampling.rehearse import rehearse_sampling
 from shoal.sampling.sampler import Sampler
 from shoal.sampling.state import SamplingState
@@ -116,6 +121,34 @@ def normalise(dtype: str) -> None:
     report(warm)
 
 
+def multiply_by_experts(dtype: str) -> None:
+    """One step stands for all, as it is compiled ahead."""
+    activation = ExpertActivation(apply=torch.nn.functional.silu, kind="silu")
+    method = StackedExperts(
+        ExpertsSpec(
+            num_experts=12,
+            hidden_size=256,
+            intermediate_size=128,
+            activation=activation,
+            dtype=getattr(torch, dtype),
+            device=torch.device("cpu"),
+        )
+    )
+
+    def run(num_rows: int) -> None:
+        x = torch.zeros(num_rows, 256, dtype=method.spec.dtype)
+        method.apply(x, *softmax_top_k(torch.zeros(num_rows, 12, dtype=x.dtype), 4, True))
+
+    stacked_experts.is_compiling_ahead = lambda: True
+    for num_rows in (1, 16, 8192):
+        run(num_rows)
+    stacked_experts.is_compiling_ahead = lambda: False
+    warm = set(VARIANTS)
+    for num_rows in (1, 2, 3, 4, 5, 7, 8, 17, 31, 40, 61, 100, 250, 272, 601, 1000, 2047, 2100, 3000, 8000):
+        run(num_rows)
+    report(warm)
+
+
 def report(warm: set[tuple[str, str]]) -> None:
     print(f"{len(warm)} at the start")
     for name, key in sorted(VARIANTS - warm):
@@ -125,4 +158,10 @@ def report(warm: set[tuple[str, str]]) -> None:
 if __name__ == "__main__":
     record_variants(VARIANTS)
     shoal.sampling.plan.has_kernels = lambda _: True
-    {"worker": serve_a_worker, "sampling": sample_on_two_ranks, "norms": normalise}[sys.argv[1]](*sys.argv[2:])
+    programs = {
+        "worker": serve_a_worker,
+        "sampling": sample_on_two_ranks,
+        "norms": normalise,
+        "experts": multiply_by_experts,
+    }
+    programs[sys.argv[1]](*sys.argv[2:])

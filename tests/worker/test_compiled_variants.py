@@ -30,3 +30,8 @@ def test_nor_does_the_sampling_of_ranks_that_share_a_vocabulary() -> None:
 
 def test_nor_do_norms_of_another_number_of_rows() -> None:
     check("norms", "bfloat16", fewest=2)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_nor_do_experts_whatever_the_number_of_tokens(dtype: str) -> None:
+    check("experts", dtype, fewest=8)

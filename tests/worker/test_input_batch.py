@@ -6,7 +6,7 @@ import torch
 
 from shoal.messages import ScheduledBatch, SlotAssignment, SlotWork
 from shoal.types import SamplingParams
-from shoal.worker.input_batch import InputBatch
+from shoal.worker.input_batch import InputBatch, longest_first
 
 BLOCK = 4
 
@@ -63,3 +63,14 @@ def test_the_layout_of_a_step_survives_the_next_one() -> None:
     batch.prepare(make_batch([SlotWork(0, 4, 1, [6], True)]))
     assert first.block_tables.tolist() == [[5]]
     assert first.slot_mapping.tolist() == [20, 21, 22, 23]
+
+
+def test_rows_of_long_contexts_come_first_and_all_else_stays() -> None:
+    work = [SlotWork(0, 0, 5, [1], False), SlotWork(1, 9, 1, [], True), SlotWork(2, 0, 3, [2], True)]
+    work += [SlotWork(3, 30, 1, [], True), SlotWork(4, 9, 2, [], False)]
+    batch = ScheduledBatch(7, 3, [5], [], work)
+    ordered = longest_first(batch)
+    assert [item.slot for item in ordered.work] == [3, 1, 4, 0, 2]
+    assert [item.slot for item in batch.work] == [0, 1, 2, 3, 4], "the scheduler's own stays as it is"
+    assert (ordered.step_id, ordered.generation, ordered.released_slots) == (7, 3, [5])
+    assert sorted(ordered.work, key=lambda item: item.slot) == work

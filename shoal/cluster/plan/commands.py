@@ -65,7 +65,7 @@ def commands(model: str, layout: Layout, load: Load, machine: Machine, *, checkp
     ]
 
 
-def obstacles(architecture: str, quantization: str, layout: Layout | None, load: Load) -> list[str]:
+def obstacles(architecture: str, quantization: str, layout: Layout | None) -> list[str]:
     """What of this the version at hand does not serve: a plan is no promise of a server."""
     found = []
     if architecture not in SUPPORTED_ARCHITECTURES:

@@ -126,7 +126,7 @@ def make_plan(wish: Wish, machine: Machine) -> Plan:
         choice=choice,
         refusal=refusal,
         notes=tuple(dict.fromkeys(notes)),
-        obstacles=tuple(obstacles(shape.config.architecture, method, layout, load)),
+        obstacles=tuple(obstacles(shape.config.architecture, method, layout)),
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from shoal.config.families.bert import bert_fields
 from shoal.config.families.common import Fields
 from shoal.config.families.decoders import gemma3_fields, gemma_fields, glm_fields, phi3_fields
+from shoal.config.families.deepseek import deepseek_fields
+from shoal.config.families.gpt_oss import gpt_oss_fields
 from shoal.config.families.llama import llama_fields
 from shoal.config.families.moe import moe_fields
 from shoal.config.families.opt import opt_fields
@@ -35,6 +37,9 @@ FAMILIES = {
     "Qwen3ForCausalLM": Family("qwen3", llama_fields),
     "Qwen2MoeForCausalLM": Family("qwen2_moe", moe_fields),
     "Qwen3MoeForCausalLM": Family("qwen3_moe", moe_fields),
+    "DeepseekV2ForCausalLM": Family("deepseek_v2", deepseek_fields),
+    "DeepseekV3ForCausalLM": Family("deepseek_v3", deepseek_fields),
+    "GptOssForCausalLM": Family("gpt_oss", gpt_oss_fields),
     "GemmaForCausalLM": Family("gemma", gemma_fields),
     "Gemma2ForCausalLM": Family("gemma2", gemma_fields),
     "Gemma3ForCausalLM": Family("gemma3_text", gemma3_fields),

@@ -167,6 +167,7 @@ class Entrance:
 
     async def give(self, claim: Claim) -> Given:
         """What is known of a request, to a peer that a client has come to whose text is here; no run goes on here then.
+        It stays this router's until the peer tells of its own run, which it may not begin any more.
 
         Raises InvalidRequestError.
         """
@@ -178,9 +179,9 @@ class Entrance:
             await _end_run(kept)
         if not kept.text.has(position):  # a client came back here meanwhile, with less of it
             return Given(VERSION, self.peers.name, None)
-        if kept.owner is None and not kept.is_running:
+        if kept.owner is None and not kept.is_running and not kept.ended:
             logger.info("request %s: given to another router", kept.request_id)
-            kept.give_to(claim.router)
+            kept.let_go(time.monotonic())
         news, _ = news_of(kept, Cursor())
         return Given(VERSION, self.peers.name, news)
 

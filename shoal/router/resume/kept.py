@@ -146,25 +146,25 @@ class KeptRequest:
         self._headers = {}
         self.journal.grown = self._grown
         self._forget_answer()
+        self.cursors.clear()
         return KeptAnswer(self)
 
-    def give_to(self, owner: str) -> None:
-        """Another router answers it from here on, from all that is known here. Nothing may run now."""
+    def let_go(self, now: float) -> None:
+        """Another router may go on with it; until that says so, whoever comes here does. Nothing may run now."""
         self._text_state, self._text = self.text, None
-        self.owner = owner
-        self.before_bytes = self.on_change = None
+        self.idle_since = now
         self._forget_answer()
 
     def replace(self, journal: TrackedJournal, text: TextState) -> None:
         """Know this of it, as another router does, in the place of what was known. Nothing may run now."""
         self.journal, self._text_state, self._text = journal, text, None
         self._forget_answer()
+        self.cursors.clear()
 
     def _forget_answer(self) -> None:
-        """The bytes of a run, who read them, and what peers were told of it."""
+        """The bytes of a run, and who read them."""
         for reader in self.readers:
             reader.replaced = True
-        self.cursors.clear()
         self._ring.clear()
         self._start = self._end = 0
         self.resize(BASE_BYTES + self.journal.num_bytes + self._text_state.num_bytes - self._size)

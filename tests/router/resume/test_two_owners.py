@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from shoal.router.resume.replication import Claim
 from tests.router.resume.conftest import Received
 from tests.router.scripted import ScriptedServer, until
 
@@ -105,6 +106,24 @@ async def test_what_nobody_has_changes_nothing(pair):
     assert kept_of(one).task is task and kept_of(other).owner == one.router.peers.name
     await one.read(received, "k", max_tokens=NUM)
     assert received.text == WHOLE and received.done and len(server.requests) == 1
+
+
+async def test_what_was_given_and_not_gone_on_with(run_routers):
+    """The claim came too late: it is still here for the client, and goes everywhere when that does not come."""
+    server = ScriptedServer(native=False)
+    server.pause = 0.02
+    one, other = await run_routers(server, resume_seconds=2)
+    received = Received()
+    await read_some(one, received, 4)
+    kept, _, position = kept_of(one), *received.last_id.split(":")
+    claim = Claim(1, other.router.peers.name, *kept.name, kept.digest, position)
+    assert (await one.router.entrance.give(claim)).news.text.num_characters >= 8
+    assert not kept.is_running and kept.owner is None
+    await read_some(one, received, 6)
+    assert WHOLE.startswith(received.text) and kept.owner is None
+    await one.router.entrance.give(claim)
+    await until(lambda: len(one.router.store) == len(other.router.store) == 0)
+    assert server.num_open == 0
 
 
 async def test_a_router_that_is_gone_gives_nothing(pair):
