@@ -145,7 +145,8 @@ def _servers(
     try:
         for host in (1, 0):
             command = [
-                sys.executable, "-m", "shoal.cli", "serve", str(model), "--load-format", "dummy", "--device", given.device,
+                sys.executable, "-m", "shoal.cli", "serve", str(model), "--load-format", "dummy",
+                "--device", given.device,
                 "--skip-tokenizer-init", "--port", str(_PORT), "--max-model-len", "4096", "--max-num-seqs", "64",
                 "--tensor-parallel-size", str(tensor), "--pipeline-parallel-size", "2", "--no-enable-prefix-caching",
                 "--nnodes", "2", "--node-rank", str(host), "--master-addr", _ADDRESSES[0], "--token-file", str(token),
@@ -190,7 +191,8 @@ def _ask(
 ) -> dict[str, float]:
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
         command = [
-            sys.executable, "-m", "shoal.cli", "bench", "serve", "--url", f"http://127.0.0.1:{_PORT}", "--requests", str(num_requests),
+            sys.executable, "-m", "shoal.cli", "bench", "serve", "--url", f"http://127.0.0.1:{_PORT}",
+            "--requests", str(num_requests),
             "--concurrency", str(num_requests), "--prompt-tokens", prompt, "--output-tokens", str(output),
             "--vocab-size", str(vocab_size), "--warmup", str(min(num_requests, 8)), "--json", file.name,
         ]  # fmt: skip

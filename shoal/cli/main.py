@@ -33,6 +33,7 @@ COMMANDS = {
     "plan": ("shoal.cli.plan", "what a model takes, every layout that fits a machine, and the one to take"),
     "verify": ("shoal.cli.verify", "SHA-256 sums of a model's files, against a list and across all nodes"),
     "doctor": ("shoal.cli.doctor", "look for what keeps a machine, or a cluster, from serving, and say what mends it"),
+    "quantize": ("shoal.cli.quantize", "make a quantized checkpoint of a plain one: gptq, awq, fp8, int8"),
     "k8s": ("shoal.cli.k8s", "manifests for Kubernetes: k8s render"),
     "status": ("shoal.cli.status", "show the nodes of the cluster"),
     "collect-env": ("shoal.cli.collect_env", "print versions, CPU, memory, GPUs: what a bug report needs"),

@@ -26,6 +26,10 @@ CHOICES = tuple(name for names in METHODS.values() for name in names if name != 
 # Methods that quantize a plain checkpoint while it is loaded.
 ON_THE_FLY = ("fp8", "int8")
 
+# Last parts of modules' names: tables of embeddings, which a head may be tied to and nobody quantizes, and heads.
+_EMBEDDINGS = ("embed_tokens", "word_embeddings", "embed_in", "wte")
+_HEADS = ("lm_head", "embed_out")
+
 Kind = Literal["int", "float"]
 Scales = Literal["tensor", "channel", "group", "block"]
 Activations = Literal["none", "dynamic_token", "dynamic_group", "static_tensor"]
@@ -59,7 +63,8 @@ class QuantizationConfig:
 
     def keeps(self, module: str) -> bool:
         """module: its full name, such as model.layers.3.self_attn.q_proj."""
-        if module.rpartition(".")[2] in ("lm_head", "embed_out") and not self.quantizes_head:
+        last = module.rpartition(".")[2]
+        if last in _EMBEDDINGS or (last in _HEADS and not self.quantizes_head):
             return True
         for pattern in self.kept:
             if pattern.startswith("re:"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,7 +13,14 @@ from shoal.messages import CoreReady, EngineStats, StartupProgress
 # Facts of CoreReady.info that add up over the replicas, and those of which the largest counts.
 _SUMS = ("num_blocks", "weight_bytes", "kv_cache_bytes", "kv_cache_tokens", "max_full_requests", "ranks")
 _LARGEST = ("load_seconds", "startup_seconds")
-_NO_SUMS = ("kv_cache_usage", "seconds_since_last_step", "stage_bubbles", "ranks", "seconds_without_progress")
+_NO_SUMS = (
+    "kv_cache_usage",
+    "seconds_since_last_step",
+    "stage_bubbles",
+    "ranks",
+    "seconds_without_progress",
+    "expert_tokens_total",
+)
 
 
 def combine_stats(several: Iterable[EngineStats]) -> EngineStats:
@@ -30,14 +38,22 @@ def combine_stats(several: Iterable[EngineStats]) -> EngineStats:
     combined.seconds_since_last_step = max((stats.seconds_since_last_step for stats in all_stats), default=0.0)
     combined.seconds_without_progress = max((stats.seconds_without_progress for stats in all_stats), default=0.0)
     bubbles = [stats.stage_bubbles for stats in all_stats if stats.stage_bubbles]
+    combined.expert_tokens_total = _add_lists(*(stats.expert_tokens_total for stats in all_stats))
     combined.stage_bubbles = [sum(shares) / len(bubbles) for shares in zip(*bubbles, strict=True)]
     return combined
 
 
 def with_counters(stats: EngineStats, earlier: EngineStats) -> EngineStats:
     """These stats, with what was counted earlier: counters do not go back when a core is replaced."""
-    names = [name for name in EngineStats.__struct_fields__ if name.endswith("_total")]
-    return msgspec.structs.replace(stats, **{name: getattr(stats, name) + getattr(earlier, name) for name in names})
+    names = [name for name in EngineStats.__struct_fields__ if name.endswith("_total") and name not in _NO_SUMS]
+    sums: dict[str, Any] = {name: getattr(stats, name) + getattr(earlier, name) for name in names}
+    experts = _add_lists(stats.expert_tokens_total, earlier.expert_tokens_total)
+    return msgspec.structs.replace(stats, **sums, expert_tokens_total=experts)
+
+
+def _add_lists(*lists: Sequence[int]) -> list[int]:
+    """Number by number; those that are missing count as 0."""
+    return [sum(numbers) for numbers in itertools.zip_longest(*lists, fillvalue=0)]
 
 
 def stats_of_the_lost(last: EngineStats) -> EngineStats:

@@ -1,13 +1,8 @@
-"""Linear layers whose weight is integers of 4 or 8 bits in groups with a scale each (GPTQ, AWQ): multiply, dequantize.
+"""Linear layers whose weight is integers of 4 or 8 bits in groups with a scale each (GPTQ, AWQ): the product.
 
-M rows of x, N outputs, K inputs. A `PackedWeight` lies in slabs of 16 words an output: the word w of a slab holds, from
-its lowest bits up, the inputs w, 16 + w, 32 + w, … of the slab's 128 (4 bits) or 64 (8 bits). So a thread loads 16
-bytes of weight and runs of x, the words give the left operand of one matrix instruction after the other without an
-exchange between threads, and groups of 16 inputs or more never share an instruction.
-
-`_sum_kernel`: one row, multiplied by the plain units. `_dot_kernel`: 1 to 128 rows a program by the matrix units.
-Neither rounds a weight: integers are exact in fp16 and bf16, scales act on sums in fp32. Called through
-kernels/packed_tuning.py.
+M rows of x, N outputs, K inputs; the weight is a `PackedWeight`. `_sum_kernel`: one row, multiplied by the plain units.
+`_dot_kernel`: 1 to 128 rows a program by the matrix units. Neither rounds a weight: integers are exact in fp16 and
+bf16, scales act on sums in fp32. Called through kernels/packed_tuning.py.
 """
 
 from __future__ import annotations
@@ -23,8 +18,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from shoal.kernels.activation import silu_product
 from shoal.kernels.launch import has_dependent_launch, launch_options
 from shoal.kernels.linear import MOST_SPLITS, Workspace
+from shoal.kernels.packed_weight import WORDS, PackedWeight, slab_inputs
 
-WORDS = 16  # of an output in a slab
 MOST_DOT_ROWS = 128  # of a program
 # What a product asks into L2 while the one before it still runs.
 _PREFETCHED_BYTES = 6 << 20
@@ -32,43 +27,6 @@ _PREFETCHED_BYTES = 6 << 20
 # number for all x that matter (2^-64 is lost, 2^63 too large), and v x comes for one bit operation and one addition.
 _X_SCALE = tl.constexpr(2.0**64)
 _PART_SCALE = tl.constexpr(2.0**85)
-
-
-@dataclasses.dataclass(frozen=True)
-class PackedWeight:
-    """words: int32 [slabs, N, 16]; scales: floating [groups, N]; zeros: uint8 [groups, N], None: 2^(bits - 1) for all.
-
-    The weight at (n, k) is (integer - zero) * scale. group_size: inputs of a scale; it divides a slab, or a slab it.
-    """
-
-    words: torch.Tensor
-    scales: torch.Tensor
-    zeros: torch.Tensor | None
-    bits: int
-    group_size: int
-    num_inputs: int
-
-    @property
-    def num_outputs(self) -> int:
-        return self.words.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        return self.words.nbytes + self.scales.nbytes + (0 if self.zeros is None else self.zeros.nbytes)
-
-
-def slab_inputs(bits: int) -> int:
-    return WORDS * (32 // bits)
-
-
-def pack_words(integers: torch.Tensor, bits: int) -> torch.Tensor:
-    """integers uint8 [N, K], K a multiple of a slab's inputs -> int32 [slabs, N, 16]."""
-    num_outputs, num_inputs = integers.shape
-    places = integers.view(num_outputs, num_inputs // slab_inputs(bits), 32 // bits, WORDS).permute(1, 0, 2, 3)
-    words = torch.zeros(places.shape[0], num_outputs, WORDS, dtype=torch.int32, device=integers.device)
-    for place in range(32 // bits):
-        words |= places[:, :, place].to(torch.int32) << (bits * place)
-    return words
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,7 +167,7 @@ def _sum_kernel(
                 value *= _X_SCALE / (1 << (first_bit % 16))
                 new_parts = ()
                 for index in tl.static_range(HALVES * REPEATS):
-                    bits = tiles[index].to(tl.uint32, bitcast=True)
+                    bits = tiles[index].to(tl.uint32, bitcast=True)  # type: ignore[var-annotated]
                     if first_bit >= 16:
                         bits = bits >> 16
                     bits = bits & (((1 << BITS) - 1) << (first_bit % 16))
@@ -295,8 +253,7 @@ _PAIRS_4_FP16 = tl.constexpr(_pairs_assembly(4, False))
 _PAIRS_8_FP16 = tl.constexpr(_pairs_assembly(8, False))
 
 
-_EIGHT_BF16 = tl.constexpr((tl.bfloat16,) * 8)
-_EIGHT_FP16 = tl.constexpr((tl.float16,) * 8)
+_EIGHT_BF16, _EIGHT_FP16 = tl.constexpr((tl.bfloat16,) * 8), tl.constexpr((tl.float16,) * 8)
 _FOUR_FP16 = tl.constexpr((tl.float16,) * 4)
 
 
@@ -307,7 +264,7 @@ def _assembled(words, ASSEMBLY: tl.constexpr, CONSTRAINTS: tl.constexpr, DTYPES:
 
 @triton.jit
 def _unpack(words, BITS: tl.constexpr, DTYPE: tl.constexpr, ASSEMBLY: tl.constexpr):
-    """For each place in a word: the integers there less half their range, in DTYPE. The interpreter has no assembly."""
+    """For each place in a word: the integers there less half their range. The interpreter has no assembly."""
     if not ASSEMBLY:
         values = ()
         for place in tl.static_range(32 // BITS):
@@ -541,44 +498,3 @@ def _num_multiprocessors(device: torch.device) -> int:
 def dot_rows(num_rows: int) -> int:
     """Rows of a program of the "dot" kind."""
     return min(MOST_DOT_ROWS, max(16, triton.next_power_of_2(num_rows)))
-
-
-@triton.jit
-def _dequantize_kernel(
-    words, scales, zeros, output, first, count, total_outputs, K,
-    BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, HAS_ZEROS: tl.constexpr, DEPENDENT: tl.constexpr,
-):  # fmt: skip
-    """Program (slab, outputs)."""
-    PER_WORD: tl.constexpr = 32 // BITS
-    slab = tl.program_id(0)
-    own = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)[:, None]
-    row = tl.minimum(first + own, total_outputs - 1)
-    word = tl.arange(0, 16)[None, :]
-    if DEPENDENT:
-        gdc_launch_dependents()
-    block = tl.load(words + (slab.to(tl.int64) * total_outputs + row) * 16 + word)
-    if DEPENDENT:
-        gdc_wait()
-    for j in tl.static_range(PER_WORD):
-        k = slab * (16 * PER_WORD) + 16 * j + word
-        group = (slab * (16 * PER_WORD) + 16 * j) // GROUP
-        scale = tl.load(scales + group.to(tl.int64) * total_outputs + row).to(tl.float32)
-        zero = tl.full([1, 1], 1 << (BITS - 1), tl.float32)
-        if HAS_ZEROS:
-            zero = tl.load(zeros + group.to(tl.int64) * total_outputs + row).to(tl.float32)
-        value = (((block >> (BITS * j)) & ((1 << BITS) - 1)).to(tl.float32) - zero) * scale
-        place = output + own.to(tl.int64) * K + k
-        tl.store(place, value.to(output.dtype.element_ty), mask=(own < count) & (k < K))
-
-
-def dequantize_packed(weight: PackedWeight, outputs: slice, output: torch.Tensor) -> None:
-    """Write these outputs' weights, rounded once, to `output` [outputs, K]. An element depends on nothing else."""
-    count = outputs.stop - outputs.start
-    assert output.is_contiguous() and output.shape == (count, weight.num_inputs)
-    block = 32
-    _dequantize_kernel[weight.words.shape[0], triton.cdiv(count, block)](
-        weight.words, weight.scales, weight.scales if weight.zeros is None else weight.zeros, output,
-        outputs.start, count, weight.num_outputs, weight.num_inputs,
-        BITS=weight.bits, GROUP=weight.group_size, BLOCK_N=block, HAS_ZEROS=weight.zeros is not None,
-        DEPENDENT=has_dependent_launch(output.device), num_warps=4, **launch_options(output.device),
-    )  # fmt: skip

@@ -22,13 +22,8 @@ from shoal.kernels.compile_ahead import is_compiling_ahead
 from shoal.kernels.disk_cache import ChoiceCache, environment_of
 from shoal.kernels.linear import MOST_SPLITS, Workspace
 from shoal.kernels.norm import rms_norm
-from shoal.kernels.packed_linear import (
-    PackedConfig,
-    PackedWeight,
-    dequantize_packed,
-    dot_rows,
-    packed_linear,
-)
+from shoal.kernels.packed_linear import PackedConfig, dot_rows, packed_linear
+from shoal.kernels.packed_weight import PackedWeight, dequantize_packed
 from shoal.kernels.tuning import Norm, Timer, time_graph
 from shoal.log import get_logger
 
@@ -139,7 +134,8 @@ class PackedPlan:
 
 
 def multiply_dequantized(x: torch.Tensor, weight: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [T, K] -> x W^T + bias, [T, N]: a piece of the outputs after the other is dequantized, and cuBLAS multiplies."""
+    """x [T, K] -> x W^T + bias, [T, N]: one piece of the outputs after the other is dequantized, and cuBLAS
+    multiplies."""
     num_outputs = weight.num_outputs
     step = outputs_at_a_time(weight, x.dtype)
     scratch = torch.empty(min(step, num_outputs), weight.num_inputs, dtype=x.dtype, device=x.device)

@@ -61,9 +61,7 @@ class DeepseekAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(context, f"{prefix}.kv_a_layernorm", sizes.rank, _LATENT_EPS)
         self.kv_b_proj = AbsorbedUpProjection(context, f"{prefix}.kv_b_proj", num_heads, sizes)
         scale = sizes.query**-0.5 * config.rope.softmax_factor
-        self.attention = RotaryLatentAttention(
-            context, sizes.cached, sizes.rank, scale, rotary=rotary, name=prefix
-        )
+        self.attention = RotaryLatentAttention(context, sizes.cached, sizes.rank, scale, rotary=rotary, name=prefix)
         self.o_proj = RowLinear(
             context, f"{prefix}.o_proj", num_heads * sizes.value, hidden_size, bias=bias, leaves_sum=not bias
         )

@@ -124,6 +124,8 @@ class LlamaMLP(nn.Module):
         super().__init__()
         hidden_size, intermediate_size = config.hidden_size, config.intermediate_size
         bias = self.has_bias(config)
+        # A layer's norm takes the MLP of the layer before, which may be experts: in deterministic mode these sum alone.
+        sums_alone = context.deterministic and config.experts is not None
         self.activation = GatedActivation(context, config.hidden_act)
         self.gate_up_proj = GateUpLinear(
             context, prefix, hidden_size, intermediate_size, bias=bias, names=self.gate_up_names
@@ -134,7 +136,7 @@ class LlamaMLP(nn.Module):
             intermediate_size,
             hidden_size,
             bias=bias,
-            leaves_sum=self.hands_sum_on and not bias,
+            leaves_sum=self.hands_sum_on and not bias and not sums_alone,
         )
 
     def has_bias(self, config: ModelConfig) -> bool:

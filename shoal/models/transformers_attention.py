@@ -14,9 +14,10 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from shoal.attention.base import AttentionForm, AttentionMetadata
+from shoal.attention.base import AttentionMetadata
 from shoal.config.model_config import ModelConfig
 from shoal.errors import ModelError
+from shoal.layers.attention import Attention
 from shoal.layers.context import BuildContext
 
 # Names in Transformers' registries. The second also makes masks, out of which the window is read.
@@ -51,17 +52,15 @@ class PagedHeads:
     ) -> None:
         """index: of the layer; cache: of its KV cache on this stage."""
         self._config, self._step, self._index, self._cache = config, step, index, cache
-        self._backend, self._group = context.attention_backend, context.tensor_group
+        self._context, self._group = context, context.tensor_group
         parallel = context.parallel
         self._is_split = parallel.tensor_size > 1
         self._gathers = self._is_split and not shares_heads
         self._heads = parallel.tensor_slice(config.num_heads, "attention heads")
         self._kv_heads = parallel.kv_head_slice(config.num_kv_heads)
-        self._form: AttentionForm | None = None
-
-    @property
-    def was_called(self) -> bool:
-        return self._form is not None
+        # Made now, so that a backend that cannot do even this is refused while there is a choice.
+        self._attention = Attention(context, config.head_dim, None)
+        self.was_called = False
 
     def attend(
         self,
@@ -79,10 +78,8 @@ class PagedHeads:
             raise self._refusal("adds a mask of its own to the scores in some steps")
         if self._gathers:
             query, key, value = query[:, self._heads], key[:, self._kv_heads], value[:, self._kv_heads]
-        assert self._form is not None and self._step.metadata is not None, "a step has begun"
-        output = self._backend.forward(
-            query, key, value, self._step.kv_caches[self._cache], self._step.metadata, self._form
-        )
+        assert self._step.metadata is not None, "a step has begun"
+        output = self._attention(query, key, value, self._step.kv_caches[self._cache], self._step.metadata)
         if self._gathers:
             output = self._group.all_gather(output)
         return output.view(1, output.shape[0], -1, query.shape[2])
@@ -95,9 +92,10 @@ class PagedHeads:
         mask: torch.Tensor | None,
         arguments: dict[str, Any],
     ) -> None:
-        """Make the layer's form of attention of what its first call asks for. Raises ModelError."""
-        if self._form is not None:
+        """Make the layer's attention of what its first call asks for. Raises ModelError, AttentionRefusal."""
+        if self.was_called:
             raise self._refusal("calls attention more than once in a layer")
+        self.was_called = True
         config = self._config
         own, own_kv = self._heads.stop - self._heads.start, self._kv_heads.stop - self._kv_heads.start
         shares = self._is_split and not self._gathers
@@ -125,9 +123,11 @@ class PagedHeads:
         if sinks is not None:
             sinks = sinks.detach().float()
             sinks = sinks[self._heads] if sinks.shape[0] == config.num_heads else sinks
-        self._form = AttentionForm(
-            scale=config.head_dim**-0.5 if scale is None else float(scale),
-            sliding_window=self._window(mask, window),
+        self._attention = Attention(
+            self._context,
+            config.head_dim,
+            self._window(mask, window),
+            scale=None if scale is None else float(scale),
             softcap=softcap,
             sinks=sinks,
         )

@@ -129,6 +129,10 @@ class TransformersForCausalLM(CausalLM):
         self._drop_what_follows(base, layers_name)
         self._replace(model, plan, context)
         self._hold(model, context)
+        if context.deterministic and context.device.type == "cpu":
+            for name, module in list(model.named_modules()):
+                if isinstance(module, _ACTIVATIONS):
+                    _put(model, name, RowWise(module))
         self.decoder, self._given = base, _Given()
         setattr(model, prefix, self._given)
         self.model = model
@@ -189,7 +193,6 @@ class TransformersForCausalLM(CausalLM):
 
     def _replace(self, model: nn.Module, plan: Plan, context: BuildContext) -> None:
         num_positions = context.max_model_len or self.config.max_position_embeddings
-        row_wise = context.deterministic and context.device.type == "cpu"
         for name, module in list(model.named_modules()):
             for key, projection in plan.projections(name, module).items():
                 setattr(module, key, projection)
@@ -198,8 +201,6 @@ class TransformersForCausalLM(CausalLM):
             elif "RotaryEmbedding" in type(module).__name__ and not list(module.parameters()):
                 module.to(context.device)
                 _put(model, name, PositionTable(module, num_positions, context.dtype, context.device))
-            elif row_wise and isinstance(module, _ACTIVATIONS):
-                _put(model, name, RowWise(module))
 
     def _hold(self, model: Any, context: BuildContext) -> None:
         """What stays as it is: its parameters are filled from the checkpoint, its buffers are what it computed."""

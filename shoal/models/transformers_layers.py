@@ -37,8 +37,8 @@ class Projection(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if self._own is not None and rows.shape[1] == self.in_features:
-            rows = rows[:, self._own].contiguous()
-        rows = self.linear(rows)
+            rows = rows[:, self._own]
+        rows = self.linear(rows.contiguous())
         if self._group is not None:
             rows = self._group.all_gather(rows)
         return rows.view(*x.shape[:-1], rows.shape[1])
@@ -59,7 +59,8 @@ class Merged(nn.Module):
     def take(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """x [1, T, …] -> [T, outputs of part `index`]."""
         if x is not self._input or index not in self._outputs:
-            self._outputs = dict(enumerate(self.linear(x.reshape(-1, x.shape[-1])).split(self._sizes, dim=-1)))
+            rows = x.reshape(-1, x.shape[-1]).contiguous()
+            self._outputs = dict(enumerate(self.linear(rows).split(self._sizes, dim=-1)))
             self._input = x
         output = self._outputs.pop(index)
         if not self._outputs:

@@ -121,7 +121,12 @@ class GptqLinear(PackedIntLinear):
             zeros=None if bool((zeros == 1 << (bits - 1)).all()) else zeros,
         )
         if groups is None:
-            return [matrix]
+            own = -(-inputs // self.group_size)  # others may be of other ranks
+            return [
+                dataclasses.replace(
+                    matrix, scales=scales[:own], zeros=None if matrix.zeros is None else matrix.zeros[:own]
+                )
+            ]
         if len(groups) == 1 or torch.equal(groups, groups[:1].expand_as(groups)):
             return [dataclasses.replace(matrix, groups_of=groups[0])]
         # Matrices whose inputs were ordered each by itself are multiplied each by itself.

@@ -15,9 +15,9 @@ from shoal.quantization.base import LinearSpec, NormWeights
 from shoal.quantization.packed_int import IntegerMatrix, exact_scales
 from shoal.quantization.unquantized import ROW_TILE
 
-# Up to so many rows PyTorch's packed product is faster. One core with AVX-512, 2048 x 2048 in bf16, 2026-11: 0.31 ms for
-# one row and 0.61 for 4 where the plain weight takes 0.99 and 0.91; 4.0 for 16 rows, converting first takes 4 more than
-# plain. In fp32 it takes 15 times as long as the plain product.
+# Up to so many rows PyTorch's packed product is faster. One core with AVX-512, 2048 x 2048 in bf16, 2026-11: 0.31 ms
+# for one row and 0.61 for 4 where the plain weight takes 0.99 and 0.91; 4.0 for 16 rows, where the plain one takes 1.0.
+# In fp32 it takes 15 times as long as the plain product.
 _FEW_ROWS = 8
 _PACKED_GROUPS = (32, 64, 128, 256)
 
@@ -123,8 +123,8 @@ class BlockProduct:
 
 
 class FixedBlockProduct:
-    """Deterministic mode: a row's result depends on nothing but the row. Products of exactly ROW_TILE rows and of whole
-    blocks in fp32, and for row-parallel layers a fixed tree over the shards of the inputs, whichever rank holds them."""
+    """Deterministic mode: a row's result depends on nothing but the row. Products of exactly ROW_TILE rows and whole
+    blocks in fp32, and for row-parallel layers a fixed tree over the shards of the inputs, whoever holds them."""
 
     fused_rows = 0
 

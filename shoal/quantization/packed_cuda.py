@@ -1,4 +1,4 @@
-"""Products with integers in groups on a CUDA device: see packed_int.py and kernels/packed_linear.py.
+"""Products with integers in groups on a CUDA device: see packed_int.py and kernels/packed_weight.py.
 
 T rows, N outputs, K inputs.
 """
@@ -59,9 +59,8 @@ class DequantizingProduct:
     def __init__(self, spec: LinearSpec, matrix: IntegerMatrix, bias: torch.Tensor | None) -> None:
         self.spec, self.bias, self.order = spec, bias, matrix.order
         self.weight = packed_weight(matrix)
-        self._kernels = importlib.import_module("shoal.kernels.packed_linear")
+        self._kernels = importlib.import_module("shoal.kernels.packed_weight")
         self._step = importlib.import_module("shoal.kernels.packed_tuning").outputs_at_a_time(self.weight, spec.dtype)
-        self._fixed: dict[int, Any] = {}
 
     @property
     def weight_bytes(self) -> int:
@@ -91,9 +90,9 @@ class DequantizingProduct:
 
 
 def packed_weight(matrix: IntegerMatrix) -> Any:
-    """A `kernels.packed_linear.PackedWeight` of a matrix that is arranged: 2 and 3 bits take 4, inputs are filled up to
+    """A `kernels.packed_weight.PackedWeight` of a matrix that is arranged: 2 and 3 bits take 4, inputs are filled up to
     whole slabs, and groups that fit no slab are cut into some that do."""
-    kernels = importlib.import_module("shoal.kernels.packed_linear")
+    kernels = importlib.import_module("shoal.kernels.packed_weight")
     bits, size = 4 if matrix.bits <= 4 else 8, matrix.group_size
     slab = kernels.slab_inputs(bits)
     num_slabs = -(-matrix.num_inputs // slab)

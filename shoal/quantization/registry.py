@@ -15,6 +15,7 @@ _SCHEMES: dict[str, tuple[str, str]] = {
     "awq": ("shoal.quantization.awq", "Awq"),
     "fp8": ("shoal.quantization.fp8", "Fp8"),
     "int8": ("shoal.quantization.int8", "Int8"),
+    "mxfp4": ("shoal.quantization.mxfp4", "Mxfp4"),
     "compressed-tensors": ("shoal.quantization.compressed_tensors", "CompressedTensors"),
 }
 

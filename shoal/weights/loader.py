@@ -91,8 +91,10 @@ class _Layers:
         present = {self.canonical(name) for name in stored}
         for name, takers in list(self._waiting.items()):
             if name not in present and all(tensor.optional for tensor, _ in takers):
-                for _, layer in self._waiting.pop(name):
+                for tensor, layer in self._waiting.pop(name):
                     self._num_missing[layer] -= 1
+                    self._num_bytes -= tensor.destination.nbytes
+        self.names = tuple(self._waiting)
 
     def canonical(self, stored: str) -> str:
         """As the layers call it. Checkpoints of the bare decoder (without a head) lack the leading "model."."""

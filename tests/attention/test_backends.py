@@ -111,7 +111,8 @@ def test_block_sizes_and_bfloat16(name: str, block_size: int) -> None:
 
 def test_names() -> None:
     with pytest.raises(
-        ConfigError, match="'flash' is unknown; there are: reference, torch_paged, triton_paged, deterministic"
+        ConfigError,
+        match="'flash' is unknown; there are: bidirectional, reference, torch_paged, triton_paged, deterministic",
     ):
         create_attention_backend("flash")
     assert make_backend(False, torch.device("cpu")).name == "torch_paged"

@@ -34,8 +34,8 @@ def attend(
     sinks: torch.Tensor | None = None,
     value_dim: int | None = None,
 ) -> torch.Tensor:
-    """One sequence, computed in `pieces`; beside it, in every step, another one of `mate` tokens. value_dim: of latents,
-    which are the keys."""
+    """One sequence, computed in `pieces`; beside it, in every step, another one of `mate` tokens. value_dim: of
+    latents, which are the keys then."""
     query, key, value = tensors
     backend = create_attention_backend(name)
     shape = backend.kv_cache_shape(NUM_BLOCKS, block_size, key.shape[1], key.shape[2])

@@ -81,9 +81,9 @@ def attend(
         metadata.block_size = block_size
         backend.prepare(metadata)
         step = torch.cat([torch.randn_like(projected[:1]).expand(mates, -1), projected[start:end]]).contiguous()
+        form = AttentionForm(head_dim**-0.5, window, softcap, sinks)
         output = backend.forward_projected(
-            step, positions.to(DEVICE), transform, cache, metadata, AttentionForm(head_dim**-0.5, window, softcap, sinks),
-            num_heads=num_heads,
+            step, positions.to(DEVICE), transform, cache, metadata, form, num_heads=num_heads
         )  # fmt: skip
         outputs.append(output[mates:])
         start = end

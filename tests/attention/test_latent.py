@@ -32,7 +32,7 @@ def test_rows_that_the_device_knows(name: str) -> None:
 
 
 def test_bits_of_rows_are_those_of_prompts() -> None:
-    """Past a split of keys: tiles of tokens, which merge splits in registers, and rows of a graph, by a second kernel."""
+    """Past a split of keys: tiles of tokens merge splits in registers, rows of a graph by a second kernel."""
     step = make_step([8], [530], (3, 1, 40), 16, torch.float32)
     expected = run_latent("deterministic_cuda", step, 24)
     assert torch.equal(run_latent("deterministic_cuda", step, 24, follow=True), expected)

@@ -18,6 +18,7 @@ def test_stats_add_up_and_the_usage_is_that_of_all_blocks() -> None:
         num_steps_total=5, num_preemptions_total=1, prompt_tokens_total=7, generation_tokens_total=8,
         prefix_cache_queries_total=9, prefix_cache_hits_total=3, seconds_since_last_step=0.5,
         stage_bubbles=[0.25, 0.5], ranks=[RankStats(0, 5, 9, 0.1, 0.2, 1000, 2000)], seconds_without_progress=1.5,
+        expert_tokens_total=[4, 0, 7],
     )  # fmt: skip
     other = EngineStats(num_requests_running=3, num_blocks=300, num_free_blocks=290, seconds_since_last_step=2.0)
     for name in EngineStats.__struct_fields__:
@@ -27,7 +28,7 @@ def test_stats_add_up_and_the_usage_is_that_of_all_blocks() -> None:
     assert combined.kv_cache_usage == 0.25
     assert combined.seconds_since_last_step == 2.0 and combined.seconds_without_progress == 1.5
     assert (combined.prompt_tokens_total, combined.generation_tokens_total) == (7, 8)
-    assert combined.stage_bubbles == [0.25, 0.5]
+    assert combined.stage_bubbles == [0.25, 0.5] and combined.expert_tokens_total == [4, 0, 7]
     other.stage_bubbles = [0.75, 1.0]
     assert combine_stats([one, other]).stage_bubbles == [0.5, 0.75]
     assert combined.ranks == [], "they are told for each replica alone"

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from shoal.kernels import packed_linear as kernels
+from shoal.kernels import packed_linear as packed_linear_module
 from shoal.kernels import packed_tuning
 from shoal.kernels.linear import Workspace
-from shoal.kernels.packed_linear import PackedConfig, PackedWeight, dequantize_packed, packed_linear
+from shoal.kernels.packed_linear import PackedConfig, packed_linear
 from shoal.kernels.packed_tuning import Case, PackedChooser, candidates_for
+from shoal.kernels.packed_weight import PackedWeight, dequantize_packed
 from shoal.quantization.packed_cuda import packed_weight
 from shoal.quantization.packed_int import IntegerMatrix
 
@@ -140,7 +141,7 @@ class Timer:
 
 @pytest.fixture
 def chooser(monkeypatch):
-    for module in (kernels, packed_tuning):
+    for module in (packed_linear_module, packed_tuning):
         monkeypatch.setattr(module, "_num_multiprocessors", lambda device: 4)
     timer = Timer()
     made = PackedChooser(torch.device(DEVICE), None, timer)
@@ -166,7 +167,7 @@ def test_a_plan_measures_once_and_multiplies(monkeypatch, chooser, num_rows):
         torch.testing.assert_close(y.float(), _expected(x, exact, bias, False, residual, norm), rtol=5e-3, atol=5e-3)
     measured = timer.count
     assert (measured > 0) == (0 < num_rows <= 128)
-    y = made.plan(weight, bias, torch.float16).apply(x)
+    y = made.plan(weight, bias, torch.float16).apply(x, norm=norm)
     assert timer.count == measured, "layers of a shape share a choice"
     y = plan.apply_gated(x, norm=norm)
     assert timer.count > measured or not measured

@@ -55,8 +55,8 @@ def answers(llm: LLM) -> list[list[int]]:
     [
         ("stablelm", {"tensor_parallel_size": 2}),
         ("olmo2", {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}),
-        ("granite", {"pipeline_parallel_size": 2}),
-        ("gpt-neox", {"deterministic": True}),
+        pytest.param("granite", {"pipeline_parallel_size": 2}, marks=pytest.mark.slow),
+        pytest.param("gpt-neox", {"deterministic": True}, marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_those_of_transformers(tmp_path: Path, name: str, degrees: dict[str, object]) -> None:
@@ -66,6 +66,7 @@ def test_tokens_are_those_of_transformers(tmp_path: Path, name: str, degrees: di
         assert answers(llm) == expected(path)
 
 
+@pytest.mark.slow
 def test_a_native_family_by_its_other_way(tmp_path: Path) -> None:
     path = make_other(tmp_path, "qwen2")
     with LLM(str(path), **OPTIONS, model_impl="transformers") as llm:
@@ -75,7 +76,7 @@ def test_a_native_family_by_its_other_way(tmp_path: Path) -> None:
 
 def test_code_of_the_model(tmp_path: Path) -> None:
     path = make_remote(tmp_path / "plain")
-    with LLM(str(path), **OPTIONS, trust_remote_code=True, tensor_parallel_size=2) as llm:
+    with LLM(str(path), **OPTIONS, trust_remote_code=True) as llm:
         assert answers(llm) == expected(path, trust_remote_code=True)
 
 

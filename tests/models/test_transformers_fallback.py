@@ -23,6 +23,8 @@ from tests.rank_threads import on_ranks
 
 TOLERANCE = 1e-4
 ALWAYS = ("stablelm", "olmo2", "olmo3", "gpt-neox", "granite", "starcoder2", "gpt2")
+# Without a plan, or with norms of single heads that it does not speak of: attention, or all, is whole on every rank.
+NOT_SHARED = ("gpt2", "gpt-bigcode", "persimmon", "stablelm-head-norms", "cohere")
 NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in OTHER_FAMILIES]
 
 
@@ -109,13 +111,13 @@ def test_deterministic_bits_on_any_degree(oracle: Oracle, dtype: torch.dtype) ->
 
 def test_stages_and_ranks_hold_their_part(oracle: Oracle) -> None:
     whole = oracle.paged().model.weight_bytes()
-    parameters = sum(each.numel() for each in oracle.model.parameters()) * 4
-    assert whole == parameters
+    stored = oracle.model.state_dict()
+    buffers = [buffer for name, buffer in oracle.model.named_buffers() if name in stored]
+    assert whole == sum(each.nbytes for each in (*oracle.model.parameters(), *buffers))
     middle = oracle.paged(layer_range=range(1, 2)).model.weight_bytes()
     assert middle < whole / 2
     ranks = on_ranks(2, lambda group: oracle.paged(group=group).model.weight_bytes())
-    planned = oracle.name not in ("gpt2", "gpt-bigcode", "persimmon")
-    assert ranks[0] == ranks[1] and (ranks[0] < 0.6 * whole) == (planned and oracle.name != "stablelm-head-norms")
+    assert ranks[0] == ranks[1] < whole and (ranks[0] < 0.6 * whole) == (oracle.name not in NOT_SHARED)
 
 
 def test_hooks_surround_every_layer(oracle: Oracle) -> None:
@@ -144,6 +146,10 @@ def test_the_same_as_the_native_file(tmp_path: Path) -> None:
     assert native.model.weight_bytes() == other.model.weight_bytes()
     assert sum(isinstance(module, RMSNorm) for module in other.model.modules()) == 7
     assert native.config.sliding_windows == other.config.sliding_windows == (None, 17, 17)
+    quantized = [PagedModel(path, quantization="int8", model_impl=impl) for impl in ("shoal", "transformers")]
+    expected, found = (model.logits(tokens, 40) for model in quantized)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
+    assert quantized[1].model.weight_bytes() < 0.6 * other.model.weight_bytes()
 
 
 def test_dummy_weights(tmp_path: Path) -> None:

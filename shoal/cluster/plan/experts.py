@@ -1,4 +1,5 @@
-"""Layers with experts: Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4.5, DeepSeek-V2 and V3 with their latent attention (MLA).
+"""Layers with experts: Mixtral, Qwen2-MoE, Qwen3-MoE, GLM-4.5, gpt-oss, DeepSeek-V2 and V3 with their latent attention
+(MLA).
 
 DeepSeek-V3's checkpoint, and GLM-4.5's, hold a layer more, which predicts a second token (MTP): it is counted apart.
 """
@@ -19,6 +20,7 @@ ARCHITECTURES = (
     "Glm4MoeForCausalLM",
     "DeepseekV2ForCausalLM",
     "DeepseekV3ForCausalLM",
+    "GptOssForCausalLM",
 )
 
 
@@ -38,6 +40,8 @@ def build(read: Reader) -> MadeLayers:
         return _mixtral(read)
     if read.architecture.startswith("Qwen"):
         return _qwen(read)
+    if read.architecture == "GptOssForCausalLM":
+        return _gpt_oss(read)
     return _deepseek(read)
 
 
@@ -127,6 +131,48 @@ def _qwen(read: Reader) -> MadeLayers:
         apart=[],
         num_experts=num_experts,
         experts_per_token=_per_token(read, num_experts, 8 if is_third else 4),
+        expert_width=width,
+    )
+
+
+def _gpt_oss(read: Reader) -> MadeLayers:
+    """Biases everywhere, a sink for each head; only the experts are quantized, all of a layer in one tensor."""
+    num_experts = read.size("num_local_experts" if "num_local_experts" in read.raw else "num_experts", 128)
+    every = ["full_attention" if index % 2 else "sliding_attention" for index in range(read.size("num_hidden_layers"))]
+    kinds = dataclasses.replace(read, raw={"layer_types": every, **read.raw})
+    config = read.config(
+        head_dim=read.size("head_dim", 64),
+        num_kv_heads=read.size("num_key_value_heads", 8),
+        windows=kinds.windows(128, pattern=2),
+    )
+    size, width, has_bias = config.hidden_size, config.intermediate_size, bool(read.raw.get("attention_bias", True))
+    plain = [
+        *Attention(qkv_bias=has_bias, output_bias=has_bias).parts(config),
+        Matrix(component="router", name="mlp.router", out_features=num_experts, in_features=size, bias=True),
+    ]
+    if (read.raw.get("quantization_config") or {}).get("quant_method") == "mxfp4":
+        plain = [dataclasses.replace(part, can_quantize=False) for part in plain if isinstance(part, Matrix)]
+    parts: list[Part] = [
+        *plain,
+        Vector(component="attention", name="self_attn.sinks", size=config.num_heads),
+        *gated_mlp(
+            size,
+            width,
+            bias=True,
+            is_fused=True,
+            component="experts",
+            prefix="mlp.experts",
+            count=num_experts,
+            is_expert=True,
+        ),
+        *norms(config, "input_layernorm", "post_attention_layernorm"),
+    ]
+    return MadeLayers(
+        config=config,
+        layers=[Layer(parts=tuple(parts), cache=cache_of(config, window)) for window in config.sliding_windows],
+        apart=[],
+        num_experts=num_experts,
+        experts_per_token=_per_token(read, num_experts, 4),
         expert_width=width,
     )
 

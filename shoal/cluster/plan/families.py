@@ -15,6 +15,7 @@ from shoal.cluster.plan import experts
 from shoal.cluster.plan.blocks import Attention, Reader, cache_of, gated_mlp, matrix, norms, plain_mlp
 from shoal.cluster.plan.formats import Quantization, quantization_of
 from shoal.cluster.plan.shape import Layer, Matrix, ModelShape, Part, Split, Vector, same_objects
+from shoal.config.families import ENCODERS
 from shoal.config.model_config import SUPPORTED_ARCHITECTURES, ModelConfig, load_model_config
 from shoal.config.model_path import resolve_model_path
 from shoal.errors import ModelError
@@ -33,7 +34,9 @@ def read_shape(model: str, quantization: str | None = None) -> tuple[ModelShape,
     try:
         config = load_model_config(directory) if architecture in SUPPORTED_ARCHITECTURES else None
         if architecture in _BUILDERS:
-            shape = _BUILDERS[architecture](Reader(raw, architecture, str(directory)))
+            # The engine's reader brings the part of a config that is for text to its top.
+            read = raw if config is None else config.raw
+            shape = _BUILDERS[architecture](Reader(read, architecture, str(directory)))
             # What the engine reads itself decides about degrees and stages.
             shape = shape if config is None else dataclasses.replace(shape, config=config)
         else:
@@ -65,7 +68,8 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def known_architectures() -> list[str]:
-    return list(dict.fromkeys((*SUPPORTED_ARCHITECTURES, *_BUILDERS)))
+    """Encoders fit any GPU, and have no cache: there is nothing to plan."""
+    return list(dict.fromkeys((*(name for name in SUPPORTED_ARCHITECTURES if name not in ENCODERS), *_BUILDERS)))
 
 
 def _architecture(raw: dict[str, Any], directory: Path) -> str:
@@ -110,10 +114,10 @@ def quantize(shape: ModelShape, quantization: Quantization) -> ModelShape:
 
 
 def _llama_like(config: ModelConfig) -> ModelShape:
-    """Llama, Mistral, Qwen2, Qwen3 (`models/llama.py`, `qwen2.py`, `qwen3.py`)."""
+    """Llama, Mistral, Qwen2, Qwen3 and the first Qwen (`models/llama.py`, `qwen2.py`, `qwen3.py`, `qwen.py`)."""
     attention = Attention(
         qkv_bias=config.attention_bias,
-        output_bias=config.attention_bias and config.architecture != "Qwen2ForCausalLM",
+        output_bias=config.attention_bias and config.architecture not in ("Qwen2ForCausalLM", "QWenLMHeadModel"),
         head_norms=config.architecture == "Qwen3ForCausalLM",
     )
     mlp = gated_mlp(config.hidden_size, config.intermediate_size, bias=bool(config.raw.get("mlp_bias", False)))
@@ -169,7 +173,7 @@ def _opt(config: ModelConfig) -> ModelShape:
 
 def _gemma(read: Reader) -> ModelShape:
     """Gemma 1 to 3, text only. The second and third normalise after each block too, and see windows in most layers."""
-    generation = {"GemmaForCausalLM": 1, "Gemma2ForCausalLM": 2, "Gemma3ForCausalLM": 3}[read.architecture]
+    generation = {"GemmaForCausalLM": 1, "Gemma2ForCausalLM": 2}.get(read.architecture, 3)
     windows: list[int | None] = [None] * read.size("num_hidden_layers")
     if generation > 1:
         windows = read.windows(4096, pattern=2 if generation == 2 else read.size("sliding_window_pattern", 6))
@@ -245,7 +249,9 @@ def _moe(read: Reader) -> ModelShape:
 
 
 _BUILDERS: dict[str, Callable[[Reader], ModelShape]] = {
-    **dict.fromkeys(("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"), _gemma),
+    **dict.fromkeys(
+        ("GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), _gemma
+    ),
     "PhiForCausalLM": _phi,
     "Phi3ForCausalLM": _phi3,
     **dict.fromkeys(("GlmForCausalLM", "Glm4ForCausalLM"), _glm),

@@ -56,4 +56,5 @@ FAMILIES = {
     "XLMRobertaModel": Family("xlm-roberta", bert_fields),
     "XLMRobertaForSequenceClassification": Family("xlm-roberta", bert_fields),
 }
+ENCODERS = frozenset(architecture for architecture, family in FAMILIES.items() if family.read is bert_fields)
 SUPPORTED_ARCHITECTURES = {architecture: family.model_type for architecture, family in FAMILIES.items()}

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3 (R1, V3.1 and Kimi-K2 have V3's shape): absent keys take the defaults of Hugging Face's classes."""
+"""DeepSeek-V2 and V3, whose shape R1, V3.1 and Kimi-K2 have: absent keys take the defaults of Hugging Face's classes."""
 
 from __future__ import annotations
 
@@ -121,11 +121,13 @@ def _experts(architecture: str, raw: dict[str, Any], num_layers: int) -> Experts
     in_group = num_experts // routing.num_groups
     if routing.num_chosen_groups > routing.num_groups or routing.num_chosen_groups * in_group < num_chosen:
         raise ModelError(
-            f"topk_group {routing.num_chosen_groups} of n_group {routing.num_groups} groups of {in_group} experts do not "
-            f"hold the {num_chosen} of num_experts_per_tok"
+            f"topk_group {routing.num_chosen_groups} of n_group {routing.num_groups} groups of {in_group} experts do "
+            f"not hold the {num_chosen} of num_experts_per_tok"
         )
     if routing.group_width > in_group:
-        raise ModelError(f"groups of {in_group} experts are judged by their {routing.group_width} best; use fewer groups")
+        raise ModelError(
+            f"groups of {in_group} experts are judged by their {routing.group_width} best; use fewer groups"
+        )
     return ExpertsConfig(
         num_experts=num_experts,
         num_per_token=num_chosen,
@@ -158,7 +160,7 @@ def routing_config(architecture: str, raw: dict[str, Any]) -> RoutingConfig:
         )
     is_grouped = method != "greedy"
     return RoutingConfig(
-        scores=scores,
+        scores="softmax" if is_second else "sigmoid",
         num_groups=size(raw, "n_group", 1 if is_second else 8) if is_grouped else 1,
         num_chosen_groups=size(raw, "topk_group", 1 if is_second else 4) if is_grouped else 1,
         # With one group there is nothing to judge.

@@ -198,10 +198,10 @@ def test_a_config_json_is_as_good_as_its_directory(tmp_path):
 
 def test_what_cannot_be_served_yet_is_said(tmp_path):
     assert plan_of("Llama-3.1-8B", "8xH100-80").obstacles == ()
-    values = {"architectures": ["GemmaForCausalLM"], "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2}
+    values = {"architectures": ["PhiForCausalLM"], "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2}
     values |= {"num_attention_heads": 4, "intermediate_size": 96, "torch_dtype": "bfloat16"}
     plan = make_plan(Wish(model=write_config(tmp_path, **values)), parse_machine("1xH200"))
-    assert "GemmaForCausalLM cannot be served in this version" in plan.obstacles[0]
+    assert "PhiForCausalLM cannot be served in this version" in plan.obstacles[0]
 
 
 @pytest.mark.parametrize(

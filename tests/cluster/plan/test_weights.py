@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import nn
 
 from shoal.cluster.plan.families import known_architectures, read_shape
 from shoal.cluster.plan.memory import component_bytes, sum_bytes, token_cache_bytes
 from shoal.errors import ConfigError, ModelError
 from tests.cluster.plan.models import CONFIGS, MODELS, path_of, write_config
+from tests.first_qwen.reference import make_checkpoint
 
 ITEMSIZE = 2
 
@@ -123,6 +125,22 @@ def test_deepseek_v3_is_that_of_transformers_with_a_scale_for_each_block():
     assert round((shape.num_parameters + sum(part.num_parameters for part in shape.apart)) / 1e9, 0) in (684, 685)
 
 
+def test_gpt_oss_has_its_experts_in_four_bits(tmp_path):
+    raw = {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "torch_dtype": "bfloat16"}
+    raw |= {"vocab_size": 201088, "hidden_size": 2880, "num_hidden_layers": 24, "num_attention_heads": 64}
+    raw |= {"num_local_experts": 32, "num_experts_per_tok": 4, "intermediate_size": 2880, "num_key_value_heads": 8}
+    raw |= {"head_dim": 64, "quantization_config": {"quant_method": "mxfp4"}}
+    shape, _ = read_shape(write_config(tmp_path, **raw))
+    matrices = 24 * 32 * 3 * 2880 * 2880
+    biases = 24 * 32 * 3 * 2880
+    plain = num_elements(hugging_face(raw)) - matrices - biases
+    found = component_bytes(shape.parts(), ITEMSIZE)
+    assert sum(found.values()) == ITEMSIZE * (plain + biases) + matrices // 2 + matrices // 32
+    # As it is published: 20.9 B, and 3.6 B of them active, where the embedding's table is not counted.
+    assert round(shape.num_parameters / 1e9, 1) == 20.9
+    assert round((shape.num_active_parameters - 201088 * 2880) / 1e9, 1) == 3.6
+
+
 SMALL = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -183,6 +201,7 @@ FAMILIES = {
     ),
     "deepseek_v2": ("DeepseekV2ForCausalLM", LATENT | {"q_lora_rank": None}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", LATENT | {"q_lora_rank": 24}),
+    "gpt_oss": ("GptOssForCausalLM", GQA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 
 
@@ -201,7 +220,24 @@ def test_every_family_has_the_parameters_of_transformers(family, tied, tmp_path)
 
 
 def test_every_known_architecture_is_compared():
-    assert set(known_architectures()) == {architecture for architecture, _ in FAMILIES.values()}
+    compared = {architecture for architecture, _ in FAMILIES.values()}
+    assert set(known_architectures()) == compared | {"QWenLMHeadModel", "Gemma3ForConditionalGeneration"}
+
+
+def test_the_first_qwen_has_the_parameters_of_its_checkpoint(tmp_path):
+    path = make_checkpoint(tmp_path)
+    expected = sum(tensor.numel() for tensor in load_file(path / "model.safetensors").values())
+    assert sum_bytes(read_shape(str(path))[0].parts(), ITEMSIZE) == ITEMSIZE * expected
+
+
+def test_of_a_model_that_sees_images_the_text_is_planned(tmp_path):
+    text = GQA | {"sliding_window": 64, "torch_dtype": "bfloat16"}
+    plain = write_config(tmp_path / "text", architectures=["Gemma3ForCausalLM"], model_type="gemma3_text", **text)
+    both = write_config(
+        tmp_path / "both", architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", text_config=text
+    )
+    parts = [sum_bytes(read_shape(path)[0].parts(), ITEMSIZE) for path in (plain, both)]
+    assert parts[0] == parts[1]
 
 
 def test_an_unknown_architecture_is_refused_by_name(tmp_path):
