@@ -75,6 +75,8 @@ def _resumed(out: Path, wanted: State) -> State:
         found = msgspec.json.decode((out / STATE).read_bytes(), type=State)
     except msgspec.DecodeError as error:
         raise ConfigError(f"{out / STATE} cannot be read: {error}; --overwrite starts again") from error
+    if not found.rows:
+        return wanted  # it came to nothing: any options may follow
     if found.source != wanted.source:
         raise ConfigError(f"{out} holds an unfinished run of another model; --overwrite starts again")
     names = [name for name in wanted.order if found.order.get(name) != json.loads(json.dumps(wanted.order[name]))]

@@ -57,6 +57,11 @@ def test_sizes_that_the_group_does_not_divide(capsys, tmp_path):
     options = ["--method", "gptq", "--calibration", text, "--group-size", "96"]
     code, _, err = run(capsys, "shoal-tiny", tmp_path / "out", *options)
     assert code == 2 and "q_proj has 256 inputs, which --group-size 96 does not divide" in err
+    # Nothing was done: the right options need no --overwrite.
+    code, _, err = run(capsys, "shoal-tiny", tmp_path / "out", *options[:-1], "36")
+    assert code == 2 and "positive multiple of 8" in err
+    code, _, err = run(capsys, "shoal-tiny", tmp_path / "out", *options[:-1], "48")
+    assert code == 2 and "--group-size 48 does not divide" in err
 
 
 def test_directories_that_cannot_be_written_to(capsys, tmp_path):

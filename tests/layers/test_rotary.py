@@ -36,7 +36,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "attention_factor": 1.25,
             "original_max_position_embeddings": 512,
             **FACTORS,
-        }
+        },
+        "original_max_position_embeddings": 512,  # as Phi-3's configs have it too, whose class has a default
     },
     "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 3.0}},
     "dynamic-partial": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "partial_rotary_factor": 0.5},
