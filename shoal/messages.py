@@ -203,8 +203,7 @@ class ScheduledBatch(msgspec.Struct, array_like=True):
 class SlotResult(msgspec.Struct, array_like=True):
     """What one slot sampled: 0..k token ids; prompt_logprobs for the prompt positions computed in this step.
 
-    pooled: of a pooling request instead, once its prompt is computed: see TokenDelta. error: why there is no result;
-    the request ends with it.
+    pooled: of a pooling request instead, see TokenDelta. error: why there is no result; the request ends with it.
     """
 
     slot: int

@@ -3,6 +3,8 @@
 One task, the pump, takes what the core emits, folds it into text and wakes the consumers: one wake-up per request and
 step, whatever the number of tokens. When a core is lost and another one comes, the answers go on there, each from its
 journal; placement.py says when.
+
+Long because all of it is about one thing: that every request, from its acceptance on, ends exactly once.
 """
 
 from __future__ import annotations

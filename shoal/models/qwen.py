@@ -69,4 +69,3 @@ class QwenForCausalLM(LlamaForCausalLM):
         (".mlp.w1.", ".mlp.up_proj."),
         (".mlp.c_proj.", ".mlp.down_proj."),
     )
-

@@ -31,6 +31,7 @@ from shoal.types.outputs import TokenLogprobs
 from shoal.worker.adapters import RankAdapters
 from shoal.worker.clock import BUSY, MESSAGES, StageClock
 from shoal.worker.graphs import MOST_CONTEXT, StepGraphs, graph_sizes, token_graph_sizes
+from shoal.worker.host_copy import HostCopy
 from shoal.worker.input_batch import SLOT_COLUMN, DecodeRows, InputBatch, StepInputs, TokenRows, longest_first
 from shoal.worker.layer_status import LayerStatus
 from shoal.worker.pooling import SequencePooling, mark_segments
@@ -373,7 +374,7 @@ class ModelRunner:
         self, executed: _Executed, sampled: SampledTokens | None, prompts: dict[int, list[TokenLogprobs]]
     ) -> Callable[[], BatchResult]:
         """What reads the step's tokens back. On CUDA the copy to the host is queued here and awaited there."""
-        host = _HostCopy(sampled) if sampled is not None else None
+        host = HostCopy(sampled) if sampled is not None else None
         # Before the last stage nothing is sampled.
         slots = executed.slots if executed.hidden is not None else []
         failures = {} if self._adapters is None else dict(self._adapters.failures)
@@ -495,27 +496,3 @@ class ModelRunner:
         hidden = self.model.forward(token_ids, positions, self.kv_caches, metadata, None, hidden)
         if self.sampling is not None:
             self.model.compute_logits(hidden[: self.config.max_num_seqs])
-
-
-class _HostCopy:
-    """Sampled tokens on their way to the host. On CUDA: pinned copies and an event; on CPU: the tensors themselves."""
-
-    def __init__(self, sampled: SampledTokens) -> None:
-        self._event: torch.cuda.Event | None = None
-        self._token_ids = sampled.token_ids
-        self._logprobs = sampled.logprobs
-        if sampled.token_ids.is_cuda:
-            self._token_ids = sampled.token_ids.to("cpu", non_blocking=True)
-            if sampled.logprobs is not None:
-                self._logprobs = sampled.logprobs.to("cpu", non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
-
-    def token_ids(self) -> list[int]:
-        if self._event is not None:
-            self._event.synchronize()
-        return self._token_ids.tolist()
-
-    def logprobs(self) -> list[TokenLogprobs | None] | None:
-        """After `token_ids`. One entry a row, None for rows that asked for none; None when nobody asked."""
-        return to_host(self._logprobs) if self._logprobs is not None else None

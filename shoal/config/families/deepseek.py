@@ -1,4 +1,4 @@
-"""DeepSeek-V2 and V3, whose shape R1, V3.1 and Kimi-K2 have: absent keys take the defaults of Hugging Face's classes."""
+"""DeepSeek-V2 and V3, whose shape R1, V3.1 and Kimi-K2 have: absent keys are as in Hugging Face's classes."""
 
 from __future__ import annotations
 
