@@ -32,10 +32,7 @@ from shoal.messages import BenchNews, BenchReady, BenchRun
 _LATENCY_DEFAULT = Workload(1, (128, 128), (128, 128))
 _THROUGHPUT_DEFAULT = Workload(64, (16, 128), (16, 128))
 _STARTUP_DEFAULT = Workload(1, (8, 8), (1, 1))
-_PRESETS_NOTE = (
-    "A preset needs no download: its weights and prompts are random. Rows with quantized checkpoints are not among "
-    "them, since those cannot be served in this version."
-)
+_PRESETS_NOTE = "A preset needs no download: its weights and prompts are random."
 
 
 def _latency(*sections: Any) -> int:

@@ -7,7 +7,6 @@ import shlex
 from shoal.cluster.plan.devices import Machine
 from shoal.cluster.plan.memory import Load
 from shoal.cluster.plan.placement import Layout
-from shoal.config.knobs import NOT_YET
 from shoal.config.model_config import SUPPORTED_ARCHITECTURES
 
 _DEFAULT_UTILIZATION = 0.9
@@ -65,14 +64,14 @@ def commands(model: str, layout: Layout, load: Load, machine: Machine, *, checkp
     ]
 
 
-def obstacles(architecture: str, quantization: str, layout: Layout | None) -> list[str]:
+def obstacles(architecture: str, layout: Layout | None) -> list[str]:
     """What of this the version at hand does not serve: a plan is no promise of a server."""
     found = []
     if architecture not in SUPPORTED_ARCHITECTURES:
-        names = ", ".join(SUPPORTED_ARCHITECTURES)
-        found.append(f"{architecture} cannot be served in this version (it serves {names}): the plan is arithmetic")
-    if quantization and "quantization" in NOT_YET:
-        found.append(NOT_YET["quantization"])
+        found.append(
+            f"{architecture} has no code of its own here: it is served through Transformers where that can be "
+            "(docs/models.md), and takes longer than the plan says"
+        )
     if layout is not None and layout.shares_experts and (layout.in_lockstep or _per_server(layout) > 1):
         found.append(
             "experts that replicas share cannot be served in this version: the ranks of one replica share them"

@@ -113,7 +113,6 @@ def make_plan(wish: Wish, machine: Machine) -> Plan:
         )
     refusal = None if choice is not None else _refuse(shape, machine, load, rejected, deterministic)
     layout = None if choice is None else choice.candidate.layout
-    method = "" if quantization is None else quantization.config.method
     return Plan(
         wish=wish,
         shape=shape,
@@ -126,7 +125,7 @@ def make_plan(wish: Wish, machine: Machine) -> Plan:
         choice=choice,
         refusal=refusal,
         notes=tuple(dict.fromkeys(notes)),
-        obstacles=tuple(obstacles(shape.config.architecture, method, layout)),
+        obstacles=tuple(obstacles(shape.config.architecture, layout)),
     )
 
 

@@ -56,6 +56,7 @@ def gemma3_fields(architecture: str, raw: dict[str, Any]) -> Fields:
         "num_layers": num_layers,
         "hidden_act": str(raw.get("hidden_activation") or "gelu_pytorch_tanh"),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True)),
+        "max_position_embeddings": max_positions,  # a scaling is counted in
         "sliding_windows": windows_by_type(
             raw, num_layers, window(raw.get("sliding_window", 4096)), raw.get("layer_types") or kinds
         ),
@@ -64,7 +65,7 @@ def gemma3_fields(architecture: str, raw: dict[str, Any]) -> Fields:
 
 def phi3_fields(architecture: str, raw: dict[str, Any]) -> Fields:
     max_positions = size(raw, "max_position_embeddings", 4096)
-    rope = parse_rope(raw, max_positions, allows_partial=True)
+    rope = parse_rope({"original_max_position_embeddings": 4096, **raw}, max_positions, allows_partial=True)
     fields = _fields(raw, rope, head_dim=None, norm_eps=1e-5, max_positions=max_positions)
     fields["sliding_windows"] = (window(raw.get("sliding_window")),) * fields["num_layers"]
     return fields

@@ -201,7 +201,7 @@ def test_what_cannot_be_served_yet_is_said(tmp_path):
     values = {"architectures": ["PhiForCausalLM"], "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 2}
     values |= {"num_attention_heads": 4, "intermediate_size": 96, "torch_dtype": "bfloat16"}
     plan = make_plan(Wish(model=write_config(tmp_path, **values)), parse_machine("1xH200"))
-    assert "PhiForCausalLM cannot be served in this version" in plan.obstacles[0]
+    assert "PhiForCausalLM has no code of its own here: it is served through Transformers" in plan.obstacles[0]
 
 
 @pytest.mark.parametrize(
