@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
-from shoal import env, errors
 from shoal.benchmark.workload import TokenRequest
-from shoal.errors import EngineError, ShoalError
+from shoal.errors import EngineError
 from shoal.messages import BenchFailed, BenchNews, BenchOrder, BenchReady, BenchRequest, BenchRun
+from shoal.network.child_program import child_program, error_of, lines_of
 
 _PROGRAM = "shoal.llm.bench_program"
 _END_SECONDS = 30.0
@@ -49,9 +46,11 @@ def run_program(
     )
     ready: float | None = None
     runs: list[BenchRun] = []
+    decoder = msgspec.json.Decoder(BenchNews)
     started = time.monotonic()
-    with _program(order, environment) as process:
-        for news in _news_of(process):
+    with child_program(_PROGRAM, order, end_seconds=_END_SECONDS, environment=environment) as process:
+        for line in lines_of(process):
+            news = decoder.decode(line)
             if on_news is not None:
                 on_news(news)
             match news:
@@ -67,44 +66,3 @@ def run_program(
     if code != 0:
         raise EngineError(f"the benchmark's engine ended with exit code {code}; its last words stand above")
     return None if ready is None else (ready, runs)
-
-
-def error_of(kind: str, message: str) -> ShoalError:
-    """The error of shoal.errors with that name; EngineError for one that is not there."""
-    found = getattr(errors, kind, None)
-    is_ours = isinstance(found, type) and issubclass(found, ShoalError)
-    return found(message) if is_ours else EngineError(message)  # type: ignore[no-any-return, misc]
-
-
-@contextlib.contextmanager
-def _program(order: BenchOrder, environment: Mapping[str, str] | None) -> Iterator[subprocess.Popen[bytes]]:
-    """The running program, which has read the order; it is gone afterwards, whatever happened."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", _PROGRAM],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=env.subprocess_environment(environment),
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        with contextlib.suppress(BrokenPipeError):  # then its exit code says more
-            process.stdin.write(msgspec.json.encode(order) + b"\n")
-            process.stdin.flush()
-        yield process
-    finally:
-        # The end of its input ends it, and the engine with it.
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
-        try:
-            process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _news_of(process: subprocess.Popen[bytes]) -> Iterator[BenchNews]:
-    assert process.stdout is not None
-    decoder = msgspec.json.Decoder(BenchNews)
-    for line in process.stdout:
-        yield decoder.decode(line)

@@ -6,8 +6,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,12 +17,12 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from shoal import env, errors
 from shoal.cli.bench_output import check_writable
 from shoal.cli.command import Command
 from shoal.cli.quantize_options import CalibrationOptions, GridOptions, QuantizeOptions
 from shoal.config.model_path import resolve_model_path
-from shoal.errors import ConfigError, EngineError, ShoalError
+from shoal.errors import ConfigError, EngineError
+from shoal.network.child_program import child_program, error_of, lines_of
 from shoal.quantize.order import (
     CALIBRATED,
     METHODS,
@@ -76,9 +74,11 @@ def _run(options: QuantizeOptions, calibration: CalibrationOptions, grid: GridOp
     started = time.monotonic()
     rows: list[MatrixRow] = []
     done: QuantizeDone | None = None
-    with _progress(console) as progress, _program(order) as process:
+    decoder = msgspec.json.Decoder(QuantizeNews)
+    with _progress(console) as progress, child_program("shoal.quantize", order, end_seconds=_END_SECONDS) as process:
         task = progress.add_task("starting", total=1.0) if progress is not None else None
-        for news in _news_of(process):
+        for line in lines_of(process):
+            news = decoder.decode(line)
             match news:
                 case QuantizeProgress() if progress is not None and task is not None:
                     text = f"layer {news.layer}/{news.num_layers} {news.phase}"
@@ -89,7 +89,7 @@ def _run(options: QuantizeOptions, calibration: CalibrationOptions, grid: GridOp
                 case QuantizeNote(text):
                     console.print(f"note: {text}", highlight=False)
                 case QuantizeFailed(kind, message):
-                    raise _error_of(kind, message)
+                    raise error_of(kind, message)
                 case QuantizeDone():
                     done = news
         code = process.wait()
@@ -187,46 +187,6 @@ def _progress(console: Console) -> Iterator[Progress | None]:
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         yield progress
-
-
-@contextlib.contextmanager
-def _program(order: QuantizeOrder) -> Iterator[subprocess.Popen[bytes]]:
-    """The running program, which has read the order; it is gone afterwards, whatever happened."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shoal.quantize"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=env.subprocess_environment(),
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        with contextlib.suppress(BrokenPipeError):  # then its exit code says more
-            process.stdin.write(msgspec.json.encode(order) + b"\n")
-            process.stdin.flush()
-        yield process
-    finally:
-        # The end of its input ends it.
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
-        try:
-            process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _news_of(process: subprocess.Popen[bytes]) -> Iterator[QuantizeNews]:
-    assert process.stdout is not None
-    decoder = msgspec.json.Decoder(QuantizeNews)
-    for line in process.stdout:
-        yield decoder.decode(line)
-
-
-def _error_of(kind: str, message: str) -> ShoalError:
-    found = getattr(errors, kind, None)
-    is_ours = isinstance(found, type) and issubclass(found, ShoalError)
-    return found(message) if is_ours else EngineError(message)  # type: ignore[no-any-return, misc]
 
 
 def _layer_line(news: QuantizeLayer) -> str:

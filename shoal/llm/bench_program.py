@@ -7,18 +7,15 @@ end ends the program. Out: lines of JSON on standard output: BenchReady, a Bench
 from __future__ import annotations
 
 import asyncio
-import os
 import sys
-import threading
 import time
-
-import msgspec
 
 from shoal import log
 from shoal.engine.prepare import PreparedRequest
 from shoal.errors import EngineError, ShoalError
 from shoal.llm.llm import LLM
-from shoal.messages import BenchFailed, BenchNews, BenchOrder, BenchReady, BenchRun
+from shoal.messages import BenchFailed, BenchOrder, BenchReady, BenchRun
+from shoal.network.child_program import read_order, take_over_output
 from shoal.types.outputs import FinishReason
 from shoal.types.sampling_params import SamplingParams
 
@@ -77,16 +74,9 @@ class BenchProgram:
 
 def main() -> int:
     """Do the order on standard input; returns the exit code."""
-    # What libraries print goes to standard error, so that our lines are alone on standard output.
-    output = os.dup(1)
-    os.dup2(2, 1)
-
-    def say(news: BenchNews) -> None:
-        os.write(output, msgspec.json.encode(news) + b"\n")
-
+    say = take_over_output()
     log.configure()
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=BenchOrder)
-    threading.Thread(target=_end_with_input, name="shoal-bench-input", daemon=True).start()
+    order = read_order(BenchOrder)
     try:
         with LLM(**order.options) as llm:
             say(BenchReady(time.monotonic()))
@@ -99,14 +89,6 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _end_with_input() -> None:
-    """Standard input ends when the benchmark has closed it or died; the engine's core then ends with this process."""
-    # Not sys.stdin: its lock, held by a thread that waits, would not let the interpreter end.
-    while os.read(0, 4096):
-        pass
-    os._exit(3)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ by it is `byte_cpu` or `byte_cuda`. T rows, N outputs, K inputs, P matrices that
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import importlib
 from collections.abc import Sequence
@@ -66,9 +67,9 @@ class ByteMethod(LinearMethod):
     def _bias_tensors(self) -> list[LinearTensor]:
         return [] if self.bias is None else [LinearTensor(suffix="bias", data=self.bias, out_dim=0, in_dim=None)]
 
+    @abc.abstractmethod
     def _weight(self) -> ByteWeight:
-        """Called once. Raises ModelError for what no weight is."""
-        raise NotImplementedError
+        """Raises ModelError for what no weight is."""
 
     def process_after_load(self) -> None:
         weight = self._weight()

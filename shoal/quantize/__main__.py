@@ -6,29 +6,19 @@ JSON on standard output, QuantizeNews.
 
 from __future__ import annotations
 
-import os
 import sys
-import threading
-
-import msgspec
 
 from shoal import log
 from shoal.errors import ShoalError
-from shoal.quantize.order import QuantizeFailed, QuantizeNews, QuantizeOrder
+from shoal.network.child_program import read_order, take_over_output
+from shoal.quantize.order import QuantizeFailed, QuantizeOrder
 
 
 def main() -> int:
     """Do the order on standard input; returns the exit code."""
-    # What libraries print goes to standard error, so that our lines are alone on standard output.
-    output = os.dup(1)
-    os.dup2(2, 1)
-
-    def say(news: QuantizeNews) -> None:
-        os.write(output, msgspec.json.encode(news) + b"\n")
-
+    say = take_over_output()
     log.configure()
-    order = msgspec.json.decode(sys.stdin.buffer.readline(), type=QuantizeOrder)
-    threading.Thread(target=_end_with_input, name="shoal-quantize-input", daemon=True).start()
+    order = read_order(QuantizeOrder)
     try:
         from shoal.quantize.run import quantize
 
@@ -39,14 +29,6 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def _end_with_input() -> None:
-    """Standard input ends when the command has closed it or died."""
-    # Not sys.stdin: its lock, held by a thread that waits, would not let the interpreter end.
-    while os.read(0, 4096):
-        pass
-    os._exit(3)
 
 
 if __name__ == "__main__":

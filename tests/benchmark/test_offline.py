@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from shoal.benchmark.offline import error_of, run_program
+from shoal.benchmark.offline import run_program
 from shoal.benchmark.offline_report import Start, latency_report, startup_report, throughput_report, token_gaps
 from shoal.benchmark.workload import TokenRequest
 from shoal.cli.main import main
 from shoal.errors import EngineError, ModelError
 from shoal.messages import BenchRun
+from shoal.network.child_program import error_of
 from tests.checkpoints import make_checkpoint
 
 REQUESTS = [TokenRequest([2, 3, 4], 4), TokenRequest([5, 6], 2)]
