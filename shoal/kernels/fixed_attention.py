@@ -50,6 +50,16 @@ def _merge(top, total, sums, part_top, part_total, part_sums):
 
 
 @triton.jit
+def _decode_in_order(x, TYPE: tl.constexpr, FORMAT: tl.constexpr, DEPENDENT: tl.constexpr):
+    """`decode` for a product that takes its terms in the order of 16-bit operands. Where the compiler sees that they
+    were bytes, small tiles (mma) take them in another order than large ones (wgmma, from sm_90); so it may not see."""
+    found = decode(x, TYPE, FORMAT)
+    if DEPENDENT and FORMAT != 0 and TYPE.primitive_bitwidth == 16:
+        found = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [found], dtype=found.dtype, is_pure=False, pack=2)
+    return found
+
+
+@triton.jit
 def _store_partial(partial_sums, partial_stats, own, rows, whole, top, total, sums, G, D, D_PAD: tl.constexpr):
     """own: number of the split of this sequence and KV head."""
     own = own.to(tl.int64) * G
@@ -133,11 +143,11 @@ def _attend_kernel(
         block = tl.load(blocks + position // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
         cells = (block * BLOCK_SIZE + position % BLOCK_SIZE)[:, None] * D + whole[None, :]
         read = inside[:, None] & (whole < D)[None, :]
-        key = decode(tl.load(keys + cells, mask=read, other=0.0), heads.dtype, FORMAT)
+        key = _decode_in_order(tl.load(keys + cells, mask=read, other=0.0), heads.dtype, FORMAT, DEPENDENT)
         scores = tl.dot(heads, key.T, input_precision=PRECISION)
         if cap is not None:
             scores = capped(scores, factor, cap)
-        value = decode(tl.load(values + cells, mask=read, other=0.0), heads.dtype, FORMAT)
+        value = _decode_in_order(tl.load(values + cells, mask=read, other=0.0), heads.dtype, FORMAT, DEPENDENT)
         seen = inside[None, :] & (position[None, :] <= last_seen[:, None])
         if WINDOWED:
             seen &= position[None, :] > last_seen[:, None] - window

@@ -60,6 +60,15 @@ def _split_keys(end, max_splits, TILE: tl.constexpr, FIXED: tl.constexpr, FIXED_
     return split_keys
 
 
+@triton.jit
+def _store_partial(partial_sums, partial_stats, own, live, in_first, top, total, sums, V_PAD: tl.constexpr):
+    """own [R]: the number of the split of this sequence and head."""
+    place = partial_sums + own[:, None] * V_PAD + tl.arange(0, V_PAD)[None, :]
+    tl.store(place, sums, mask=live[:, None] & in_first[None, :])
+    tl.store(partial_stats + own * 2, top, mask=live)
+    tl.store(partial_stats + own * 2 + 1, total, mask=live)
+
+
 @triton.jit(
     do_not_specialize=["max_splits", "table_stride"],
     do_not_specialize_on_alignment=["table_rows", "seq_lens", "tokens"],
@@ -141,15 +150,12 @@ def _latent_kernel(
         totals = tl.dot(weights, ones, totals * shrink[:, None], input_precision=PRECISION)
         sums = tl.dot(weights, key_first, sums * shrink[:, None], input_precision=PRECISION)
         top = new_top
-        if PARTIAL or FIXED:
+        if FIXED:
             if ((start + TILE) % split_keys == 0) | (start + TILE >= stop):
                 total = tl.max(totals, axis=1)
                 if PARTIAL:
                     own = (item * max_splits + start // split_keys).to(tl.int64) * NUM_HEADS + head
-                    place = partial_sums + own[:, None] * V_PAD + first[None, :]
-                    tl.store(place, sums, mask=live[:, None] & in_first[None, :])
-                    tl.store(partial_stats + own * 2, top, mask=live)
-                    tl.store(partial_stats + own * 2 + 1, total, mask=live)
+                    _store_partial(partial_sums, partial_stats, own, live, in_first, top, total, sums, V_PAD)
                 else:
                     merged_top, merged_total, merged_sums = _merge(
                         merged_top, merged_total, merged_sums, top, total, sums
@@ -157,6 +163,9 @@ def _latent_kernel(
                 top = tl.full([R], float("-inf"), tl.float32)
                 totals = tl.zeros([R, 16], tl.float32)
                 sums = tl.zeros([R, V_PAD], tl.float32)
+    if PARTIAL and not FIXED:  # one split a program; what the loop kept in shared memory makes room
+        own = (item * max_splits + begin_split).to(tl.int64) * NUM_HEADS + head
+        _store_partial(partial_sums, partial_stats, own, live, in_first, top, tl.max(totals, axis=1), sums, V_PAD)
     if not PARTIAL:
         if not FIXED:
             merged_total, merged_sums = tl.max(totals, axis=1), sums

@@ -1,7 +1,8 @@
 """Linear layers whose weight is integers of 4 or 8 bits in groups with a scale each (GPTQ, AWQ): the product.
 
-M rows of x, N outputs, K inputs; the weight is a `PackedWeight`. `_sum_kernel`: one row, multiplied by the plain units.
-`_dot_kernel`: 1 to 128 rows a program by the matrix units. Neither rounds a weight: integers are exact in fp16 and
+M rows of x, N outputs, K inputs; the weight is a `PackedWeight`. `rows_kernel` (packed_rows.py): up to 8 rows, where a
+group holds whole slabs. `_sum_kernel`: one row, by the plain units, with smaller groups too. `_dot_kernel`: 1 to 128
+rows a program by the matrix units. None rounds a weight: integers are exact in fp16 and
 bf16, scales act on sums in fp32. Called through kernels/packed_tuning.py.
 """
 
@@ -15,9 +16,10 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoal.kernels.activation import silu_product
 from shoal.kernels.launch import has_dependent_launch, launch_options
 from shoal.kernels.linear import MOST_SPLITS, Workspace
+from shoal.kernels.packed_parts import finish, prefetch
+from shoal.kernels.packed_rows import MOST_ROWS, rows_kernel
 from shoal.kernels.packed_weight import WORDS, PackedWeight, slab_inputs
 
 MOST_DOT_ROWS = 128  # of a program
@@ -31,8 +33,10 @@ _PART_SCALE = tl.constexpr(2.0**85)
 
 @dataclasses.dataclass(frozen=True)
 class PackedConfig:
-    """How a product is cut. kind: "sum" (one row; block_n a multiple of 8, a warp takes every num_warps-th slab) or
-    "dot". takes_norm: a norm before it is part of it ("sum" with one split), rather than a kernel of its own."""
+    """How a product is cut. kind: "rows" (up to 8 rows, see packed_rows.py; block_n a multiple of 16, num_stages and
+    prefetches: what is on its way) or "sum" (one row; block_n a multiple of 8), in both a warp takes every
+    num_warps-th slab; or "dot". takes_norm: a norm before it is part of it ("sum" with one split), rather than a kernel
+    of its own."""
 
     kind: str
     block_n: int
@@ -40,57 +44,23 @@ class PackedConfig:
     num_stages: int = 1
     num_splits: int = 1
     takes_norm: bool = False
+    prefetches: bool = False
 
     @property
     def label(self) -> str:
         """What stands for it in files."""
         cut = f"{self.kind} {self.block_n} warps={self.num_warps} stages={self.num_stages} splits={self.num_splits}"
-        return f"{cut}{' norm' * self.takes_norm}"
-
-
-@triton.jit
-def _finish(
-    y, bias, residual, m, n, acc, up, inside, N, y_stride, residual_stride,
-    GATED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """Bias, activation, residual; one rounding. m and n: rows and outputs, broadcast to acc's shape."""
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if GATED:
-        if HAS_BIAS:
-            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
-        acc = silu_product(acc, up)
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + m * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _prefetch(words, slab, end, step, first, N, count, THREADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Ask `count` slabs of the outputs from `first` on into L2, each thread one of them."""
-    if count > 0:
-        own = slab + tl.arange(0, THREADS)
-        inside = own < tl.minimum(slab + count, end)
-        address = words + tl.where(inside, own, slab) * step + first * 16
-        num_bytes = tl.where(inside, tl.minimum(BLOCK_N, N - first) * 64, 16)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [address, num_bytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
+        return f"{cut}{' norm' * self.takes_norm}{' prefetches' * self.prefetches}"
 
 
 @triton.jit
 def _load_inputs(
     x, slab, end, K, BITS: tl.constexpr, WARPS: tl.constexpr, WHOLE_K: tl.constexpr, IS_NEEDED: tl.constexpr
 ):  # fmt: skip
-    """For each place in a word, those inputs of the slabs [WARPS, 8, 16], the same for all 8 lanes."""
+    """For each place in a word, those inputs of the slabs [8, WARPS, 16], the same for all 8 lanes."""
     found = ()
     if IS_NEEDED:
-        lane = tl.arange(0, 8)[None, :, None]
+        lane = tl.arange(0, 8)[:, None, None]
         word = tl.arange(0, 16)[None, None, :]
         for place in tl.static_range(32 // BITS):
             k = slab * (16 * (32 // BITS)) + 16 * place + word + 0 * lane
@@ -118,8 +88,8 @@ def _sum_kernel(
     split = tl.program_id(1)
     begin = split * split_slabs
     end = tl.minimum(begin + split_slabs, num_slabs)
-    warp = tl.arange(0, WARPS)[:, None, None]
-    lane = tl.arange(0, 8)[None, :, None]
+    warp = tl.arange(0, WARPS)[None, :, None]
+    lane = tl.arange(0, 8)[:, None, None]
     word = tl.arange(0, 16)[None, None, :]
     total_outputs = N * HALVES
     outputs = ()
@@ -131,9 +101,9 @@ def _sum_kernel(
     if DEPENDENT:
         gdc_launch_dependents()
         first_output = tile * (8 * REPEATS)
-        _prefetch(words, begin, end, step, first_output, N, prefetch_slabs, 32 * WARPS, 8 * REPEATS)
+        prefetch(words, begin, end, step, first_output, N, prefetch_slabs, 32 * WARPS, 8 * REPEATS)
         if GATED:
-            _prefetch(words + N * 16, begin, end, step, first_output, N, prefetch_slabs, 32 * WARPS, 8 * REPEATS)
+            prefetch(words + N * 16, begin, end, step, first_output, N, prefetch_slabs, 32 * WARPS, 8 * REPEATS)
     slab = begin + warp
     tiles = ()
     for index in tl.static_range(HALVES * REPEATS):
@@ -142,8 +112,8 @@ def _sum_kernel(
     if DEPENDENT:
         gdc_wait()
     values = _load_inputs(x, slab, end, K, BITS, WARPS, WHOLE_K, True)
-    totals = (tl.zeros([WARPS, 8, 16], tl.float32),) * (HALVES * REPEATS)
-    squares = tl.zeros([WARPS, 8, 16], tl.float32)
+    totals = (tl.zeros([8, WARPS, 16], tl.float32),) * (HALVES * REPEATS)
+    squares = tl.zeros([8, WARPS, 16], tl.float32)
     for first in range(begin, end, WARPS):
         # The next slab is on its way while this one is multiplied.
         slab = first + warp
@@ -155,8 +125,8 @@ def _sum_kernel(
         next_values = _load_inputs(x, later, end, K, BITS, WARPS, WHOLE_K, True)
         factors = _load_inputs(norm, slab, end, K, BITS, WARPS, WHOLE_K, HAS_NORM)
         for subgroup in tl.static_range(PER_WORD // SUBGROUP):
-            parts = (tl.zeros([WARPS, 8, 16], tl.float32),) * (HALVES * REPEATS)
-            inputs = tl.zeros([WARPS, 8, 16], tl.float32)
+            parts = (tl.zeros([8, WARPS, 16], tl.float32),) * (HALVES * REPEATS)
+            inputs = tl.zeros([8, WARPS, 16], tl.float32)
             for within in tl.static_range(SUBGROUP):
                 value = values[subgroup * SUBGROUP + within].to(tl.float32)
                 if HAS_NORM:
@@ -198,16 +168,16 @@ def _sum_kernel(
     if MOST_SPLITS == 1:
         for repeat in tl.static_range(REPEATS):
             n = tile * (8 * REPEATS) + 8 * repeat + n8
-            acc = tl.sum(tl.sum(totals[repeat], axis=2), axis=0) * inverse
+            acc = tl.sum(tl.sum(totals[repeat], axis=2), axis=1) * inverse
             up = acc
             if GATED:
-                up = tl.sum(tl.sum(totals[REPEATS + repeat], axis=2), axis=0) * inverse
-            _finish(y, bias, residual, 0, n, acc, up, n < N, N, 0, 0, GATED, HAS_BIAS, HAS_RESIDUAL)
+                up = tl.sum(tl.sum(totals[REPEATS + repeat], axis=2), axis=1) * inverse
+            finish(y, bias, residual, 0, n, acc, up, n < N, N, 0, 0, GATED, HAS_BIAS, HAS_RESIDUAL)
     else:
         # Everyone leaves its summand; who comes last adds all of them, in the order of the splits.
         for index in tl.static_range(HALVES * REPEATS):
             n = tile * (8 * REPEATS) + 8 * (index % REPEATS) + n8
-            acc = tl.sum(tl.sum(totals[index], axis=2), axis=0)
+            acc = tl.sum(tl.sum(totals[index], axis=2), axis=1)
             tl.store(partial + (split * HALVES + index // REPEATS) * N + n, acc, mask=n < N)
         tl.debug_barrier()
         if tl.atomic_add(counters + tile, 1, sem="acq_rel") == num_splits - 1:
@@ -221,7 +191,7 @@ def _sum_kernel(
                     acc += tl.load(from_split, mask=there, other=0.0, cache_modifier=".cg")
                     if GATED:
                         up += tl.load(from_split + N, mask=there, other=0.0, cache_modifier=".cg")
-                _finish(y, bias, residual, 0, n, acc, up, n < N, N, 0, 0, GATED, HAS_BIAS, HAS_RESIDUAL)
+                finish(y, bias, residual, 0, n, acc, up, n < N, N, 0, 0, GATED, HAS_BIAS, HAS_RESIDUAL)
             tl.store(counters + tile, 0)
 
 
@@ -340,9 +310,9 @@ def _dot_kernel(
     x_rows = x + tl.minimum(m, M - 1).to(tl.int64) * x_stride
     if DEPENDENT:
         gdc_launch_dependents()
-        _prefetch(words, begin, end, step, tile * BLOCK_N, N, prefetch_slabs, THREADS, BLOCK_N)
+        prefetch(words, begin, end, step, tile * BLOCK_N, N, prefetch_slabs, THREADS, BLOCK_N)
         if GATED:
-            _prefetch(words + N * 16, begin, end, step, tile * BLOCK_N, N, prefetch_slabs, THREADS, BLOCK_N)
+            prefetch(words + N * 16, begin, end, step, tile * BLOCK_N, N, prefetch_slabs, THREADS, BLOCK_N)
     scales_now = _load_groups(scales, begin, end, row, total_outputs, BITS, GROUP, SUBGROUP)
     scales_up = scales_now
     zeros_now = scales_now
@@ -388,7 +358,7 @@ def _dot_kernel(
     n = own[:, None]
     inside = (n < N) & (m < M)
     if MOST_SPLITS == 1:
-        _finish(
+        finish(
             y, bias, residual, m, n, acc, up, inside, N, y_stride, residual_stride, GATED, HAS_BIAS, HAS_RESIDUAL
         )  # fmt: skip
     else:
@@ -410,7 +380,7 @@ def _dot_kernel(
                 if GATED:
                     up += tl.load(from_split + M * N, mask=there, other=0.0, cache_modifier=".cg")
             tl.store(counter, 0)
-            _finish(
+            finish(
                 y, bias, residual, m, n, acc, up, inside, N, y_stride, residual_stride, GATED, HAS_BIAS, HAS_RESIDUAL
             )  # fmt: skip
 
@@ -471,17 +441,34 @@ def packed_linear(
             REPEATS=config.block_n // 8, WARPS=config.num_warps, HAS_NORM=norm is not None, **options,
         )  # fmt: skip
         return y
+    strides = (x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0))
+    if config.kind == "rows":
+        assert num_rows <= MOST_ROWS and norm is None and takes_rows(weight)
+        assert num_splits == 1 or Workspace.holds(num_splits, num_rows, weight.num_outputs, num_tiles)
+        if dependent and config.prefetches:
+            prefetch = max(prefetch, 2 * config.num_warps)
+        rows_kernel[num_tiles, num_splits](
+            *tensors, *spaces, num_rows, num_outputs, num_inputs, *slabs, *strides, prefetch,
+            REPEATS=config.block_n // 16, WARPS=config.num_warps, AHEAD=config.num_stages,
+            PREFETCHES=config.prefetches,
+            ASSEMBLY=x.device.type == "cuda", **options,
+        )  # fmt: skip
+        return y
     rows = dot_rows(num_rows)
     row_tiles = triton.cdiv(num_rows, rows)
     assert norm is None
     assert num_splits == 1 or Workspace.holds(num_splits, num_rows, weight.num_outputs, num_tiles * row_tiles)
-    strides = (x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0))
     _dot_kernel[row_tiles, num_tiles, num_splits](
         *tensors, *spaces, num_rows, num_outputs, num_inputs, *slabs, *strides, prefetch,
         ROWS=rows, BLOCK_N=config.block_n, STAGES=config.num_stages, ASSEMBLY=x.device.type == "cuda",
         THREADS=32 * config.num_warps, **options,
     )  # fmt: skip
     return y
+
+
+def takes_rows(weight: PackedWeight) -> bool:
+    """Whether the "rows" kind can multiply by it: no slab has inputs of two groups."""
+    return weight.group_size % slab_inputs(weight.bits) == 0
 
 
 def _prefetch_slabs(num_programs: int, config: PackedConfig, halves: int, device: torch.device) -> int:

@@ -22,7 +22,8 @@ from shoal.kernels.compile_ahead import is_compiling_ahead
 from shoal.kernels.disk_cache import ChoiceCache, environment_of
 from shoal.kernels.linear import MOST_SPLITS, Workspace
 from shoal.kernels.norm import rms_norm
-from shoal.kernels.packed_linear import PackedConfig, dot_rows, packed_linear
+from shoal.kernels.packed_linear import PackedConfig, dot_rows, packed_linear, takes_rows
+from shoal.kernels.packed_rows import MOST_ROWS
 from shoal.kernels.packed_weight import PackedWeight, dequantize_packed
 from shoal.kernels.tuning import Norm, Timer, time_graph
 from shoal.log import get_logger
@@ -33,7 +34,8 @@ _logger = get_logger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Up to so many rows the activation, the residual and the norm before cost nothing, or little.
 FUSED_ROWS = 16
-# Outputs, warps, stages of a program; the first is taken where nothing may be measured.
+# Outputs, warps, stages of a program, whether it prefetches; the first is taken where nothing may be measured.
+_ROWS = ((16, 2, 2, False), (16, 2, 2, True), (32, 4, 1, False), (32, 2, 1, True), (16, 1, 2, True), (16, 1, 1, True))
 _SUMS = ((16, 4, 1), (32, 4, 1), (32, 2, 1), (16, 8, 1), (64, 2, 1))
 _FEW_DOTS = ((128, 4, 4), (64, 4, 5))
 _MORE_DOTS = ((128, 4, 3), (256, 8, 3), (128, 8, 3))  # up to 64 rows
@@ -233,15 +235,26 @@ class PackedChooser:
         times = []
         for config in candidates:
             try:
+                if config is not None and config.kind == "rows" and not _is_right(plan, config, x, case.gated):
+                    _logger.warning("packed linear %s: %s gives wrong results here", _key(plan, case), config.label)
+                    continue
                 times.append((self._timer(chain(config)), config))
             except OutOfResources:
                 continue  # more shared memory than this GPU has
+        if not times:
+            times.append((0.0, None))
         _logger.debug(
             "packed linear %s: %s",
             _key(plan, case),
             ", ".join(f"{_label(config)} {seconds / count * 1e6:.1f} us" for seconds, config in times),
         )
         return min(times, key=lambda pair: pair[0])[1]
+
+
+def _is_right(plan: PackedPlan, config: PackedConfig, x: torch.Tensor, gated: bool) -> bool:
+    """Whether the compiler laid the kernel's tensors out as that kernel needs: against the dequantized weight."""
+    found, expected = plan._run(x, config, gated, None, None).float(), plan._by_library(x, gated, None, None).float()
+    return bool((found - expected).norm() <= 0.05 * expected.norm())
 
 
 @functools.cache
@@ -256,14 +269,17 @@ def candidates_for(case: Case, weight: PackedWeight, num_multiprocessors: int) -
     num_outputs = weight.num_outputs // 2 if case.gated and bucket <= FUSED_ROWS else weight.num_outputs
     num_slabs = weight.words.shape[0]
     found: list[PackedConfig | None] = []
-    kinds = [("sum", each) for each in (_SUMS if bucket == 1 else ())]
-    dots = _FEW_DOTS if bucket <= FUSED_ROWS else _MORE_DOTS if bucket <= 64 else _MANY_DOTS
-    kinds += [("dot", each) for each in dots]
-    for kind, (block_n, warps, stages) in kinds:
+    if bucket <= MOST_ROWS and takes_rows(weight):
+        kinds = [("rows", each) for each in _ROWS]
+    else:
+        dots = _FEW_DOTS if bucket <= FUSED_ROWS else _MORE_DOTS if bucket <= 64 else _MANY_DOTS
+        kinds = [("sum", (*each, False)) for each in (_SUMS if bucket == 1 else ())]
+        kinds += [("dot", (*each, False)) for each in dots]
+    for kind, (block_n, warps, stages, prefetches) in kinds:
         tiles = -(-num_outputs // block_n)
         row_tiles = triton.cdiv(bucket, dot_rows(bucket))
-        # Warps of a "sum" share the slabs of a program; each should have a few.
-        fewest_slabs = 2 * warps if kind == "sum" else 8
+        # Warps of all but a "dot" share the slabs of a program; each should have a few.
+        fewest_slabs = 8 if kind == "dot" else 2 * warps
         splits = [1]
         while (
             2 * splits[-1] <= MOST_SPLITS
@@ -272,7 +288,7 @@ def candidates_for(case: Case, weight: PackedWeight, num_multiprocessors: int) -
             and Workspace.holds(2 * splits[-1], bucket, weight.num_outputs, tiles * row_tiles)
         ):
             splits.append(2 * splits[-1])
-        found += [PackedConfig(kind, block_n, warps, stages, each) for each in splits[-2:]]
+        found += [PackedConfig(kind, block_n, warps, stages, each, prefetches=prefetches) for each in splits[-2:]]
         if kind == "sum" and case.has_norm:
             found.append(PackedConfig(kind, block_n, warps, stages, takes_norm=True))
     if bucket > 64:

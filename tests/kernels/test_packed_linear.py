@@ -19,6 +19,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies no matrices of bf16.
 DTYPES = [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16]
 SUM = PackedConfig("sum", block_n=16, num_warps=2, takes_norm=True)
+ROWS = PackedConfig("rows", block_n=32, num_warps=2)
+ROWS_SPLIT = PackedConfig("rows", block_n=16, num_warps=1, num_stages=2, num_splits=3)
 DOT = PackedConfig("dot", block_n=32, num_warps=1, num_stages=2)
 SUM_SPLIT = PackedConfig("sum", block_n=16, num_warps=1, num_splits=3)
 DOT_SPLIT = PackedConfig("dot", block_n=16, num_warps=1, num_stages=2, num_splits=3)
@@ -73,9 +75,23 @@ FORMATS = [
 ]  # fmt: skip
 
 
+# The same, of groups that hold whole slabs.
+WIDE_FORMATS = [
+    (4, 128, False, 512), (4, 256, True, 1024), (4, 128, True, 400), (8, 64, False, 256), (8, 128, True, 200),
+    (3, 128, False, 384),
+]  # fmt: skip
+CASES = [
+    *((*each, config, num_rows) for each in FORMATS for config, num_rows in (
+        (SUM, 1), (SUM_SPLIT, 1), (DOT, 1), (DOT_SPLIT, 13), (DOT, 40),
+    )),
+    *((*each, config, num_rows) for each in WIDE_FORMATS for config, num_rows in (
+        (ROWS, 1), (ROWS, 8), (ROWS_SPLIT, 1), (ROWS_SPLIT, 5),
+    )),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("bits", "group", "has_zeros", "num_inputs"), FORMATS)
-@pytest.mark.parametrize(("config", "num_rows"), [(SUM, 1), (SUM_SPLIT, 1), (DOT, 1), (DOT_SPLIT, 13), (DOT, 40)])
+@pytest.mark.parametrize(("bits", "group", "has_zeros", "num_inputs", "config", "num_rows"), CASES)
 def test_equals_the_product_in_full_precision(workspace, config, num_rows, bits, group, has_zeros, num_inputs, dtype):
     gated, extras = num_rows > 1, has_zeros
     num_outputs = 36  # no multiple of a block
@@ -93,13 +109,14 @@ def test_equals_the_product_in_full_precision(workspace, config, num_rows, bits,
     assert int(workspace.counters.sum()) == 0  # ready for the next product
 
 
-def test_inputs_of_all_sizes_keep_their_precision(workspace):
-    """One row is multiplied by numbers that are not normal: what is small beside 1 or very large must come through."""
+@pytest.mark.parametrize("config", [SUM, ROWS])
+def test_inputs_of_all_sizes_keep_their_precision(workspace, config):
+    """Few rows are multiplied by numbers that are not normal: what is small or very large must come through."""
     weight, exact = _random(16, 256, 4, 128, False)
     for size in (2.0**-24, 1.0, 2.0**15) if DEVICE == "cpu" else (2.0**-24, 1.0, 2.0**15, 2.0**40):
         dtype = torch.bfloat16 if size > 2.0**15 else torch.float16
         x = (torch.rand(1, 256, device=DEVICE) * size).to(dtype)
-        y = packed_linear(x, weight, None, SUM, workspace, output_dtype=torch.float32)
+        y = packed_linear(x, weight, None, config, workspace, output_dtype=torch.float32)
         torch.testing.assert_close(y / size, (x.double() @ exact.T / size).float(), rtol=1e-5, atol=1e-5)
 
 
@@ -151,6 +168,7 @@ def chooser(monkeypatch):
 @pytest.mark.parametrize("num_rows", [0, 1, 5, 30, 70, 600])
 def test_a_plan_measures_once_and_multiplies(monkeypatch, chooser, num_rows):
     made, timer = chooser
+    monkeypatch.setattr(packed_tuning, "_ROWS", ((16, 2, 1, False), (16, 1, 1, True)))
     monkeypatch.setattr(packed_tuning, "_FEW_DOTS", ((16, 1, 2),))
     monkeypatch.setattr(packed_tuning, "_MORE_DOTS", ((16, 1, 2),))
     monkeypatch.setattr(packed_tuning, "_MANY_DOTS", ((32, 1, 2),))
@@ -172,6 +190,20 @@ def test_a_plan_measures_once_and_multiplies(monkeypatch, chooser, num_rows):
     y = plan.apply_gated(x, norm=norm)
     assert timer.count > measured or not measured
     torch.testing.assert_close(y.float(), _expected(x, exact, bias, True, None, norm), rtol=5e-3, atol=5e-3)
+
+
+def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch, chooser, caplog):
+    made, timer = chooser
+    monkeypatch.setattr(packed_tuning, "_ROWS", ((16, 2, 1, False),))
+    weight, exact = _random(32, 128, 4, 128, False)
+    plan = made.plan(weight, None, torch.float16)
+    run = plan._run
+    monkeypatch.setattr(plan, "_run", lambda x, *arguments: run(x.flip(1), *arguments))
+    x = torch.randn(1, 128, device=DEVICE).half()
+    torch.testing.assert_close(
+        plan.apply(x).float(), _expected(x, exact, None, False, None, None), rtol=5e-3, atol=5e-3
+    )
+    assert timer.count == 0 and "wrong results" in caplog.text
 
 
 def test_replicated_layers_measure_nothing(chooser):
