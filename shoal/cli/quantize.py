@@ -35,11 +35,14 @@ from shoal.quantize.order import (
     QuantizeOrder,
     QuantizeProgress,
 )
-from shoal.quantize.output import REPORT, prepare_output
-from shoal.quantize.source import read_source
+from shoal.quantize.output import REPORT, held_output, prepare_output
+from shoal.quantize.source import SourceCheckpoint, read_source
 
 _FILE_WIDTH = 120
 _END_SECONDS = 10.0
+# Of a weight, the usual first.
+_BITS = {"gptq": (4, 8), "awq": (4,), "fp8": (8,), "int8": (8,)}
+_GROUP_SIZE = 128
 
 
 class QuantizeCommand(Command):
@@ -67,11 +70,24 @@ def _run(options: QuantizeOptions, calibration: CalibrationOptions, grid: GridOp
         if importlib.util.find_spec(package) is None:
             raise ConfigError(f"{package} is missing: pip install 'shoal[engine]' brings it")
     source = read_source(Path(order.model))
-    state = prepare_output(order, source, options.overwrite)
+    started = time.monotonic()
+    with held_output(Path(order.out)):
+        rows, done = _quantize(order, source, options.overwrite)
+    _print_table(order, rows)
+    print(
+        f"{order.out}: {done.bytes_before / 1e6:,.1f} MB became {done.bytes_after / 1e6:,.1f} MB in "
+        f"{time.monotonic() - started:.0f} s; {REPORT} has these figures"
+    )
+    if options.json is not None:
+        shutil.copyfile(Path(order.out) / REPORT, Path(options.json).expanduser())
+    return 0
+
+
+def _quantize(order: QuantizeOrder, source: SourceCheckpoint, overwrite: bool) -> tuple[list[MatrixRow], QuantizeDone]:
+    state = prepare_output(order, source, overwrite)
     console = Console(stderr=True)
     if state.rows:
         console.print(f"{order.out}: {len(state.rows)} layers are done; going on after them", highlight=False)
-    started = time.monotonic()
     rows: list[MatrixRow] = []
     done: QuantizeDone | None = None
     decoder = msgspec.json.Decoder(QuantizeNews)
@@ -97,14 +113,7 @@ def _run(options: QuantizeOptions, calibration: CalibrationOptions, grid: GridOp
         raise KeyboardInterrupt
     if done is None:
         raise EngineError(f"the program ended with exit code {code}; its last words stand above")
-    _print_table(order, rows)
-    print(
-        f"{order.out}: {done.bytes_before / 1e6:,.1f} MB became {done.bytes_after / 1e6:,.1f} MB in "
-        f"{time.monotonic() - started:.0f} s; {REPORT} has these figures"
-    )
-    if options.json is not None:
-        shutil.copyfile(Path(order.out) / REPORT, Path(options.json).expanduser())
-    return 0
+    return rows, done
 
 
 def _order(options: QuantizeOptions, calibration: CalibrationOptions, grid: GridOptions) -> QuantizeOrder:
@@ -124,18 +133,22 @@ def _order(options: QuantizeOptions, calibration: CalibrationOptions, grid: Grid
             f"--method {method} needs --calibration FILE: a text of the kind that the model will see, UTF-8, about "
             f"{calibration.num_samples} × {calibration.sequence_length} tokens (--num-samples, --sequence-length)"
         )
+    known = _BITS[method]
+    bits = known[0] if grid.bits is None else grid.bits
+    if bits not in known:
+        raise ConfigError(f"--bits {bits}: {method} is written with {' or '.join(map(str, known))}")
+    group_size = _GROUP_SIZE if grid.group_size is None else grid.group_size
     symmetric = method == "gptq"
     if method == "awq" and grid.sym:
         raise ConfigError("--sym does not go with --method awq, whose layout has zero points")
     if grid.sym and grid.asym:
         raise ConfigError("--sym and --asym contradict each other; give one of them")
     if method in CALIBRATED:
-        known = (4, 8) if method == "gptq" else (4,)
-        if grid.bits not in known:
-            raise ConfigError(f"--bits {grid.bits}: {method} is written with {' or '.join(map(str, known))}")
-        if grid.group_size != -1 and (grid.group_size < 8 or grid.group_size % 8):
-            raise ConfigError(f"--group-size must be -1 or a positive multiple of 8; got {grid.group_size}")
+        if group_size != -1 and (group_size < 8 or group_size % 8):
+            raise ConfigError(f"--group-size must be -1 or a positive multiple of 8; got {group_size}")
         symmetric = symmetric and not grid.asym
+    elif grid.group_size is not None:
+        raise ConfigError(f"--group-size does not go with --method {method}, which has a scale an output or a matrix")
     for name in ("desc_act", "asym"):
         if getattr(grid, name) and method != "gptq":
             if name == "asym" and method == "awq":
@@ -151,8 +164,8 @@ def _order(options: QuantizeOptions, calibration: CalibrationOptions, grid: Grid
         calibration=None if text is None else str(text),
         num_samples=calibration.num_samples,
         sequence_length=calibration.sequence_length,
-        bits=grid.bits if method in CALIBRATED else 8,
-        group_size=grid.group_size,
+        bits=bits,
+        group_size=group_size,
         symmetric=symmetric,
         desc_act=grid.desc_act,
         damp=grid.damp,
@@ -190,9 +203,11 @@ def _progress(console: Console) -> Iterator[Progress | None]:
 
 
 def _layer_line(news: QuantizeLayer) -> str:
+    state = "was done" if news.resumed else "done"
+    if not news.rows:
+        return f"layer {news.layer}/{news.num_layers} {state}: stays as it is"
     worst = max(news.rows, key=lambda row: row.error)
     mean = sum(row.error for row in news.rows) / len(news.rows)
-    state = "was done" if news.resumed else "done"
     return f"layer {news.layer}/{news.num_layers} {state}: error {mean:.4f}, at most {worst.error:.4f} ({worst.name})"
 
 

@@ -43,8 +43,10 @@ class CalibrationOptions:
 class GridOptions:
     """What weights become."""
 
-    bits: int = option(4, "Of a weight by gptq: 4 or 8. awq has 4.")
-    group_size: int = option(128, "Inputs of an output that share a scale, by gptq and awq; -1: all of them.")
+    bits: int | None = option(None, "Of a weight by gptq: 4 or 8; default: 4. awq has 4, fp8 and int8 have 8.")
+    group_size: int | None = option(
+        None, "Inputs of an output that share a scale, by gptq and awq; -1: all of them. Default: 128."
+    )
     sym: bool = option(False, "No zero points. By default so for gptq; awq always has them.")
     asym: bool = option(False, "Zero points for gptq.")
     desc_act: bool = option(False, "gptq: the inputs of the largest activations first. Better, slower to serve.")

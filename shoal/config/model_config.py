@@ -125,12 +125,15 @@ def load_model_config(
 
 
 def _quantization(raw: dict[str, Any], directory: Path) -> dict[str, Any] | None:
-    """The object that describes the quantization: in the config, or in the file that AutoGPTQ wrote beside it."""
+    """The object that describes the quantization: in the config, or in the file that AutoGPTQ or AutoAWQ wrote beside
+    it."""
     found = raw.get("quantization_config") or raw.get("compression_config")
     if found is not None:
         return found  # type: ignore[no-any-return]
-    beside = _read_json(directory / "quantize_config.json")
-    return None if beside is None else {"quant_method": "gptq", **beside}
+    for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if (beside := _read_json(directory / name)) is not None:
+            return {"quant_method": method, **beside}
+    return None
 
 
 def _generation_defaults(generation: dict[str, Any], directory: Path) -> dict[str, Any]:
@@ -172,6 +175,8 @@ def _native_architecture(raw: dict[str, Any]) -> str | None:
 
 def _names(raw: dict[str, Any]) -> list[str]:
     found = raw.get("architectures") or []
+    if not isinstance(found, (str, list)):
+        raise ModelError(f"architectures must be a list of names; found {found!r}")
     return [found] if isinstance(found, str) else list(map(str, found))
 
 
@@ -195,7 +200,10 @@ def _fields(raw: dict[str, Any], directory: Path, model_impl: str, trust_remote_
 
 
 def _dtype(raw: dict[str, Any]) -> str:
-    name = str(raw.get("dtype") or raw.get("torch_dtype") or "float32").removeprefix("torch.")
+    text = raw.get("text_config")
+    both = (raw, text) if isinstance(text, dict) else (raw,)
+    found = (each.get(key) for each in both for key in ("dtype", "torch_dtype"))
+    name = str(next((value for value in found if value), "float32")).removeprefix("torch.")
     if name not in _DTYPES:
         raise ModelError(f"dtype {name!r} is not supported; supported: {', '.join(_DTYPES)}")
     return name

@@ -43,8 +43,9 @@ class QuantizationConfig:
     matrix, an output ("channel"), `group_size` inputs of an output ("group", -1: all of them), a `block` of outputs ×
     inputs. symmetric: no zero points. desc_act: inputs were quantized in another order, which g_idx tells (GPTQ).
     activations: in what the inputs are quantized, "none": they stay. kept: modules left as they are, by name, part of a
-    name, or regular expression ("re:…"). on_the_fly: the checkpoint is plain, the loader quantizes.
-    raw: the whole object, for what only one method has.
+    name, or regular expression ("re:…"). targets: likewise those that this is the format of; (): all. others: further
+    formats, for modules that are not among the targets; what none is for is kept. on_the_fly: the checkpoint is plain,
+    the loader quantizes. raw: the whole object, for what only one method has.
     """
 
     method: str
@@ -57,6 +58,8 @@ class QuantizationConfig:
     desc_act: bool = False
     activations: Activations = "none"
     kept: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    others: tuple[QuantizationConfig, ...] = ()
     quantizes_head: bool = False
     on_the_fly: bool = False
     raw: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -66,17 +69,22 @@ class QuantizationConfig:
         last = module.rpartition(".")[2]
         if last in _EMBEDDINGS or (last in _HEADS and not self.quantizes_head):
             return True
-        for pattern in self.kept:
-            if pattern.startswith("re:"):
-                if re.match(pattern[3:], module):
-                    return True
-            elif pattern == module or f".{pattern}." in f".{module}.":
-                return True
-        return False
+        return any(_matches(pattern, module) for pattern in self.kept) or self.format_of(module) is None
+
+    def format_of(self, module: str) -> int | None:
+        """Which of (self, *others) it has, if it is quantized; None: there is none for it."""
+        for index, config in enumerate((self, *self.others)):
+            if not config.targets or any(_matches(pattern, module) for pattern in config.targets):
+                return index
+        return None
 
     @property
     def input_unit(self) -> int:
-        """Inputs of a row-parallel layer are cut at multiples of it."""
+        """Inputs of a row-parallel layer are cut at multiples of it. A group of integers in words may be cut."""
+        if self.method == "awq":  # packed along the outputs
+            return 1
+        if self._numbers_in_words:
+            return self._numbers_in_words
         if self.scales == "block":
             return self.block[1]
         if self.scales == "group" and self.group_size > 0:
@@ -86,9 +94,16 @@ class QuantizationConfig:
     @property
     def output_unit(self) -> int:
         """Outputs of a column-parallel layer are cut at multiples of it."""
-        if self.method in ("gptq", "awq"):
-            return {2: 16, 3: 32, 4: 8, 8: 4}[self.bits]
+        if self._numbers_in_words and not (self.method == "compressed-tensors" and self.symmetric):
+            return self._numbers_in_words
         return self.block[0] if self.scales == "block" else 1
+
+    @property
+    def _numbers_in_words(self) -> int:
+        """How many integers fill words of 32 bits, in three words those of 3 bits; 0: they lie in no words."""
+        if self.method in ("gptq", "awq") or self.raw.get("format") == "pack-quantized":
+            return {2: 16, 3: 32, 4: 8, 8: 4}[self.bits]
+        return 0
 
     def describe(self) -> str:
         each = {
@@ -98,6 +113,12 @@ class QuantizationConfig:
             "tensor": "a scale a matrix",
         }[self.scales]
         return f"{self.method}, {self.bits}-bit {self.kind}, {each}{', quantized while loading' * self.on_the_fly}"
+
+
+def _matches(pattern: str, module: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern[3:], module) is not None
+    return f".{pattern.strip('.')}." in f".{module}."
 
 
 def method_of(name: str) -> str:
@@ -155,6 +176,12 @@ def _gptq(found: Mapping[str, Any]) -> QuantizationConfig:
             f"quantization_config: checkpoint_format {found['checkpoint_format']!r} is not supported; "
             "supported: gptq, gptq_v2"
         )
+    if found.get("is_marlin_format"):
+        raise ModelError(
+            "quantization_config: is_marlin_format: tensors that were packed for one kernel are not read; "
+            "the checkpoint that they were made from is"
+        )
+    quantizes_head = _flag(found, "lm_head", False)
     return QuantizationConfig(
         method="gptq",
         kind="int",
@@ -164,9 +191,21 @@ def _gptq(found: Mapping[str, Any]) -> QuantizationConfig:
         symmetric=_flag(found, "sym", True),
         desc_act=_flag(found, "desc_act", False),
         kept=_patterns(found),
-        quantizes_head=_flag(found, "lm_head", False),
+        targets=_modules_of_blocks(found, quantizes_head),
+        quantizes_head=quantizes_head,
         raw=dict(found),
     )
+
+
+def _modules_of_blocks(found: Mapping[str, Any], quantizes_head: bool) -> tuple[str, ...]:
+    """modules_in_block_to_quantize of Transformers and Optimum: names within a layer, in lists of lists or in one."""
+    given = found.get("modules_in_block_to_quantize")
+    if not given:
+        return ()
+    lists = given if isinstance(given, list) else [given]
+    names = [name for part in lists for name in (part if isinstance(part, list) else [part])]
+    _check_names("modules_in_block_to_quantize", names)
+    return (*(f"re:.*\\.{re.escape(name)}$" for name in names), *_HEADS * quantizes_head)
 
 
 def _awq(found: Mapping[str, Any]) -> QuantizationConfig:
@@ -232,40 +271,61 @@ def _mxfp4(found: Mapping[str, Any]) -> QuantizationConfig:
     )
 
 
-_COMPRESSED_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_KINDS_OF_FORMATS = {
+    "pack-quantized": ("int",),
+    "int-quantized": ("int",),
+    "float-quantized": ("float",),
+    "naive-quantized": ("int", "float"),
+}
 
 
 def _compressed(found: Mapping[str, Any]) -> QuantizationConfig:
     status = str(found.get("quantization_status", "compressed"))
     if status not in ("compressed", "frozen"):
         raise ModelError(f"quantization_config: quantization_status {status!r} is not supported; known: compressed")
-    fmt = str(found.get("format", ""))
-    if fmt not in _COMPRESSED_FORMATS:
+    sparsity = found.get("sparsity_config") or {}
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
         raise ModelError(
-            f"quantization_config: format {fmt!r} of compressed-tensors is not supported; supported: "
-            f"{', '.join(_COMPRESSED_FORMATS)}"
+            f"quantization_config: sparsity_config {sparsity!r} is not supported: weights whose zeros are left out are "
+            "not read; format dense is"
         )
     groups = found.get("config_groups")
-    if not isinstance(groups, dict) or len(groups) != 1:
-        count = len(groups) if isinstance(groups, dict) else 0
+    if not isinstance(groups, dict) or not groups:
+        raise ModelError(f"quantization_config: config_groups must be an object with a group; found {groups!r}")
+    configs = [_compressed_group(found, name, group) for name, group in groups.items()]
+    # Modules that are named come before those of a class.
+    first, *others = sorted(configs, key=lambda config: not config.targets)
+    if len([config for config in configs if not config.targets]) > 1:
+        raise ModelError("quantization_config: several config_groups are for all linear modules; one can be")
+    heads = any(config.quantizes_head for config in configs)
+    return dataclasses.replace(first, others=tuple(others), quantizes_head=heads)
+
+
+def _compressed_group(found: Mapping[str, Any], name: str, group: Any) -> QuantizationConfig:
+    if not isinstance(group, dict):
+        raise ModelError(f"quantization_config: the config_group {name} must be an object; found {group!r}")
+    fmt = str(group.get("format") or found.get("format", ""))
+    if fmt not in _KINDS_OF_FORMATS:
         raise ModelError(
-            f"quantization_config: compressed-tensors with {count} config_groups cannot be read; one for all layers can"
+            f"quantization_config: format {fmt!r} of compressed-tensors is not supported; supported: "
+            f"{', '.join(_KINDS_OF_FORMATS)}"
         )
-    (group,) = groups.values()
-    weights = group.get("weights") if isinstance(group, dict) else None
+    weights = group.get("weights")
     if not isinstance(weights, dict):
-        raise ModelError("quantization_config: the config_group has no weights")
+        raise ModelError(f"quantization_config: the config_group {name} has no weights")
     kind = str(weights.get("type", "int"))
     if kind not in ("int", "float"):
         raise ModelError(f"quantization_config: weights of type {kind!r} are not supported; supported: int, float")
     bits = _integer(weights, "num_bits", 8, known=(4, 8))
-    if bits == 4 and (kind == "float" or fmt != "pack-quantized"):
-        raise ModelError(f"quantization_config: 4-bit {kind} weights in format {fmt!r} are not supported")
+    if kind not in _KINDS_OF_FORMATS[fmt] or (bits == 4 and fmt != "pack-quantized"):
+        raise ModelError(f"quantization_config: {bits}-bit {kind} weights in format {fmt!r} are not supported")
     scales = str(weights.get("strategy") or ("group" if weights.get("group_size") else "tensor"))
     if scales not in ("tensor", "channel", "group", "block"):
         raise ModelError(
             f"quantization_config: scales by {scales!r} are not supported; supported: tensor, channel, group, block"
         )
+    targets = group.get("targets") or ["Linear"]
+    _check_names("targets", targets)
     return QuantizationConfig(
         method="compressed-tensors",
         kind=kind,  # type: ignore[arg-type]
@@ -274,12 +334,22 @@ def _compressed(found: Mapping[str, Any]) -> QuantizationConfig:
         group_size=_group_size(weights, "group_size", 128) if scales == "group" else 0,
         block=_block(weights.get("block_structure") or [128, 128], "block_structure") if scales == "block" else (0, 0),
         symmetric=_flag(weights, "symmetric", True),
-        desc_act=weights.get("actorder") in ("group", True),
+        desc_act=_is_ordered(weights.get("actorder")),
         activations=_compressed_activations(group.get("input_activations")),
         kept=_patterns(found),
-        quantizes_head="lm_head" in (group.get("targets") or ()),
-        raw=dict(found),
+        targets=() if "Linear" in targets else tuple(targets),
+        quantizes_head=any(_matches(pattern, "lm_head") for pattern in targets),
+        raw=dict(found) | {"config_groups": {name: group}, "format": fmt},
     )
+
+
+def _is_ordered(actorder: Any) -> bool:
+    """Whether the inputs stand in another order than their groups. Raises ModelError."""
+    if actorder in ("group", "dynamic", True):
+        return True
+    if actorder in ("weight", "static", False, None):
+        return False
+    raise ModelError(f"quantization_config: actorder {actorder!r} is not supported; known: group, weight")
 
 
 def _compressed_activations(found: Any) -> Activations:
@@ -341,7 +411,25 @@ def _block(value: Any, name: str) -> tuple[int, int]:
 def _patterns(found: Mapping[str, Any]) -> tuple[str, ...]:
     for name in ("modules_to_not_convert", "ignored_layers", "ignore"):
         if found.get(name):
-            if not isinstance(found[name], list):
-                raise ModelError(f"quantization_config: {name} must be a list of names; found {found[name]!r}")
-            return tuple(map(str, found[name]))
+            _check_names(name, found[name])
+            return tuple(found[name])
     return ()
+
+
+def _check_names(what: str, given: Any) -> None:
+    """Raise ModelError unless it is a list of names and of regular expressions ("re:…")."""
+    if not isinstance(given, list) or not all(isinstance(name, str) for name in given):
+        raise ModelError(f"quantization_config: {what} must be a list of names; found {given!r}")
+    for name in given:
+        if name.startswith("re:"):
+            check_expression(what, name[3:])
+
+
+def check_expression(what: str, expression: str) -> None:
+    """Raise ModelError for what is no regular expression."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ModelError(
+            f"quantization_config: {what} has {expression!r}, which is no regular expression: {error}"
+        ) from None

@@ -65,6 +65,7 @@ class Linear(nn.Module):
             is_replicated=is_replicated,
             has_bias_elsewhere=has_bias_elsewhere,
             all_in_features=in_features,
+            in_start=self.columns.start,
             names=tuple(part.name for part in parts),
             part_sizes=tuple(part.rows.stop - part.rows.start for part in parts),
         )

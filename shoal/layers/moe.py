@@ -166,6 +166,8 @@ class RoutedExperts(nn.Module):
             num_experts=len(experts),
             hidden_size=self.hidden_size,
             intermediate_size=self.width.stop - self.width.start,
+            all_intermediate_size=self.intermediate_size,
+            intermediate_start=self.width.start,
             activation=activation,
             dtype=context.dtype,
             device=context.device,

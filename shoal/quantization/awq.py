@@ -13,7 +13,14 @@ import torch
 from shoal.config.quantization import QuantizationConfig
 from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
 from shoal.quantization.fp8 import is_kept
-from shoal.quantization.packed_int import IntegerMatrix, PackedIntLinear, repeated, scale_of_random, unpack
+from shoal.quantization.packed_int import (
+    IntegerMatrix,
+    PackedIntLinear,
+    cuts_a_group,
+    repeated,
+    scale_of_random,
+    unpack,
+)
 from shoal.quantization.unquantized import Unquantized
 
 _BITS, _PER_WORD = 4, 8
@@ -37,15 +44,19 @@ class AwqLinear(PackedIntLinear):
     def __init__(self, spec: LinearSpec, config: QuantizationConfig) -> None:
         super().__init__(spec)
         outputs, inputs, device = spec.out_features, spec.in_features, spec.device
-        self.group_size = config.group_size if config.group_size > 0 else spec.all_in_features or inputs
-        num_groups = -(-inputs // self.group_size)
+        all_inputs = spec.all_in_features or inputs
+        self.group_size = config.group_size if config.group_size > 0 else all_inputs
+        # A rank has all groups where one is cut.
+        self.has_all_groups = config.group_size < 0 or cuts_a_group(spec, self.group_size)
+        num_groups = -(-(all_inputs if self.has_all_groups else inputs) // self.group_size)
         self.qweight = torch.empty(inputs, -(-outputs // _PER_WORD), dtype=torch.int32, device=device)
         self.qzeros = torch.empty(num_groups, -(-outputs // _PER_WORD), dtype=torch.int32, device=device)
         self.scales = torch.empty(num_groups, outputs, device=device)
-        self.has_one_group = config.group_size < 0
 
     def tensors(self) -> list[LinearTensor]:
-        by_group: dict[str, Any] = {"in_dim": None} if self.has_one_group else {"in_dim": 0, "in_unit": self.group_size}
+        by_group: dict[str, Any] = (
+            {"in_dim": None} if self.has_all_groups else {"in_dim": 0, "in_unit": self.group_size}
+        )
         scale = scale_of_random(_BITS, self.spec.all_in_features or self.spec.in_features)
         (zeros,) = repeated(1 << (_BITS - 1), _BITS, self.qzeros.device).tolist()
         return [
@@ -82,7 +93,7 @@ class AwqLinear(PackedIntLinear):
             zeros=None if bool((zeros == 1 << (_BITS - 1)).all()) else zeros,
         )
         del self.qweight, self.qzeros, self.scales
-        return [matrix]
+        return [matrix.from_input(spec.in_start) if self.has_all_groups else matrix]
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,7 @@ class LinearSpec:
     deterministic mode, so that nothing is rounded before the sum. Such a layer has no bias of its own.
     is_replicated: other ranks hold the same weight and must get the same bits, so none chooses a kernel by itself.
     has_bias_elsewhere: the checkpoint has a bias for it, which whoever sums adds.
-    all_in_features: inputs of the whole layer, of which `in_features` are this rank's; 0: the same.
+    all_in_features: inputs of the whole layer, of which `in_features` from `in_start` on are this rank's; 0: the same.
     names, part_sizes: the matrices of the checkpoint that are stacked here, and how many outputs each has on this rank.
     """
 
@@ -39,6 +39,7 @@ class LinearSpec:
     is_replicated: bool = False
     has_bias_elsewhere: bool = False
     all_in_features: int = 0
+    in_start: int = 0
     names: tuple[str, ...] = ()
     part_sizes: tuple[int, ...] = ()
 
@@ -133,7 +134,8 @@ class ExpertActivation:
 class ExpertsSpec:
     """The experts of one layer on this rank, each down(activation(gate_up(x))). Sizes in elements, of this rank.
 
-    num_experts: that are here. intermediate_size: of one expert here. interleaved: gate_up gives gate and up by turns,
+    num_experts: that are here. intermediate_size: of one expert here, from `intermediate_start` on of
+    all_intermediate_size in the checkpoint; 0: the same. interleaved: gate_up gives gate and up by turns,
     else all gates first. gate_up_bias, down_bias: whether there are such here (of split experts one rank adds down's).
     num_input_shards, is_summand: of the down products, as in LinearSpec. gate_up_names: by expert, the matrices that
     are stacked; down_names: by expert. Experts that the checkpoint holds in one tensor all have its name.
@@ -145,6 +147,8 @@ class ExpertsSpec:
     activation: ExpertActivation
     dtype: torch.dtype
     device: torch.device
+    all_intermediate_size: int = 0
+    intermediate_start: int = 0
     interleaved: bool = False
     gate_up_bias: bool = False
     down_bias: bool = False

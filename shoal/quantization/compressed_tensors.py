@@ -19,15 +19,18 @@ from shoal.errors import ModelError
 from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
 from shoal.quantization.byte_linear import ByteFormat, ByteLinear, check_scales
 from shoal.quantization.fp8 import is_kept
-from shoal.quantization.packed_int import IntegerMatrix, PackedIntLinear, unpack
+from shoal.quantization.packed_int import IntegerMatrix, PackedIntLinear, cuts_a_group, unpack
 from shoal.quantization.unquantized import Unquantized
 
 
 class CompressedTensors(QuantizationScheme):
+    """Of one group of modules; `others`: of the further ones, if the config has several."""
+
     name = "compressed-tensors"
 
     def __init__(self, config: QuantizationConfig) -> None:
         self.config = config
+        self.others = [CompressedTensors(other) for other in config.others]
         self.packed = config.raw.get("format") == "pack-quantized"
         activations = config.activations
         (group,) = config.raw["config_groups"].values()
@@ -58,9 +61,22 @@ class CompressedTensors(QuantizationScheme):
     def linear(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> LinearMethod:
         if weight is not None or is_kept(self.config, spec):
             return Unquantized().linear(spec, weight)
-        if self.packed:
-            return PackedLinear(spec, self.config, self.form)
-        return ByteLinear(spec, self.form)
+        scheme = self._scheme_of(spec)
+        if scheme.packed:
+            return PackedLinear(spec, scheme.config, scheme.form)
+        return ByteLinear(spec, scheme.form)
+
+    def _scheme_of(self, spec: LinearSpec) -> CompressedTensors:
+        """Raises ModelError where the matrices of a layer are of several groups."""
+        schemes = (self, *self.others)
+        found = [schemes[self.config.format_of(name) or 0] for name in spec.names] or [self]
+        for name, scheme in zip(spec.names, found, strict=False):
+            if scheme is not found[0]:
+                raise ModelError(
+                    f"quantization_config: {spec.names[0]} is {found[0].config.describe()}, and {name} is "
+                    f"{scheme.config.describe()}: these are one layer here, whose matrices must be held alike"
+                )
+        return found[0]
 
 
 class PackedLinear(PackedIntLinear):
@@ -79,8 +95,9 @@ class PackedLinear(PackedIntLinear):
         outputs, inputs, device = spec.out_features, spec.in_features, spec.device
         num_parts = max(1, len(spec.part_sizes))
         self.all_inputs = spec.all_in_features or inputs
-        # A part of inputs that were ordered belongs to all groups: each rank has them all.
-        self.has_all_groups = config.desc_act and self.all_inputs > inputs
+        # A part of inputs that were ordered belongs to all groups, or a group is cut: each rank has them all.
+        is_cut = self.group > 0 and cuts_a_group(spec, self.group)
+        self.has_all_groups = is_cut or (config.desc_act and self.all_inputs > inputs)
         num_groups = -(-(self.all_inputs if self.has_all_groups else inputs) // self.group) if self.group else 1
         self.packed = torch.empty(outputs, -(-inputs // self.per_word), dtype=torch.int32, device=device)
         self.scales = torch.empty(outputs, num_groups, device=device)
@@ -156,7 +173,7 @@ class PackedLinear(PackedIntLinear):
         def read(part: slice, own: slice) -> torch.Tensor:
             return unpack(packed[part][own], bits)[:, : spec.in_features]
 
-        return [
+        found = [
             IntegerMatrix(
                 num_outputs=part.stop - part.start,
                 num_inputs=spec.in_features,
@@ -169,6 +186,9 @@ class PackedLinear(PackedIntLinear):
             )
             for part, group_of in zip(parts, groups, strict=True)
         ]
+        if self.has_all_groups and groups[0] is None:
+            return [matrix.from_input(spec.in_start) for matrix in found]
+        return found
 
     def _check_groups(self, group_of: torch.Tensor, num_groups: int) -> None:
         if int(group_of.min()) < 0 or int(group_of.max()) >= num_groups:

@@ -8,16 +8,23 @@ scales [groups, N]; g_idx int32 [K], the group of each input, which older ones l
 from __future__ import annotations
 
 import dataclasses
+import re
 from fractions import Fraction
 from typing import Any
 
 import torch
 
-from shoal.config.quantization import QuantizationConfig
+from shoal.config.quantization import QuantizationConfig, check_expression, read_quantization
 from shoal.errors import ModelError
 from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
-from shoal.quantization.fp8 import is_kept
-from shoal.quantization.packed_int import IntegerMatrix, PackedIntLinear, repeated, scale_of_random, unpack
+from shoal.quantization.packed_int import (
+    IntegerMatrix,
+    PackedIntLinear,
+    cuts_a_group,
+    repeated,
+    scale_of_random,
+    unpack,
+)
 from shoal.quantization.unquantized import Unquantized
 
 # Of an input whose group was not stored.
@@ -28,34 +35,55 @@ class Gptq(QuantizationScheme):
     name = "gptq"
 
     def __init__(self, config: QuantizationConfig) -> None:
-        self.config = dataclasses.replace(config, kept=(*config.kept, *_plain_patterns(config)))
+        self.config = config
+        self._rules = _rules(config)
 
     def linear(self, spec: LinearSpec, weight: torch.Tensor | None = None) -> LinearMethod:
-        if weight is not None or is_kept(self.config, spec):
+        if weight is not None:
             return Unquantized().linear(spec, weight)
-        return GptqLinear(spec, self.config)
+        config = self._config_of(spec)
+        return Unquantized().linear(spec) if config is None else GptqLinear(spec, config)
+
+    def _config_of(self, spec: LinearSpec) -> QuantizationConfig | None:
+        """None: plain. Raises ModelError where the matrices of a layer are held in different ways."""
+        if not spec.names:
+            return self.config
+        first, *others = [self._config_of_module(name) for name in spec.names]
+        for name, other in zip(spec.names[1:], others, strict=True):
+            if other != first:
+                raise ModelError(
+                    f"quantization_config: {spec.names[0]} is {_described(first)}, and {name} is {_described(other)}: "
+                    "these are one layer here, whose matrices must be held alike"
+                )
+        return first
+
+    def _config_of_module(self, name: str) -> QuantizationConfig | None:
+        if self.config.keeps(name):
+            return None
+        return next((config for expression, config in self._rules if expression.match(name)), self.config)
 
 
-def _plain_patterns(config: QuantizationConfig) -> list[str]:
-    """GPTQModel's `dynamic`: regular expressions of modules, "-:" before those that are plain. Raises ModelError."""
+def _described(config: QuantizationConfig | None) -> str:
+    return "plain" if config is None else config.describe()
+
+
+def _rules(config: QuantizationConfig) -> list[tuple[re.Pattern[str], QuantizationConfig | None]]:
+    """GPTQModel's `dynamic`, of which the first that a module matches counts: "-:" and an expression, those that are
+    plain (None); "+:" or nothing before it, those whose bits, groups or order are others. Raises ModelError."""
     dynamic = config.raw.get("dynamic") or {}
     if not isinstance(dynamic, dict):
         raise ModelError(f"quantization_config: dynamic must be an object; found {dynamic!r}")
-    same: dict[str, Any] = {
-        "bits": config.bits, "group_size": config.group_size, "sym": config.symmetric, "desc_act": config.desc_act,
-    }  # fmt: skip
-    found = []
-    for pattern, changes in dynamic.items():
-        if pattern.startswith("-:"):
-            found.append(f"re:{pattern[2:]}")
-            continue
-        other = [name for name, value in (changes or {}).items() if name in same and value != same[name]]
-        if other:
-            raise ModelError(
-                f"quantization_config: dynamic gives the modules {pattern!r} another {', '.join(other)}, which is not "
-                "supported; one format for all quantized modules is, and modules that are left plain (-:)"
-            )
-    return found
+    rules: list[tuple[re.Pattern[str], QuantizationConfig | None]] = []
+    for key, changes in dynamic.items():
+        expression = key[2:] if key.startswith(("-:", "+:")) else key
+        check_expression("dynamic", expression)
+        own: QuantizationConfig | None = None
+        if not key.startswith("-:"):
+            if not isinstance(changes or {}, dict):
+                raise ModelError(f"quantization_config: dynamic gives {key!r} {changes!r}; an object is read")
+            own = read_quantization(config.raw | (changes or {}) | {"quant_method": "gptq"})
+        rules.append((re.compile(expression), own))
+    return rules
 
 
 class GptqLinear(PackedIntLinear):
@@ -66,8 +94,8 @@ class GptqLinear(PackedIntLinear):
         outputs, inputs, device = spec.out_features, spec.in_features, spec.device
         all_inputs = spec.all_in_features or inputs
         self.group_size = config.group_size if config.group_size > 0 else all_inputs
-        # Where the inputs were ordered, a part of them belongs to any groups: each rank has all.
-        self.has_all_groups = config.group_size < 0 or config.desc_act
+        # Where the inputs were ordered, a part of them belongs to any groups; or a group is cut: each rank has all.
+        self.has_all_groups = config.group_size < 0 or config.desc_act or cuts_a_group(spec, self.group_size)
         num_groups = -(-(all_inputs if self.has_all_groups else inputs) // self.group_size)
         self.offset = 0 if config.raw.get("checkpoint_format") == "gptq_v2" else 1
         self.qweight = _words(inputs, self.unit, device, outputs).t().contiguous()
@@ -121,12 +149,7 @@ class GptqLinear(PackedIntLinear):
             zeros=None if bool((zeros == 1 << (bits - 1)).all()) else zeros,
         )
         if groups is None:
-            own = -(-inputs // self.group_size)  # others may be of other ranks
-            return [
-                dataclasses.replace(
-                    matrix, scales=scales[:own], zeros=None if matrix.zeros is None else matrix.zeros[:own]
-                )
-            ]
+            return [matrix.from_input(spec.in_start) if self.has_all_groups else matrix]
         if len(groups) == 1 or torch.equal(groups, groups[:1].expand_as(groups)):
             return [dataclasses.replace(matrix, groups_of=groups[0])]
         # Matrices whose inputs were ordered each by itself are multiplied each by itself.
@@ -146,8 +169,6 @@ class GptqLinear(PackedIntLinear):
                     f"{self.name}: quantization_config says desc_act, and there is no g_idx that tells the group of "
                     "each input"
                 )
-            if self.has_all_groups and num_groups > 1 and spec.is_summand:
-                raise ModelError(f"{self.name}: without g_idx this rank does not know which groups its inputs have")
             return None
         if bool(unknown.any()):
             raise ModelError(f"{self.name}: g_idx is there for some of these matrices, not for all")
@@ -160,7 +181,8 @@ class GptqLinear(PackedIntLinear):
                 f"{self.group_size} inputs"
                 + ("" if self.has_all_groups else "; inputs in another order need desc_act in quantization_config")
             )
-        in_order = torch.arange(groups.shape[1], device=groups.device) // self.group_size
+        start = spec.in_start if self.has_all_groups else 0
+        in_order = torch.arange(start, start + groups.shape[1], device=groups.device) // self.group_size
         return None if torch.equal(groups, in_order.expand_as(groups)) else groups
 
 

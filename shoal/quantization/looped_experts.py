@@ -55,6 +55,8 @@ class LoopedExperts(ExpertsMethod):
                 deterministic=spec.deterministic,
                 num_input_shards=spec.num_input_shards,
                 is_summand=spec.is_summand,
+                all_in_features=spec.all_intermediate_size,
+                in_start=spec.intermediate_start,
                 names=(spec.down_names[expert],) if spec.down_names else (),
                 part_sizes=(spec.hidden_size,) if spec.down_names else (),
             )

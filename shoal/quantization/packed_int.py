@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,18 @@ class IntegerMatrix:
             groups_of=groups_of[own],
             read=lambda outputs: read(outputs)[:, own],
         ).arranged()
+
+    def from_input(self, start: int) -> IntegerMatrix:
+        """Of a matrix with the scales and zeros of the whole layer, of whose inputs, in order, those from `start` on
+        are here: with those of its own groups, smaller ones where the first or last is cut."""
+        size = math.gcd(self.group_size, start, self.num_inputs)
+        device = self.scales.device
+        if size < _PADDED_GROUP:
+            inputs = torch.arange(start, start + self.num_inputs, device=device)
+            return dataclasses.replace(self, groups_of=inputs // self.group_size)
+        groups = torch.arange(start, start + self.num_inputs, size, device=device) // self.group_size
+        zeros = None if self.zeros is None else self.zeros[groups]
+        return dataclasses.replace(self, group_size=size, scales=self.scales[groups], zeros=zeros)
 
     def arranged(self) -> IntegerMatrix:
         """With inputs in such an order that each group has the same number of them, one group after the other."""
@@ -194,6 +207,12 @@ class PackedIntLinear(LinearMethod):
     def weight_bytes(self) -> int:
         bias = 0 if self.bias is None else self.bias.nbytes
         return bias + sum(product.weight_bytes for product in self._products)
+
+
+def cuts_a_group(spec: LinearSpec, group_size: int) -> bool:
+    """Whether another rank has inputs of the first or last group here."""
+    whole, ends = spec.all_in_features or spec.in_features, (spec.in_start, spec.in_start + spec.in_features)
+    return any(end % group_size and end != whole for end in ends)
 
 
 def check_scales(scales: torch.Tensor, name: str) -> None:

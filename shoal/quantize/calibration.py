@@ -15,6 +15,8 @@ from torch import nn
 
 from shoal.errors import ConfigError, ModelError
 
+# What a tokenizer is loaded from: where there is none, Transformers makes empty ones of some families.
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 # No tokenizer makes fewer tokens of a text than one of so many bytes.
 _BYTES_PER_TOKEN = 32
 
@@ -23,6 +25,8 @@ def read_samples(directory: Path, text_file: Path, num_samples: int, length: int
     """int64 [S, T]: its first S pieces of T tokens, fewer where it is shorter. Raises ConfigError, ModelError."""
     import transformers
 
+    if not any(path for pattern in _TOKENIZERS for path in directory.glob(pattern)):
+        raise ModelError(f"{directory} has no tokenizer ({', '.join(_TOKENIZERS)}); copy those of the model there")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as error:  # of several libraries
@@ -65,19 +69,23 @@ class Inputs:
 
 
 def collect_inputs(
-    layer: nn.Module, linears: dict[str, nn.Linear], num_samples: int, run: Callable[[int], Any]
+    layer: nn.Module,
+    linears: dict[str, nn.Linear],
+    num_samples: int,
+    run: Callable[[int], Any],
+    of_experts: frozenset[str] = frozenset(),
 ) -> list[Inputs]:
-    """Run all samples through a layer by `run(sample)`. Raises ModelError for a matrix that none of them reaches."""
+    """Run all samples through a layer by `run(sample)`. Raises ModelError for a matrix that none of them reaches,
+    unless it is among those of experts."""
     found: list[Inputs] = []
     of_name: dict[str, Inputs] = {}
     given: dict[str, torch.Tensor] = {}
     outputs: list[tuple[str, torch.Tensor]] = []
-    is_first = True
 
     def before_linear(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             x = arguments[0]
-            if is_first:
+            if name not in of_name:
                 same = [other for other, tensor in given.items() if tensor is x]
                 given[name] = x
                 if same:
@@ -90,6 +98,7 @@ def collect_inputs(
                     [name], before, torch.zeros(size, size, device=x.device), torch.zeros(size, device=x.device)
                 )
                 found.append(of_name[name])
+            given[name] = x
             if of_name[name].names[0] == name:
                 of_name[name].add(x)
 
@@ -97,7 +106,7 @@ def collect_inputs(
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, arguments: Any, output: Any) -> None:
-            if is_first and isinstance(output, torch.Tensor):
+            if isinstance(output, torch.Tensor):
                 outputs.append((name, output))
 
         return hook
@@ -107,13 +116,12 @@ def collect_inputs(
     try:
         for sample in range(num_samples):
             run(sample)
-            is_first = False
             given.clear()
             outputs.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    missing = [name for name in linears if name not in of_name]
+    missing = [name for name in linears if name not in of_name and name not in of_experts]
     if missing:
         raise ModelError(f"the calibration text reaches no {', '.join(missing)}; these layers cannot be calibrated")
     return found

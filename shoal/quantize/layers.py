@@ -87,8 +87,9 @@ def _quantize(
     mask: torch.Tensor | None,
     scale_dtype: torch.dtype,
 ) -> Stored:
+    if order.method == "gptq" and hessian is None:  # of an expert that no token of the text reached
+        return pack_gptq(round_to_nearest(weight, order.bits, order.group_size, order.symmetric, mask))
     if order.method == "gptq":
-        assert hessian is not None
         return pack_gptq(
             quantize_gptq(
                 weight,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from shoal.errors import ModelError
+from shoal.quantize.experts import Experts, unstack_experts
 from shoal.quantize.tensors import TensorReader
 
 # Of a layer's call, but for the hidden states: by place, by name.
@@ -40,6 +41,7 @@ class Network:
         self.prefix, self.layers = _decoder_layers(self.model, self.config.get_text_config().num_hidden_layers)
         # Some checkpoints leave out the name of the model inside.
         self._left_out = f"{self.model.base_model_prefix}."
+        unstack_experts(self.model, lambda name: self._stored(name) is not None)
 
     @property
     def num_layers(self) -> int:
@@ -62,10 +64,30 @@ class Network:
                     f"({type(self.model).__name__}: experts, or a convolution); such layers cannot be quantized here, "
                     "models whose layers are plain linear ones can be"
                 )
-        found = {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
+        # What has one output is no matrix: the gate of an expert that all tokens share.
+        found = {
+            name: module
+            for name, module in layer.named_modules()
+            if type(module) is nn.Linear and module.out_features > 1
+        }
         if not found:
             raise ModelError(f"the layers of {type(self.model).__name__} have no linear modules to quantize")
         return found
+
+    def of_experts(self, index: int) -> frozenset[str]:
+        """Of `linears`, those of experts, which only some tokens reach."""
+        layer = self.layers[index]
+        prefixes = tuple(f"{name}." for name, module in layer.named_modules() if isinstance(module, Experts))
+        return frozenset(name for name in self.linears(index) if prefixes and name.startswith(prefixes))
+
+    def plain_matrices(self, index: int) -> list[str]:
+        """Modules of a layer with a matrix that is none of `linears`: routers and gates."""
+        linears = self.linears(index)
+        return [
+            name
+            for name, module in self.layers[index].named_modules()
+            if name not in linears and getattr(getattr(module, "weight", None), "ndim", 0) == 2
+        ]
 
     def other_linears(self) -> list[str]:
         """Linear modules outside of the layers, such as lm_head."""
@@ -160,13 +182,16 @@ class Network:
         return first[0], records
 
     def _read(self, name: str) -> torch.Tensor:
-        for stored in (name, name.removeprefix(self._left_out)):
-            if stored in self.reader:
-                return self.reader.read(stored)
+        if (stored := self._stored(name)) is not None:
+            return self.reader.read(stored)
         raise ModelError(
             f"the checkpoint has no {name}, which Transformers' {type(self.model).__name__} has; it stores its layers "
             "in another form, and cannot be quantized here"
         )
+
+    def _stored(self, name: str) -> str | None:
+        """As the checkpoint has it."""
+        return next((each for each in (name, name.removeprefix(self._left_out)) if each in self.reader), None)
 
     def _fill(self, module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
         for name, tensor in tensors.items():

@@ -6,10 +6,13 @@ under another name first, so that what has its name is whole.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,48 @@ def order_key(order: QuantizeOrder) -> dict[str, Any]:
     found: dict[str, Any] = msgspec.to_builtins(order)
     del found["out"], found["device"]
     if order.calibration is not None:
-        # Another text in the same file is another order.
-        found["calibration_bytes"] = Path(order.calibration).stat().st_size
+        # Another text in the same file is another order, and the same one elsewhere is the same.
+        del found["calibration"]
+        found["calibration_sha256"] = _digest(Path(order.calibration))
     return found
 
 
-def prepare_output(order: QuantizeOrder, source: SourceCheckpoint, overwrite: bool) -> State:
-    """Make the directory; the state of the run that goes on there, or a new one. Raises ConfigError."""
-    out = Path(order.out)
+def _digest(file: Path) -> str:
+    """Raises ConfigError where it cannot be read."""
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"--calibration {file} cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
+def held_output(out: Path) -> Iterator[None]:
+    """The directory is this run's alone; one that is empty afterwards goes. Raises ConfigError where another run has
+    it, or it cannot be made."""
     if out.exists() and not out.is_dir():
         raise ConfigError(f"{out} is a file; OUT must be a directory that is not there yet")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error}") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise ConfigError(f"{out} is being written by another run ({error}); wait for it, or end it") from error
+    try:
+        yield
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
+        os.close(descriptor)
+
+
+def prepare_output(order: QuantizeOrder, source: SourceCheckpoint, overwrite: bool) -> State:
+    """Of a directory that is held: the state of the run that goes on there, or a new one. Raises ConfigError."""
+    out = Path(order.out)
     if out.resolve() == source.directory.resolve():
         raise ConfigError(f"{out} is MODEL itself; give another directory for the quantized one")
     state = State(order_key(order), _fingerprint(source), [])

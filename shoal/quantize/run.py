@@ -7,7 +7,7 @@ numbers from the same files, and so comes to the same result.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from shoal.errors import ConfigError
-from shoal.quantize.calibration import collect_inputs, read_samples
+from shoal.quantize.calibration import Inputs, collect_inputs, read_samples
 from shoal.quantize.formats import quantization_config
 from shoal.quantize.layers import quantize_layer
 from shoal.quantize.network import Network
@@ -29,7 +29,7 @@ from shoal.quantize.order import (
 )
 from shoal.quantize.output import REPORT, STATE, State, write_json
 from shoal.quantize.packing import dense_of
-from shoal.quantize.source import INDEX, SourceCheckpoint, read_source
+from shoal.quantize.source import INDEX, SourceCheckpoint, read_header, read_source
 from shoal.quantize.tensors import TensorReader, read_tensors, write_tensors
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
@@ -90,16 +90,19 @@ class Run:
         layer = network.load_layer(index)
         linears = self._quantized(index)
         name = network.layer_name(index)
-        scale_dtype = self.reader.read(f"{name}.{next(iter(linears))}.weight").dtype
+        # Of a layer whose matrices all stay there are no scales.
+        scale_dtype = next((self.reader.read(f"{name}.{matrix}.weight").dtype for matrix in linears), torch.float32)
         groups = []
         with torch.inference_mode():
-            if hidden:
+            if hidden and linears:
                 groups = collect_inputs(
                     layer,
                     linears,
                     len(hidden),
                     lambda number: self._run_sample(index, number, hidden, "read", *_READ),
+                    network.of_experts(index),
                 )
+                self._note_unreached(index, linears, groups)
             done = quantize_layer(
                 order,
                 index,
@@ -127,6 +130,16 @@ class Run:
         write_tensors(self._file(index), tensors)
         self.state.rows.append(done.rows)
 
+    def _note_unreached(self, index: int, linears: Iterable[str], groups: list[Inputs]) -> None:
+        missing = set(linears).difference(*(group.names for group in groups))
+        if missing:
+            self.say(
+                QuantizeNote(
+                    f"layer {index + 1}: no token of the calibration text reaches {len(missing)} matrices of experts, "
+                    f"such as {min(missing)}: they are rounded to the nearest, and their errors are of the weights"
+                )
+            )
+
     def _dense_layer(self, index: int) -> dict[str, torch.Tensor]:
         """What the file of a layer stands for, by names within the layer."""
         prefix = f"{self.network.layer_name(index)}."
@@ -149,9 +162,9 @@ class Run:
         write_tensors(self._file(self.num_layers), {name: self.reader.read(name) for name in rest})
         weight_map, total = {}, 0
         for index in range(self.num_layers + 1):
-            for name, tensor in read_tensors(self._file(index)).items():
+            for name, stored in read_header(self._file(index)).items():
                 weight_map[name] = self._file(index).name
-                total += tensor.nbytes
+                total += stored.num_bytes
         for path in self.source.directory.iterdir():
             if path.is_file() and not path.name.endswith((*_NOT_COPIED, ".index.json")) and path.name != "config.json":
                 shutil.copyfile(path, self.out / path.name)
@@ -182,6 +195,7 @@ class Run:
             quantized = self._quantized(index)
             name = self.network.layer_name(index)
             found += [f"{name}.{matrix}" for matrix in self.network.linears(index) if matrix not in quantized]
+            found += [f"{name}.{matrix}" for matrix in self.network.plain_matrices(index)]
         return found
 
     def _quantized(self, index: int) -> dict[str, torch.nn.Linear]:
@@ -189,11 +203,20 @@ class Run:
         return {
             matrix: module
             for matrix, module in self.network.linears(index).items()
-            if not any(f".{part}." in f".{name}.{matrix}." for part in self.order.ignore)
+            if not any(_is_part(part, f"{name}.{matrix}") for part in self.order.ignore)
         }
+
+    def _all_matrices(self) -> list[str]:
+        return [
+            f"{self.network.layer_name(index)}.{matrix}"
+            for index in range(self.num_layers)
+            for matrix in self.network.linears(index)
+        ]
 
     def _check_sizes(self) -> None:
         order = self.order
+        if order.method == "awq" and any(self.network.of_experts(index) for index in range(self.num_layers)):
+            raise ConfigError("--method awq of mixtures of experts is not built; gptq, fp8 and int8 are")
         num_quantized = 0
         for index in range(self.num_layers):
             for matrix, module in self._quantized(index).items():
@@ -216,6 +239,12 @@ class Run:
                         )
                 if order.two_of_four and inputs % 4:
                     raise ConfigError(f"{name} has {inputs} inputs, no multiple of 4: --prune 2:4 cannot be done")
+        for part in order.ignore:
+            if not any(_is_part(part, name) for name in self._all_matrices()):
+                raise ConfigError(
+                    f"--ignore {part}: no matrix of the layers has this name, or a part between dots of it; there are "
+                    f"{', '.join(self.network.linears(0))}, and {self.network.layer_name(0)} for a whole layer"
+                )
         if num_quantized == 0:
             raise ConfigError(f"--ignore {' '.join(order.ignore)} leaves nothing to quantize")
 
@@ -231,6 +260,10 @@ class Run:
 
     def _progress(self, index: int, phase: str, part: float) -> None:
         self.say(QuantizeProgress(index + 1, self.num_layers, phase, (index + part) / self.num_layers))
+
+
+def _is_part(part: str, name: str) -> bool:
+    return f".{part}." in f".{name}."
 
 
 def _device(name: str) -> torch.device:

@@ -46,26 +46,41 @@ def read_source(directory: Path) -> SourceCheckpoint:
             f"{directory}: the first Qwen (QWenLMHeadModel) cannot be quantized, since Transformers has no code for "
             "it; Qwen2 and later can be"
         )
-    found = config.get("quantization_config")
-    if found is None and (directory / "quantize_config.json").is_file():
-        found = _read_json(directory / "quantize_config.json") | {"quant_method": "gptq"}
+    found = config.get("quantization_config") or config.get("compression_config")
+    for name, maker in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+        if found is None and (directory / name).is_file():
+            found = {"quant_method": maker}
     if found:
         method = found.get("quant_method") if isinstance(found, dict) else found
         raise ModelError(f"{directory} is quantized already (by {method}); give the plain model that it was made from")
-    if (directory / INDEX).is_file():
-        weight_map = _read_json(directory / INDEX).get("weight_map") or {}
-        files = [directory / name for name in sorted(set(weight_map.values()))]
-    else:
-        files = sorted(directory.glob("*.safetensors"))
+    files = _weight_files(directory)
     if not files:
         raise ModelError(f"{directory} holds no *.safetensors files; other kinds of weights are not read here")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
-        tensors |= _read_header(file)
+        tensors |= read_header(file)
     return SourceCheckpoint(directory, config, tensors)
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def _weight_files(directory: Path) -> list[Path]:
+    """As the engine finds them: by the index, else the one of the usual name, else all that are weights."""
+    if (directory / INDEX).is_file():
+        weight_map = _read_json(directory / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ModelError(f"{directory / INDEX} has no weight_map of names; download it again")
+        return [directory / name for name in sorted(set(weight_map.values()))]
+    single = directory / INDEX.removesuffix(".index.json")
+    if single.is_file():
+        return [single]
+    # Mistral's own format lies beside the Hugging Face one.
+    found = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith("consolidated")]
+    if any("-of-" in path.name for path in found):
+        raise ModelError(f"{directory} has shards such as {found[0].name} but no {INDEX}; download it too")
+    return found
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of a safetensors file. Raises ModelError."""
     try:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")

@@ -15,6 +15,9 @@ import torch
 from shoal.errors import ModelError
 from shoal.weights.safetensors_file import SafetensorsFile
 
+# Mistral's own format stands beside the Hugging Face one under the first of these names; training state is no weights.
+_NO_WEIGHTS = ("consolidated", "training_args", "optimizer", "scheduler")
+
 
 class TensorFile(Protocol):
     """One file of weights, opened. num_bytes_read: of its tensors."""
@@ -32,6 +35,10 @@ class TensorFile(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+# GGUF, the files of Mistral and Meta, those of other frameworks.
+_OTHER_FORMATS = ("*.gguf", "consolidated*", "*.pth", "*.h5", "*.msgpack")
 
 
 class BinFile:
@@ -77,7 +84,11 @@ def open_weights(directory: str | Path, load_format: str) -> Iterator[TensorFile
         return
     paths = _find(directory, "pytorch_model.bin", ".bin")
     if not paths:
-        raise ModelError(f"{directory} has no weights: neither model.safetensors nor model.safetensors.index.json")
+        others = sorted(path.name for suffix in _OTHER_FORMATS for path in directory.glob(suffix))
+        found = f"; {others[0]} is of a format that is not read, the model's safetensors would be" if others else ""
+        raise ModelError(
+            f"{directory} has no weights: neither model.safetensors nor model.safetensors.index.json{found}"
+        )
     if load_format != "pt":
         raise ModelError(
             f"{directory} has its weights in .bin files only ({next(iter(paths)).name}), an old pickle format; convert "
@@ -103,10 +114,11 @@ def _find(directory: Path, single: str, suffix: str) -> dict[Path, list[str]]:
         return _read_index(directory, index_path)
     if (directory / single).exists():
         return {directory / single: []}
-    others = sorted(directory.glob(f"*{suffix}"))
-    # Mistral's own format stands beside the Hugging Face one under this name; training state is no weights.
-    skipped = ("consolidated", "training_args", "optimizer", "scheduler")
-    found = [path for path in others if not path.name.startswith(skipped)]
+    # AutoGPTQ names files by their format: gptq_model-4bit-128g.safetensors.index.json.
+    indexes = [path for path in directory.glob(f"*{suffix}.index.json") if not path.name.startswith(_NO_WEIGHTS)]
+    if len(indexes) == 1:
+        return _read_index(directory, indexes[0])
+    found = [path for path in sorted(directory.glob(f"*{suffix}")) if not path.name.startswith(_NO_WEIGHTS)]
     if any("-of-" in path.name for path in found):
         raise ModelError(f"{directory} has shards such as {found[0].name} but no {index_path.name}; download it too")
     return {path: [] for path in found}

@@ -17,6 +17,11 @@ from shoal.layers.checkpoint import CheckpointTensor, HoldsWeights
 from shoal.weights.dummy import fill_random
 from shoal.weights.files import TensorFile, open_weights
 
+# Older names of what a cache of 8-bit floats is multiplied by: makers put it below the projections.
+_CACHE_SCALES = {
+    f".{part}_proj.{suffix}": f".{part}_scale" for part in "kv" for suffix in (f"{part}_scale", "output_scale")
+}
+
 # (bytes done, bytes in all)
 Progress = Callable[[int, int], None]
 
@@ -99,6 +104,9 @@ class _Layers:
     def canonical(self, stored: str) -> str:
         """As the layers call it. Checkpoints of the bare decoder (without a head) lack the leading "model."."""
         name = self._tensor_name(stored)
+        for old, new in _CACHE_SCALES.items():
+            if name.endswith(old):
+                name = name.removesuffix(old) + new
         return f"model.{name}" if name not in self._known and f"model.{name}" in self._known else name
 
     def knows(self, name: str) -> bool:
@@ -165,7 +173,7 @@ def _load_tensor(file: TensorFile, stored_name: str, path: str, tensor: Checkpoi
                 f"{path}: tensor {stored_name} is {str(stored).removeprefix('torch.')}; the config describes plain "
                 "floating-point weights"
             )
-    elif stored != wanted:
+    elif stored != wanted and (stored, wanted) != (torch.int32, torch.int64):  # sizes: makers write either
         raise ModelError(
             f"{path}: tensor {stored_name} is {str(stored).removeprefix('torch.')}, the config asks for "
             f"{str(wanted).removeprefix('torch.')}"

@@ -8,6 +8,7 @@ import pytest
 
 from shoal.cli.main import main
 from shoal.config.model_path import embedded_model_path
+from shoal.quantize.output import held_output
 
 
 def run(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -38,6 +39,9 @@ def test_a_table_and_a_checkpoint(capsys, tmp_path):
         (["--method", "gptq"], "--method gptq needs --calibration FILE"),
         (["--method", "awq", "--calibration", "/nowhere"], "--calibration /nowhere: there is no such file"),
         (["--method", "gptq", "--bits", "3", "--calibration", __file__], "--bits 3: gptq is written with 4 or 8"),
+        (["--method", "fp8", "--bits", "4"], "--bits 4: fp8 is written with 8"),
+        (["--method", "awq", "--bits", "8", "--calibration", __file__], "--bits 8: awq is written with 4"),
+        (["--method", "int8", "--group-size", "64"], "--group-size does not go with --method int8"),
         (["--method", "gptq", "--group-size", "12", "--calibration", __file__], "positive multiple of 8; got 12"),
         (["--method", "gptq", "--sym", "--asym", "--calibration", __file__], "contradict each other"),
         (["--method", "awq", "--sym", "--calibration", __file__], "layout has zero points"),
@@ -64,6 +68,15 @@ def test_sizes_that_the_group_does_not_divide(capsys, tmp_path):
     assert code == 2 and "--group-size 48 does not divide" in err
 
 
+def test_layers_that_stay_as_they_are(capsys, tmp_path):
+    options = ["--method", "int8", "--ignore", "layers.0"]
+    code, _, err = run(capsys, "shoal-tiny", tmp_path / "out", *options)
+    assert code == 0 and "layer 1/8 done: stays as it is" in err and "layer 2/8 done: error" in err, err
+    code, _, err = run(capsys, "shoal-tiny", tmp_path / "typo", *options, "donw_proj")
+    assert code == 2 and "--ignore donw_proj: no matrix of the layers has this name" in err
+    assert "self_attn.q_proj" in err and "model.layers.0 for a whole layer" in err
+
+
 def test_directories_that_cannot_be_written_to(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "used").mkdir()
@@ -73,6 +86,14 @@ def test_directories_that_cannot_be_written_to(capsys, tmp_path):
         assert code == 2 and words in err
     code, _, err = run(capsys, "shoal-tiny", embedded_model_path(), "--method", "int8", "--overwrite")
     assert code == 2 and "is MODEL itself" in err
+
+
+def test_a_directory_has_one_run_at_a_time(capsys, tmp_path):
+    out = tmp_path / "out"
+    with held_output(out):
+        code, _, err = run(capsys, "shoal-tiny", out, "--method", "int8")
+        assert code == 2 and "is being written by another run" in err and "wait for it, or end it" in err
+    assert not out.exists(), "nothing was written"
 
 
 def test_the_first_qwen_is_refused_by_name(capsys, tmp_path):

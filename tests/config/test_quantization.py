@@ -39,7 +39,7 @@ def test_plain_checkpoints() -> None:
 def test_gptq() -> None:
     config = read(GPTQ, "gptq_marlin")
     assert (config.bits, config.group_size, config.desc_act, config.symmetric) == (4, 128, True, False)
-    assert config.input_unit == 128 and config.output_unit == 8
+    assert config.input_unit == config.output_unit == 8
     assert config.keeps("lm_head") and not config.keeps("model.layers.0.mlp.up_proj")
     assert not read(GPTQ | {"lm_head": True}).keeps("lm_head")
 
@@ -48,6 +48,7 @@ def test_awq_in_both_spellings() -> None:
     hub = read({"quant_method": "awq", "bits": 4, "group_size": 64, "zero_point": True, "version": "gemm"})
     own = read({"quant_method": "awq", "w_bit": 4, "q_group_size": 64, "zero_point": True, "version": "GEMM"})
     assert hub.group_size == own.group_size == 64 and not hub.symmetric
+    assert hub.input_unit == 1 and hub.output_unit == 8
 
 
 def test_fp8() -> None:
@@ -59,9 +60,41 @@ def test_fp8() -> None:
 
 
 def test_compressed_tensors() -> None:
+    for actorder, is_ordered in (
+        (None, False),
+        ("weight", False),
+        ("static", False),
+        ("group", True),
+        ("dynamic", True),
+    ):
+        weights = {"num_bits": 4, "strategy": "group", "group_size": 32, "actorder": actorder}
+        config = read(of_group(weights=weights) | {"format": "pack-quantized"})
+        assert config.desc_act is is_ordered
+        assert (config.input_unit, config.output_unit) == (8, 1)
+    weights = {"num_bits": 8, "strategy": "group", "group_size": 32}
+    assert read(of_group(weights=weights) | {"format": "int-quantized"}).input_unit == 32
     config = read(COMPRESSED)
     assert (config.kind, config.scales, config.activations) == ("float", "channel", "dynamic_token")
     assert config.keeps("model.layers.0.mlp.gate") and not config.keeps("model.layers.0.mlp.gate_proj")
+
+
+def of_group(**changes: Any) -> dict[str, Any]:
+    (group,) = COMPRESSED["config_groups"].values()
+    return COMPRESSED | {"config_groups": {"group_0": group | changes}}
+
+
+def test_only_what_is_targeted_is_quantized() -> None:
+    config = read(of_group(targets=["re:.*\\.experts\\..*", "self_attn.o_proj"]))
+    assert not config.keeps("model.layers.0.mlp.experts.3.up_proj")
+    assert not config.keeps("model.layers.0.self_attn.o_proj")
+    assert config.keeps("model.layers.0.self_attn.q_proj") and config.keeps("lm_head")
+    assert read(of_group(targets=["Linear", "lm_head"])).keeps("lm_head"), "ignore names it"
+    both = of_group(targets=["Linear", "lm_head"]) | {"ignore": []}
+    assert not read(both).keeps("lm_head") and not read(both).keeps("model.layers.0.self_attn.q_proj")
+    assert read(COMPRESSED | {"ignore": ["model.layers.0."]}).keeps("model.layers.0.mlp.up_proj")
+    blocks = read(GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj"], ["mlp.up_proj"]], "lm_head": True})
+    assert blocks.keeps("model.layers.0.mlp.down_proj") and not blocks.keeps("model.layers.0.mlp.up_proj")
+    assert not blocks.keeps("lm_head")
 
 
 @pytest.mark.parametrize(
@@ -80,8 +113,32 @@ def test_compressed_tensors() -> None:
         ({"quant_method": "awq", "version": "gemv"}, None, "version 'gemv' of AWQ is not supported"),
         ({"quant_method": "fp8", "weight_block_size": [128]}, None, "weight_block_size must be two sizes"),
         ({"quant_method": "fp8", "fmt": "e5m2"}, None, "fmt 'e5m2' is not supported"),
-        (COMPRESSED | {"config_groups": {}}, None, "with 0 config_groups"),
+        (COMPRESSED | {"config_groups": {}}, None, "config_groups must be an object with a group; found {}"),
+        (COMPRESSED | {"config_groups": {"a": None}}, None, "the config_group a must be an object; found None"),
+        (
+            COMPRESSED | {"config_groups": COMPRESSED["config_groups"] | {"b": {}}},
+            None,
+            "config_group b has no weights",
+        ),
+        (
+            COMPRESSED | {"config_groups": {name: COMPRESSED["config_groups"]["group_0"] for name in "ab"}},
+            None,
+            "several config_groups are for all linear modules",
+        ),
         (COMPRESSED | {"format": "marlin-24"}, None, "format 'marlin-24' of compressed-tensors"),
+        (COMPRESSED | {"ignore": ["re:*gate["]}, None, r"ignore has '\*gate\[', which is no regular expression"),
+        (COMPRESSED | {"ignore": [None]}, None, "ignore must be a list of names"),
+        (of_group(weights={"num_bits": 8, "type": "float", "actorder": "x"}), None, "actorder 'x' is not supported"),
+        (of_group(targets=3), None, "targets must be a list of names; found 3"),
+        (COMPRESSED | {"format": "int-quantized"}, None, "8-bit float weights in format 'int-quantized'"),
+        (COMPRESSED | {"format": "pack-quantized"}, None, "8-bit float weights in format 'pack-quantized'"),
+        (
+            COMPRESSED | {"sparsity_config": {"format": "sparse-24-bitmask"}},
+            None,
+            "sparsity_config .*sparse-24-bitmask",
+        ),
+        (GPTQ | {"is_marlin_format": True}, None, "is_marlin_format"),
+        (GPTQ | {"modules_in_block_to_quantize": [[1]]}, None, "modules_in_block_to_quantize must be a list of names"),
         (COMPRESSED | {"ignore": "lm_head"}, None, "ignore must be a list of names; found 'lm_head'"),
     ],
 )

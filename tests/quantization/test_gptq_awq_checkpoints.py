@@ -148,15 +148,21 @@ def test_random_weights_keep_activations_their_size(tmp_path: Path, name: str) -
         ("gptq", "qwen2", {"tensor_parallel_size": 2}),
         ("gptq-act-order-by-matrix", "llama", {"pipeline_parallel_size": 2}),
         ("awq", "qwen2", {}),
+        ("gptq-cut", "qwen2", {"tensor_parallel_size": 2}),
     ],
 )
 def test_served_tokens_are_those_of_the_dequantized_checkpoint(
     tmp_path: Path, name: str, family: str, more: dict[str, Any]
 ) -> None:
-    path = write(tmp_path, FORMS[name], family)
+    path = write(tmp_path, _gptq(group=128) if name == "gptq-cut" else FORMS[name], family)
     config = json.loads((path / "config.json").read_text())
-    # Older ones have it in a file of its own.
-    (path / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    # Older ones have it in a file of its own, by its maker's names.
+    beside, content = "quantize_config.json", {**config.pop("quantization_config")}
+    content.pop("quant_method")
+    if name == "awq":
+        beside = "quant_config.json"
+        content = {"zero_point": True, "q_group_size": content["group_size"], "w_bit": 4, "version": "GEMM"}
+    (path / beside).write_text(json.dumps(content))
     (path / "config.json").write_text(json.dumps(config))
     params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
     prompts = ["Hello, my name is", "The capital"]
@@ -211,7 +217,11 @@ def test_broken_tensors_are_refused_by_name(
         ({"bits": 5}, "bits 5 is not supported"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin'"),
         ({"modules_to_not_convert": ["up_proj"]}, "gate_proj"),
-        ({"dynamic": {"+:.*down.*": {"bits": 8}}}, r"dynamic gives the modules '\+:\.\*down\.\*' another bits"),
+        ({"dynamic": {"+:.*down.*": {"bits": 8}}}, "down_proj.qweight has shape"),
+        ({"dynamic": {"+:.*down.*": {"bits": 5}}}, "bits 5 is not supported"),
+        ({"dynamic": {"+:.*down.*": "plain"}}, r"dynamic gives '\+:\.\*down\.\*' 'plain'; an object is read"),
+        ({"dynamic": {r".*k_proj": {"bits": 8}}}, "q_proj is gptq, 4-bit .*k_proj is gptq, 8-bit .*must be held alike"),
+        ({"dynamic": {"-:*down": {}}}, r"dynamic has '\*down', which is no regular expression"),
         ({"dynamic": ["-:lm_head"]}, "dynamic must be an object"),
     ],
 )
@@ -224,16 +234,21 @@ def test_broken_configs_are_refused_by_name(tmp_path: Path, changes: dict[str, A
         PagedModel(path)
 
 
-def test_more_ranks_than_groups_are_refused(tmp_path: Path) -> None:
-    path = write(tmp_path, _gptq(group=128))
-
-    def load(group: GroupCoordinator) -> str:
-        with pytest.raises(ConfigError) as raised:
-            PagedModel(path, group=group)
-        return str(raised.value)
-
-    for said in on_ranks(2, load):
-        assert "o_proj" in said and "units of 128 inputs" in said
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize(
+    "form",
+    [_gptq(group=128), _gptq(group=128, g_idx=False, symmetric=False), _gptq(8, 48, symmetric=False), _awq(128)],
+    ids=["gptq", "gptq-without-g_idx", "gptq-groups-of-48", "awq"],
+)
+def test_groups_that_are_cut_by_ranks(tmp_path: Path, form: Form, deterministic: bool) -> None:
+    """Inputs of 128 and 384 are 64 and 192 a rank: half a group, one and a half, and four."""
+    path = write(tmp_path, form, intermediate_size=384)
+    backend = "deterministic" if deterministic else "torch_paged"
+    expected = run(PagedModel(tmp_path / "reference"))
+    (alone,) = on_ranks(1, lambda group: run(PagedModel(path, backend, group=group)))
+    for rank in on_ranks(2, lambda group: run(PagedModel(path, backend, group=group))):
+        torch.testing.assert_close(rank, expected, **CLOSE)
+        assert not deterministic or torch.equal(rank, alone)
 
 
 def test_modules_that_are_left_plain(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ returns (what is stored for it, by suffix; what it stands for, fp32).
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,26 @@ Writer = Callable[[torch.Tensor], tuple[Stored, torch.Tensor]]
 
 
 def write_quantized(
-    plain: Path, directory: Path, config: dict[str, Any], writer: Writer, keep: str = "lm_head"
+    plain: Path,
+    directory: Path,
+    config: dict[str, Any],
+    writer: Writer,
+    keep: str | tuple[str, ...] = "lm_head",
+    others: Mapping[str, Writer] | None = None,
 ) -> Path:
-    """Quantize all matrices of `plain` but the embedding and those whose name holds `keep`, into `directory`/quantized;
-    `directory`/reference is the dequantized one, fp32. Returns the first."""
+    """Quantize all matrices of `plain` but the embedding and those whose name holds (one of) `keep`, into
+    `directory`/quantized; `directory`/reference is the dequantized one, fp32. others: writers of matrices whose name
+    holds their key. Returns the first."""
+    kept = (keep,) if isinstance(keep, str) else keep
     tensors = load_file(plain / "model.safetensors")
     quantized, reference = {}, {}
     for name, tensor in tensors.items():
         module, _, suffix = name.rpartition(".")
-        if suffix != "weight" or tensor.dim() != 2 or "embed" in name or keep in name:
+        if suffix != "weight" or tensor.dim() != 2 or "embed" in name or any(k in name for k in kept):
             quantized[name] = reference[name] = tensor
             continue
-        stored, reference[name] = writer(tensor.float())
+        own = next((other for part, other in (others or {}).items() if part in name), writer)
+        stored, reference[name] = own(tensor.float())
         quantized |= {f"{module}.{key}": value.contiguous() for key, value in stored.items()}
     raw = json.loads((plain / "config.json").read_text())
     for form, content, extra in (

@@ -71,6 +71,17 @@ def test_shards_equal_one_file(llama: Path, sharded: Path) -> None:
     assert torch.equal(PagedModel(llama).logits(TOKENS, 4), PagedModel(sharded).logits(TOKENS, 4))
 
 
+def test_shards_by_another_name_with_an_index(llama: Path, sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    content = index.read_text().replace('"model-0', '"gptq_model-4bit-128g-0')
+    (sharded / "gptq_model-4bit-128g.safetensors.index.json").write_text(content)
+    index.unlink()
+    for path in list(sharded.glob("model-*.safetensors")):
+        path.rename(path.with_name(f"gptq_model-4bit-128g{path.name.removeprefix('model')}"))
+    tokens = PagedModel(llama).logits(TOKENS, 4)
+    assert torch.equal(PagedModel(sharded).logits(TOKENS, 4), tokens)
+
+
 def test_bin_files_only_when_asked_for(qwen2: Path) -> None:
     expected = PagedModel(qwen2).logits(TOKENS, 4)
     torch.save(load_file(qwen2 / "model.safetensors"), qwen2 / "pytorch_model.bin")
@@ -182,6 +193,11 @@ def test_wrong_files_are_named(llama: Path, sharded: Path) -> None:
     (llama / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="has no weights: neither model.safetensors nor"):
         load(llama)
+    for name in ("model-Q4_K_M.gguf", "consolidated.00.pth"):
+        (llama / name).touch()
+        with pytest.raises(ModelError, match=f"has no weights: .*; {name} is of a format that is not read"):
+            load(llama)
+        (llama / name).unlink()
 
 
 def test_progress_and_memory(sharded: Path) -> None:

@@ -221,7 +221,8 @@ def test_every_family_has_the_parameters_of_transformers(family, tied, tmp_path)
 
 def test_every_known_architecture_is_compared():
     compared = {architecture for architecture, _ in FAMILIES.values()}
-    assert set(known_architectures()) == compared | {"QWenLMHeadModel", "Gemma3ForConditionalGeneration"}
+    with_images = {"Gemma3ForConditionalGeneration", "Mistral3ForConditionalGeneration"}
+    assert set(known_architectures()) == compared | with_images | {"QWenLMHeadModel"}
 
 
 def test_the_first_qwen_has_the_parameters_of_its_checkpoint(tmp_path):
@@ -230,11 +231,16 @@ def test_the_first_qwen_has_the_parameters_of_its_checkpoint(tmp_path):
     assert sum_bytes(read_shape(str(path))[0].parts(), ITEMSIZE) == ITEMSIZE * expected
 
 
-def test_of_a_model_that_sees_images_the_text_is_planned(tmp_path):
-    text = GQA | {"sliding_window": 64, "torch_dtype": "bfloat16"}
-    plain = write_config(tmp_path / "text", architectures=["Gemma3ForCausalLM"], model_type="gemma3_text", **text)
+@pytest.mark.parametrize(("family", "kind"), [("Gemma3", "gemma3_text"), ("Mistral3", "mistral")])
+def test_of_a_model_that_sees_images_the_text_is_planned(tmp_path, family, kind):
+    text = GQA | {"sliding_window": 64, "torch_dtype": "bfloat16", "model_type": kind}
+    architecture = "Gemma3ForCausalLM" if family == "Gemma3" else "MistralForCausalLM"
+    plain = write_config(tmp_path / "text", architectures=[architecture], **text)
     both = write_config(
-        tmp_path / "both", architectures=["Gemma3ForConditionalGeneration"], model_type="gemma3", text_config=text
+        tmp_path / "both",
+        architectures=[f"{family}ForConditionalGeneration"],
+        model_type=family.lower(),
+        text_config=text,
     )
     parts = [sum_bytes(read_shape(path)[0].parts(), ITEMSIZE) for path in (plain, both)]
     assert parts[0] == parts[1]
@@ -254,7 +260,7 @@ def test_an_unknown_architecture_is_refused_by_name(tmp_path):
         ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' is not supported; supported: gptq, awq, fp8"),
         ({"quant_method": "gptq", "bits": 5}, "bits 5 is not supported; supported: 2, 3, 4, 8"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "two sizes"),
-        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "0 config_groups"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}, "with a group"),
         ("gptq", "must be an object"),
     ],
 )
