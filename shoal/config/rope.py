@@ -87,9 +87,13 @@ def _parse_scaling(
 ) -> tuple[str | None, dict[str, Any]]:
     """The kind and its numbers."""
     kind = found.get("rope_type") or found.get("type") or "default"
+    if not isinstance(kind, str):
+        raise ModelError(f"rope_type must be a name; found {kind!r}")
     kind = _OTHER_NAMES.get(kind, kind)
     original = raw.get("original_max_position_embeddings") or found.get("original_max_position_embeddings")
     original = original or max_position_embeddings
+    if not isinstance(original, int) or isinstance(original, bool) or original < 1:
+        raise ModelError(f"original_max_position_embeddings must be a positive integer; found {original!r}")
     if kind == "default":
         return None, {}
     if kind == "linear":
@@ -115,12 +119,12 @@ def _parse_scaling(
 
 def _yarn(found: dict[str, Any], original: int, max_position_embeddings: int) -> dict[str, Any]:
     """YaRN (Peng et al. 2023, arXiv 2309.00071) with the defaults of the paper and of Transformers."""
-    factor = _number(found, "factor", None)
-    if factor is None:
-        factor = max_position_embeddings / original
+    factor = max_position_embeddings / original
+    if found.get("factor") is not None:
+        factor = _required(found, "yarn", "factor")
     attention_factor = _number(found, "attention_factor", None)
     if attention_factor is None:
-        mscale, mscale_all_dim = found.get("mscale"), found.get("mscale_all_dim")
+        mscale, mscale_all_dim = _number(found, "mscale", None), _number(found, "mscale_all_dim", None)
         if mscale and mscale_all_dim:
             attention_factor = _yarn_mscale(factor, mscale) / _yarn_mscale(factor, mscale_all_dim)
         else:

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shoal.config.experts import ExpertsConfig
 from shoal.config.families.common import Fields
 from shoal.config.transformers_shape import answer
 from shoal.errors import ModelError
@@ -37,6 +38,8 @@ def transformers_fields(directory: Path, raw: dict[str, Any], trust_remote_code:
         raise ModelError(found["error"])
     fields: Fields = found["fields"]
     fields["sliding_windows"] = tuple(fields["sliding_windows"])
+    if (experts := fields["experts"]) is not None:
+        fields["experts"] = ExpertsConfig(**{**experts, "layers": tuple(experts["layers"])})
     return {**fields, "model_impl": "transformers", "trust_remote_code": trust_remote_code}
 
 

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from typing import Any
 
-# Rotary embeddings whose frequencies depend on the longest sequence of a step.
-_CHANGING_ROPES = ("dynamic", "longrope")
+from shoal.config.transformers_experts import expert_modules, experts_refusal, experts_shape
+
+_NUMBER = re.compile(r"\.(\d+)\.")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
@@ -72,13 +74,13 @@ def describe(directory: str, raw: dict[str, Any], trust_remote_code: bool) -> di
         _check_config(config, raw)
         with torch.device("meta"):
             model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        _check_model(model, raw)
+        return _fields(model, config)
     except _Refused:
         raise
     except Exception as error:  # whatever the config provokes there
         message = " ".join(str(error).split())[:300]
         raise _Refused(f"{_named(raw)}: Transformers {transformers.__version__} cannot build it: {message}") from None
-    _check_model(model, raw)
-    return _fields(model, config)
 
 
 def _named(raw: dict[str, Any]) -> str:
@@ -100,13 +102,6 @@ def _check_config(config: Any, raw: dict[str, Any]) -> None:
     types = set(getattr(config, "layer_types", None) or ())
     if unknown := sorted(map(str, types - set(_LAYER_TYPES))):
         raise _Refused(f"{name} has layers of type {unknown[0]}; served are {' and '.join(_LAYER_TYPES)}")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for each in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if each.get("rope_type") in _CHANGING_ROPES:
-            raise _Refused(
-                f"{name} has rope_type {each['rope_type']!r}: its frequencies follow the longest sequence of a step, "
-                "so that a request's tokens would depend on the requests beside it"
-            )
 
 
 def _check_model(model: Any, raw: dict[str, Any]) -> None:
@@ -122,11 +117,14 @@ def _check_model(model: Any, raw: dict[str, Any]) -> None:
             f"{name} computes attention in its own code (no attention function, _supports_attention_backend is not "
             "set): paged attention cannot take its place"
         )
+    experts = expert_modules(model)
+    for module_name, module in experts.items():
+        if (reason := experts_refusal(module)) is not None:
+            raise _Refused(f"{name} has experts ({module_name}) that only a native family could serve: {reason}")
     for parameter_name, parameter in model.named_parameters():
-        if parameter.dim() > 2:
+        if parameter.dim() > 2 and parameter_name.rpartition(".")[0] not in experts:
             raise _Refused(
-                f"{name} has weights of {parameter.dim()} dimensions ({parameter_name}), such as experts in one "
-                "tensor, which only native families load"
+                f"{name} has weights of {parameter.dim()} dimensions ({parameter_name}); native families load such"
             )
 
 
@@ -150,6 +148,26 @@ def _fields(model: Any, config: Any) -> dict[str, Any]:
         "attention_bias": bool(getattr(config, "attention_bias", False)),
         "rope": None,
         "sliding_windows": _windows(config, num_layers),
+        "experts": _experts(model, config),
+    }
+
+
+def _experts(model: Any, config: Any) -> dict[str, Any] | None:
+    """Fields of ExpertsConfig. What tokens go through beside the experts is split by the model's own plan."""
+    modules = expert_modules(model)
+    if not modules:
+        return None
+    shapes = {experts_shape(module) for module in modules.values()}
+    numbers = [match and int(match[1]) for match in map(_NUMBER.search, modules)]
+    if len(shapes) > 1 or None in numbers or len(set(numbers)) < len(numbers):
+        raise _Refused(f"experts that differ by layer, or several kinds of them in a layer: {', '.join(modules)}"[:300])
+    num_experts, _, width = shapes.pop()
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+    return {
+        "num_experts": num_experts,
+        "num_per_token": _size(config, *names, default=1),
+        "intermediate_size": width,
+        "layers": numbers,
     }
 
 
@@ -180,7 +198,7 @@ def _max_positions(config: Any) -> int:
     longest = _size(config, "max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
     rope = getattr(config, "rope_parameters", None) or {}
     kind, factor = rope.get("rope_type"), rope.get("factor")
-    if kind == "linear" and factor:
+    if kind in ("linear", "dynamic") and factor:
         return int(longest * factor)
     if kind == "yarn" and factor:
         return max(longest, int((rope.get("original_max_position_embeddings") or longest) * factor))

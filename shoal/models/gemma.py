@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from shoal.config.families.decoders import query_scale, softcaps
 from shoal.config.model_config import ModelConfig
 from shoal.config.rope import RopeConfig
 from shoal.layers.context import BuildContext
@@ -16,6 +17,7 @@ from shoal.layers.norm import OffsetRMSNorm, RMSNorm
 from shoal.layers.rotary import RotaryEmbedding
 from shoal.models.llama import LlamaForCausalLM, LlamaLayer
 from shoal.models.sandwich import SandwichAttention, SandwichLayer
+from shoal.models.text_part import TextPart
 
 
 class GemmaLayer(LlamaLayer):
@@ -33,11 +35,10 @@ class GemmaForCausalLM(LlamaForCausalLM):
 
 class Gemma2Attention(SandwichAttention):
     def scale(self, config: ModelConfig) -> float:
-        return float(config.raw.get("query_pre_attn_scalar", 256)) ** -0.5
+        return query_scale(config.raw)
 
     def softcap(self, config: ModelConfig) -> float | None:
-        cap = config.raw.get("attn_logit_softcapping", 50.0)
-        return None if cap is None else float(cap)
+        return softcaps(config.raw)[0]
 
 
 class Gemma2Layer(SandwichLayer):
@@ -55,13 +56,12 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
     layer_class = Gemma2Layer
 
     def logits_softcap(self, config: ModelConfig) -> float | None:
-        cap = config.raw.get("final_logit_softcapping", 30.0)
-        return None if cap is None else float(cap)
+        return softcaps(config.raw)[1]
 
 
 class Gemma3Attention(SandwichAttention):
     def scale(self, config: ModelConfig) -> float:
-        return float(config.raw.get("query_pre_attn_scalar", 256)) ** -0.5
+        return query_scale(config.raw)
 
     def head_norms(self, config: ModelConfig, context: BuildContext, prefix: str) -> dict[str, RMSNorm]:
         return {
@@ -74,10 +74,8 @@ class Gemma3Layer(Gemma2Layer):
     attention_class = Gemma3Attention
 
 
-class Gemma3ForCausalLM(GemmaForCausalLM):
+class Gemma3ForCausalLM(TextPart, GemmaForCausalLM):
     layer_class = Gemma3Layer
-    # Of checkpoints that see images, too.
-    other_names = (("model.language_model.", "model."), ("language_model.model.", "model."), ("language_model.", ""))
 
     def make_rotaries(
         self, config: ModelConfig, num_positions: int, device: torch.device
@@ -90,7 +88,3 @@ class Gemma3ForCausalLM(GemmaForCausalLM):
 
     def rotary_of(self, config: ModelConfig, index: int) -> RotaryEmbedding:
         return self.rotaries[0 if config.sliding_windows[index] is None else 1]
-
-    def expects_elsewhere(self, name: str) -> bool:
-        is_image = name.startswith(("vision_tower.", "multi_modal_projector.", "model.vision_tower."))
-        return is_image or name.startswith("model.multi_modal_projector.") or super().expects_elsewhere(name)

@@ -6,17 +6,28 @@ R rows (texts), H hidden size, L labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from shoal.config.model_config import ModelConfig
-from shoal.config.pooling import PoolingConfig
+from shoal.config.pooling import DenseLayer, PoolingConfig
+from shoal.errors import ModelError
 from shoal.layers.checkpoint import CheckpointTensor, whole
 from shoal.layers.context import BuildContext
 from shoal.layers.embedding import LogitsHead
 from shoal.models.base import CausalLM
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "tanh": torch.tanh,
+    "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu,
+    "silu": torch.nn.functional.silu,
+}
 
 
 class Pooler(nn.Module):
@@ -62,6 +73,41 @@ class ScoreHead(Pooler):
         return sum(tensor.nbytes for tensor in (*self._weights, *self._biases))
 
 
+class DenseLayers(Pooler):
+    """Matrices behind the pooling, which sentence-transformers keeps beside the model, each in a directory of its own.
+    Whole on every rank, and computed in fp32."""
+
+    def __init__(self, context: BuildContext, path: str, layers: tuple[DenseLayer, ...]) -> None:
+        super().__init__()
+        self._layers = layers
+        self._tensors = [_read_dense(Path(path), layer, context.device) for layer in layers]
+
+    def forward(self, pooled: torch.Tensor) -> torch.Tensor:
+        pooled = pooled.float()
+        for layer, (weight, bias) in zip(self._layers, self._tensors, strict=True):
+            pooled = torch.nn.functional.linear(pooled, weight, bias)
+            if layer.activation != "identity":
+                pooled = _ACTIVATIONS[layer.activation](pooled)
+        return pooled
+
+
+def _read_dense(path: Path, layer: DenseLayer, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Raises ModelError for a file that is missing, or has other tensors."""
+    file = path / layer.directory / "model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{file} cannot be read: {error}; weights of Dense are read as safetensors only") from None
+    wanted = {"linear.weight": [layer.out_features, layer.in_features]}
+    if layer.bias:
+        wanted["linear.bias"] = [layer.out_features]
+    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise ModelError(f"{file} has the tensors {found}; config.json beside it says {wanted}")
+    on_device = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+    return on_device["linear.weight"], on_device.get("linear.bias")
+
+
 class TokenScore(Pooler):
     """What the model's own head says between two tokens ("no" and "yes"): rerankers made of generating models."""
 
@@ -86,6 +132,7 @@ def attach_pooler(model: CausalLM, config: ModelConfig, pooling: PoolingConfig, 
         if isinstance(module, LogitsHead):
             setattr(model, name, None)
     if model.is_last_stage:
-        scores = pooling.task == "score"
-        labels = pooling.num_labels
-        model.pooler = ScoreHead(context, pooling.score_layers, labels, config.hidden_size) if scores else Pooler()
+        if pooling.task == "score":
+            model.pooler = ScoreHead(context, pooling.score_layers, pooling.num_labels, config.hidden_size)
+        else:
+            model.pooler = DenseLayers(context, config.path, pooling.dense) if pooling.dense else Pooler()

@@ -15,6 +15,7 @@ from shoal.quantization.registry import create_quantization
 _MODELS = {
     "LlamaForCausalLM": ("shoal.models.llama", "LlamaForCausalLM"),
     "MistralForCausalLM": ("shoal.models.llama", "MistralForCausalLM"),
+    "Mistral3ForConditionalGeneration": ("shoal.models.mistral3", "Mistral3ForConditionalGeneration"),
     "MixtralForCausalLM": ("shoal.models.mixtral", "MixtralForCausalLM"),
     "Qwen2ForCausalLM": ("shoal.models.qwen2", "Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": ("shoal.models.qwen3", "Qwen3ForCausalLM"),

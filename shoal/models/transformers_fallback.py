@@ -21,6 +21,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from shoal.attention.base import AttentionMetadata
 from shoal.config.model_config import ModelConfig
+from shoal.config.transformers_experts import expert_modules
 from shoal.config.transformers_shape import read_config
 from shoal.errors import ModelError
 from shoal.layers.checkpoint import HoldsWeights
@@ -28,6 +29,7 @@ from shoal.layers.context import BuildContext
 from shoal.layers.embedding import LogitsHead, VocabularyEmbedding
 from shoal.models.base import CausalLM, LayerObserver
 from shoal.models.transformers_attention import CHECKED, PAGED, PagedHeads, Step, give_heads
+from shoal.models.transformers_experts import make_experts
 from shoal.models.transformers_layers import (
     Head,
     ModuleWeights,
@@ -38,6 +40,7 @@ from shoal.models.transformers_layers import (
 )
 from shoal.models.transformers_plan import Plan
 
+_ONE_EXPERT = re.compile(r"^(.*)\.(\d+)\.")
 _ACTIVATIONS: tuple[type[nn.Module], ...] = tuple(
     {found[0] if isinstance(found, tuple) else found for found in ACT2CLS.values()}
 )
@@ -89,6 +92,10 @@ class _Given(nn.Module):
         super().__init__()
         self.hidden: torch.Tensor | None = None
 
+    def __getattr__(self, name: str) -> Any:
+        """OPT's code calls the decoder in its decoder."""
+        return self if name == "decoder" else super().__getattr__(name)
+
     def forward(self, *_: Any, **__: Any) -> _Output:
         assert self.hidden is not None, "logits of hidden states"
         return _Output(self.hidden)
@@ -113,6 +120,8 @@ class TransformersForCausalLM(CausalLM):
         transforms = get_model_conversion_mapping(model)
         self._converters = [each for each in transforms if isinstance(each, WeightConverter)]
         self._renamings = [each for each in transforms if not isinstance(each, WeightConverter)]
+        # By name, of all stages: how many experts a module has.
+        self._experts = {name: module.gate_up_proj.shape[0] for name, module in expert_modules(model).items()}
         self._ignored = [re.compile(each) for each in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
         prefix = model.base_model_prefix
         base = getattr(model, prefix, None)
@@ -193,7 +202,11 @@ class TransformersForCausalLM(CausalLM):
 
     def _replace(self, model: nn.Module, plan: Plan, context: BuildContext) -> None:
         num_positions = context.max_model_len or self.config.max_position_embeddings
+        has_table = False
         for name, module in list(model.named_modules()):
+            if name in self._experts:
+                _put(model, name, make_experts(name, module, self._converters, self.config, context))
+                continue
             for key, projection in plan.projections(name, module).items():
                 setattr(module, key, projection)
             if (norm := plain_norm(name, module, context)) is not None:
@@ -201,6 +214,12 @@ class TransformersForCausalLM(CausalLM):
             elif "RotaryEmbedding" in type(module).__name__ and not list(module.parameters()):
                 module.to(context.device)
                 _put(model, name, PositionTable(module, num_positions, context.dtype, context.device))
+                has_table = True
+        if not has_table and (kind := _changing_rope(model)) is not None:
+            raise ModelError(
+                f"architecture {self.config.architecture} has rope_type {kind!r} in code that Shoal does not know: its "
+                "frequencies would follow the longest sequence of a step, and a request's tokens the requests beside it"
+            )
 
     def _hold(self, model: Any, context: BuildContext) -> None:
         """What stays as it is: its parameters are filled from the checkpoint, its buffers are what it computed."""
@@ -209,6 +228,7 @@ class TransformersForCausalLM(CausalLM):
         def keeps_fp32(name: str) -> bool:
             return any(part in name.split(".") for part in strict)
 
+        routers = tuple(f"{name.rpartition('.')[0]}." for name in self._experts)
         for name, module in model.named_modules():
             for key, buffer in module.named_buffers(recurse=False):
                 if buffer.is_meta:
@@ -217,7 +237,11 @@ class TransformersForCausalLM(CausalLM):
                         "loaded; it cannot be served through Transformers"
                     )
             if list(module.parameters(recurse=False)) or list(module.buffers(recurse=False)):
-                self._held.append(ModuleWeights(name, module, context, keeps_fp32, self._names))
+                # A router's correction is learned, and none is another model.
+                needs_buffers = f"{name}.".startswith(routers)
+                self._held.append(
+                    ModuleWeights(name, module, context, keeps_fp32, self._names, needs_buffers=needs_buffers)
+                )
 
     def _set_attention(self, name: str) -> None:
         for module in (*self.decoder.modules(), self.model):
@@ -241,7 +265,8 @@ class TransformersForCausalLM(CausalLM):
         if hidden is None:
             inputs["input_ids"] = token_ids.unsqueeze(0)
         else:
-            self._hidden = inputs["inputs_embeds"] = hidden.unsqueeze(0)
+            self._hidden = hidden.unsqueeze(0)
+            inputs["inputs_embeds"] = self._hidden.clone()  # some code scales them in place
         output = self.decoder(**inputs) if step.is_checked else self._first_step(inputs)
         result = output[0] if self.is_last_stage else self._leaving()
         self._hidden = self._hooks = None
@@ -303,15 +328,18 @@ class TransformersForCausalLM(CausalLM):
 
     def tensor_name(self, stored: str) -> str:
         """As Transformers renames what checkpoints store. Raises ModelError where it also converts it."""
-        name, converted = rename_source_key(
-            stored, self._renamings, self._converters, self.model.base_model_prefix, self._names
-        )
-        if converted is not None:
+        names, prefix = self._names, self.model.base_model_prefix
+        name, converted = rename_source_key(stored, self._renamings, self._converters, prefix, names)
+        if converted is None:
+            return name
+        if name.rpartition(".")[0] not in self._experts:
             raise ModelError(
-                f"architecture {self.config.architecture}: {stored} is stored in another form than the model holds it "
-                "(experts one by one, say), which only native families load"
+                f"architecture {self.config.architecture}: {stored} is stored in another form than the model holds it, "
+                "which only native families load"
             )
-        return name
+        # Our experts take theirs one by one.
+        single, _ = rename_source_key(stored, self._renamings, [], prefix, names)
+        return single if single.startswith(f"{prefix}.") else f"{prefix}.{single}"
 
     def weight_holders(self) -> Iterator[HoldsWeights]:
         yield from super().weight_holders()
@@ -320,7 +348,9 @@ class TransformersForCausalLM(CausalLM):
     def expects_elsewhere(self, name: str) -> bool:
         """Another stage's, a tied head that is stored once more, or what old checkpoints store and nobody reads."""
         is_derived = name.endswith("rotary_emb.inv_freq") or any(each.search(name) for each in self._ignored)
-        return is_derived or name in self._names
+        expert = _ONE_EXPERT.match(name)
+        is_expert = expert is not None and int(expert[2]) < self._experts.get(expert[1], 0)
+        return is_derived or is_expert or name in self._names
 
 
 def _build(config: ModelConfig, context: BuildContext) -> Any:
@@ -340,6 +370,13 @@ def _build(config: ModelConfig, context: BuildContext) -> Any:
         if hasattr(module, "config"):
             module.config.dtype = context.dtype
     return model
+
+
+def _changing_rope(model: Any) -> str | None:
+    """The type of rotary embedding whose frequencies follow the length of a sequence, if the config says one."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    sets = (rope, *(each for each in rope.values() if isinstance(each, dict)))
+    return next((each["rope_type"] for each in sets if each.get("rope_type") in ("dynamic", "longrope")), None)
 
 
 def _find_layers(base: nn.Module, config: ModelConfig) -> tuple[str, nn.ModuleList]:

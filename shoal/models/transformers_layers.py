@@ -130,7 +130,7 @@ class Head(nn.Module):
 
 class ModuleWeights:
     """The tensors of a module that stays as it is, whole on every rank: parameters in the model's dtype, buffers in
-    their own. A buffer that the checkpoint lacks keeps what the model's code gave it."""
+    their own. A buffer that the checkpoint lacks keeps what the model's code gave it, unless `needs_buffers`."""
 
     def __init__(
         self,
@@ -139,6 +139,8 @@ class ModuleWeights:
         context: BuildContext,
         keeps_fp32: Callable[[str], bool],
         stored: Collection[str],
+        *,
+        needs_buffers: bool = False,
     ) -> None:
         """stored: names of all that a checkpoint may have, in which buffers need not be."""
         self._tensors: list[CheckpointTensor] = []
@@ -153,9 +155,8 @@ class ModuleWeights:
             data = buffer.to(context.device)
             module._buffers[key] = data
             if full in stored:
-                self._tensors.append(
-                    dataclasses.replace(whole(full, data, "bias"), optional=True, fill=lambda tensor, generator: None)
-                )
+                found = dataclasses.replace(whole(full, data, "bias"), fill=lambda tensor, generator: None)
+                self._tensors.append(dataclasses.replace(found, optional=not needs_buffers))
 
     def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
         yield from self._tensors
@@ -183,6 +184,8 @@ class PositionTable(nn.Module):
         super().__init__()
         self._module, self._num_positions, self._dtype, self._device = [module], num_positions, dtype, device
         self._tables: dict[tuple[Any, ...], tuple[torch.Tensor, ...]] = {}
+        if hasattr(module, "config"):  # that some models look at
+            self.config = module.config
 
     def forward(
         self, x: torch.Tensor, position_ids: torch.Tensor, *more: Any, **named: Any

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from torch import nn
 
 from shoal.config.model_config import ModelConfig
+from shoal.config.transformers_experts import expert_modules, experts_shape
 from shoal.layers.context import BuildContext
 from shoal.layers.linear import Linear, Part, RowLinear
 from shoal.models.transformers_layers import Merged, MergedPart, Projection
@@ -55,11 +56,13 @@ class Plan:
         self._styles: dict[str, str] = dict(
             getattr(hf_config, "base_model_tp_plan", None) or _PLANS.get(config.model_type, {})
         )
+        self._routers = self._find_routers(model)
         self._whole_parents = {name for name, module in model.named_modules() if self._must_be_whole(name, module)}
 
     def projections(self, parent: str, module: nn.Module) -> dict[str, nn.Module]:
         """What stands for the linear layers among the children of `module`, which is called `parent`."""
         linears = {key: child for key, child in module.named_children() if type(child) is nn.Linear}
+        linears = {key: child for key, child in linears.items() if f"{parent}.{key}" not in self._routers}
         found: dict[str, nn.Module] = {}
         for keys in _SAME_INPUT:
             group = {f"{parent}.{key}": linears[key] for key in keys if key in linears}
@@ -68,6 +71,16 @@ class Plan:
         for key, linear in linears.items():
             if key not in found:
                 found[key] = self._projection(f"{parent}.{key}" if parent else key, linear)
+        return found
+
+    def _find_routers(self, model: nn.Module) -> set[str]:
+        """Linear layers beside experts that score them: they stay the model's own, whose code looks at their weight."""
+        found = set()
+        for name, module in expert_modules(model).items():
+            parent, _, _ = name.rpartition(".")
+            for key, child in model.get_submodule(parent).named_modules(prefix=parent):
+                if type(child) is nn.Linear and self._style(key) is None:
+                    found |= {key} if child.out_features == experts_shape(module)[0] else set()
         return found
 
     # --- heads ---

@@ -10,7 +10,7 @@ from tests.checkpoints import make_checkpoint
 CODE = """
 import torch
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM, LlamaRotaryEmbedding
 
 
 class ShellConfig(LlamaConfig):
@@ -34,6 +34,10 @@ class ShellAttention(LlamaAttention):
         return super().forward(hidden_states, position_embeddings, attention_mask, **more)
 
 
+class ShellTurns(LlamaRotaryEmbedding):
+    pass
+
+
 class ShellForCausalLM(LlamaForCausalLM):
     config_class = ShellConfig
 
@@ -41,6 +45,8 @@ class ShellForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         for layer in self.model.layers:
             layer.self_attn.__class__ = ShellAttention
+        if config.variant == "turns":
+            self.model.rotary_emb.__class__ = ShellTurns
 """
 
 

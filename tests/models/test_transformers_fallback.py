@@ -24,7 +24,7 @@ from tests.rank_threads import on_ranks
 TOLERANCE = 1e-4
 ALWAYS = ("stablelm", "olmo2", "olmo3", "gpt-neox", "granite", "starcoder2", "gpt2")
 # Without a plan, or with norms of single heads that it does not speak of: attention, or all, is whole on every rank.
-NOT_SHARED = ("gpt2", "gpt-bigcode", "persimmon", "stablelm-head-norms", "cohere")
+NOT_SHARED = ("gpt2", "gpt-bigcode", "persimmon", "stablelm-head-norms", "cohere", "granite-swa", "opt", "ctrl")
 NAMES = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in OTHER_FAMILIES]
 
 
@@ -134,6 +134,19 @@ def test_hooks_surround_every_layer(oracle: Oracle) -> None:
     oracle.paged(layer_range=range(1, 3), hooks=Recorder()).hidden([(Sequence([5, 6, 7]), 3)], hidden)
     assert [(when, layer) for when, layer, _ in seen] == [("before", 1), ("after", 1), ("before", 2), ("after", 2)]
     assert seen[0][2] != seen[1][2], "the layer wrote its keys and values between the two calls"
+
+
+def test_frequencies_that_follow_the_longest_sequence(tmp_path: Path) -> None:
+    """As in native files, --max-model-len decides for all requests."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    path = make_other(tmp_path, "stablelm", max_position_embeddings=64, rope_parameters=rope)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    for length in (60, 110):
+        tokens = random_tokens(length, seed=8)
+        with torch.inference_mode():
+            expected = torch.log_softmax(model.eval()(torch.tensor([tokens])).logits[0], dim=-1)
+        for chunk in (length, 17):
+            assert_same(PagedModel(path, max_model_len=length).logits(tokens, chunk), expected)
 
 
 def test_the_same_as_the_native_file(tmp_path: Path) -> None:

@@ -42,15 +42,9 @@ def write(directory: Path, class_name: str, architecture: str, **values: Any) ->
         ("MambaConfig", "MambaForCausalLM", {**SMALL}, "layers of type linear_attention"),
         ("JambaConfig", "JambaForCausalLM", {**SMALL}, "layers of type|recurrent state"),
         ("T5Config", "T5ForConditionalGeneration", {}, "is an encoder-decoder"),
-        ("OlmoeConfig", "OlmoeForCausalLM", {**SMALL}, r"weights of 3 dimensions \(model.layers.0.mlp.experts"),
+        ("JetMoeConfig", "JetMoeForCausalLM", {**SMALL}, r"weights of 3 dimensions \(model.layers.0.mlp.input_linear"),
         ("BertConfig", "BertForMaskedLM", {**SMALL}, "is no causal language model; .* BertLMHeadModel"),
         ("LlavaConfig", "LlavaForConditionalGeneration", {}, "takes more than text"),
-        (
-            "StableLmConfig",
-            "StableLmForCausalLM",
-            {**SMALL, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "rope_type 'dynamic': its frequencies follow the longest sequence",
-        ),
     ],
 )
 def test_kinds_of_models(
@@ -108,6 +102,17 @@ def test_what_attention_is_asked_for(tmp_path: Path, variant: str, message: str)
     model = remote(tmp_path, variant)
     with pytest.raises(ModelError, match=f"architecture ShellForCausalLM cannot be served .*: {message}"):
         model.step([(Sequence([5, 6, 7]), 3)])
+
+
+def test_frequencies_that_cannot_be_fixed(tmp_path: Path) -> None:
+    """By a table the longest sequence that is served decides; code that is no rotary embedding by name has none."""
+    path = make_remote(tmp_path, "turns")
+    raw = json.loads((path / "config.json").read_text())
+    build(load_model_config(path, trust_remote_code=True))
+    raw["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match="rope_type 'dynamic' .* the longest sequence of a step"):
+        build(load_model_config(path, trust_remote_code=True))
 
 
 def test_weights_that_do_not_belong(tmp_path: Path) -> None:

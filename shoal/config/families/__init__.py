@@ -14,7 +14,7 @@ from shoal.config.families.common import Fields
 from shoal.config.families.decoders import gemma3_fields, gemma_fields, glm_fields, phi3_fields
 from shoal.config.families.deepseek import deepseek_fields
 from shoal.config.families.gpt_oss import gpt_oss_fields
-from shoal.config.families.llama import llama_fields
+from shoal.config.families.llama import llama_fields, mistral3_fields
 from shoal.config.families.moe import moe_fields
 from shoal.config.families.opt import opt_fields
 from shoal.config.families.qwen import qwen_fields
@@ -32,6 +32,7 @@ class Family:
 FAMILIES = {
     "LlamaForCausalLM": Family("llama", llama_fields),
     "MistralForCausalLM": Family("mistral", llama_fields),
+    "Mistral3ForConditionalGeneration": Family("mistral3", mistral3_fields),
     "MixtralForCausalLM": Family("mixtral", moe_fields),
     "Qwen2ForCausalLM": Family("qwen2", llama_fields),
     "Qwen3ForCausalLM": Family("qwen3", llama_fields),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.config.families.common import Fields, size
+from shoal.config.families.common import Fields, number, size
 from shoal.errors import ModelError
 
 
@@ -27,7 +27,7 @@ def bert_fields(architecture: str, raw: dict[str, Any]) -> Fields:
         "num_kv_heads": num_heads,
         "head_dim": hidden_size // num_heads,
         "max_position_embeddings": size(raw, "max_position_embeddings", 512) - position_offset(architecture, raw),
-        "norm_eps": float(raw.get("layer_norm_eps", 1e-12)),
+        "norm_eps": number(raw, "layer_norm_eps", 1e-12),
         "hidden_act": str(raw.get("hidden_act", "gelu")),
         "tie_word_embeddings": False,
         "attention_bias": True,

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Literal
 
 from shoal.config.experts import ExpertsConfig
-from shoal.config.families.common import Fields, size
+from shoal.config.families.common import Fields, number, size
 from shoal.config.rope import parse_rope
 from shoal.errors import ModelError
 
@@ -87,7 +87,7 @@ def deepseek_fields(architecture: str, raw: dict[str, Any]) -> Fields:
         "num_kv_heads": num_heads,
         "head_dim": sizes.query,
         "max_position_embeddings": rope.max_length(max_positions),
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
+        "norm_eps": number(raw, "rms_norm_eps", 1e-6),
         "hidden_act": str(raw.get("hidden_act", "silu")),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "attention_bias": bool(raw.get("attention_bias", False)),

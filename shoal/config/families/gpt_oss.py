@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shoal.config.experts import ExpertsConfig
-from shoal.config.families.common import Fields, size, window, windows_by_type
+from shoal.config.families.common import Fields, number, size, window, windows_by_type
 from shoal.config.rope import parse_rope
 from shoal.errors import ModelError
 
@@ -41,7 +41,7 @@ def gpt_oss_fields(architecture: str, raw: dict[str, Any]) -> Fields:
         "num_kv_heads": size(raw, "num_key_value_heads", 8),
         "head_dim": size(raw, "head_dim", 64),
         "max_position_embeddings": rope.max_length(max_positions),
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-5)),
+        "norm_eps": number(raw, "rms_norm_eps", 1e-5),
         "hidden_act": str(raw.get("hidden_act", "silu")),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "attention_bias": bool(raw.get("attention_bias", True)),
@@ -60,10 +60,4 @@ def gpt_oss_fields(architecture: str, raw: dict[str, Any]) -> Fields:
 
 def swiglu_numbers(raw: dict[str, Any]) -> tuple[float, float]:
     """alpha and limit of the experts' activation. Raises ModelError."""
-    found = []
-    for name, default in (("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)):
-        value = raw.get(name, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ModelError(f"{name} must be a number above 0; found {value!r}")
-        found.append(float(value))
-    return found[0], found[1]
+    return number(raw, "swiglu_alpha", 1.702), number(raw, "swiglu_limit", 7.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shoal.config.experts import ExpertsConfig
-from shoal.config.families.common import Fields, size, window, windows_by_type
+from shoal.config.families.common import Fields, count, number, size, window, windows_by_type
 from shoal.config.rope import parse_rope
 from shoal.errors import ModelError
 
@@ -38,7 +38,7 @@ def moe_fields(architecture: str, raw: dict[str, Any]) -> Fields:
         "num_kv_heads": size(raw, "num_key_value_heads", kv_heads_default),
         "head_dim": size(raw, "head_dim", hidden_size // num_heads),
         "max_position_embeddings": rope.max_length(max_positions),
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-5 if is_mixtral else 1e-6)),
+        "norm_eps": number(raw, "rms_norm_eps", 1e-5 if is_mixtral else 1e-6),
         "hidden_act": str(raw.get("hidden_act", "silu")),
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "attention_bias": bool(biases[architecture]),
@@ -59,7 +59,9 @@ def _experts(architecture: str, raw: dict[str, Any], num_layers: int) -> Experts
         num_experts = size(raw, name, 128 if is_third else 60)
         num_chosen = size(raw, "num_experts_per_tok", 8 if is_third else 4)
         width = size(raw, "moe_intermediate_size", 768 if is_third else 1408)
-        step, dense = size(raw, "decoder_sparse_step", 1), set(raw.get("mlp_only_layers") or [])
+        step, dense = size(raw, "decoder_sparse_step", 1), raw.get("mlp_only_layers") or []
+        if not isinstance(dense, list) or not all(type(each) is int and each >= 0 for each in dense):
+            raise ModelError(f"mlp_only_layers must be a list of layers' numbers; found {dense!r}")
         layers = tuple(index for index in range(num_layers) if index not in dense and (index + 1) % step == 0)
         shared = 0 if is_third else size(raw, "shared_expert_intermediate_size", 5632)
     if num_chosen > num_experts:
@@ -83,5 +85,5 @@ def _sliding_windows(architecture: str, raw: dict[str, Any], num_layers: int) ->
     if layer_types is not None:
         return windows_by_type(raw, num_layers, width, layer_types)
     # Every other layer, from the first on, below max_window_layers.
-    first_full = int(raw.get("max_window_layers", 28))
+    first_full = count(raw, "max_window_layers", 28)
     return tuple(width if index % 2 == 0 and index < first_full else None for index in range(num_layers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shoal.config.families.common import Fields, size
+from shoal.config.families.common import Fields, number, size
 from shoal.config.rope import RopeConfig
 from shoal.errors import ModelError
 
@@ -31,12 +31,12 @@ def qwen_fields(architecture: str, raw: dict[str, Any]) -> Fields:
         "head_dim": head_dim,
         "max_position_embeddings": max(trained, longest),
         "default_max_len": trained,
-        "norm_eps": float(raw.get("layer_norm_epsilon", 1e-6)),
+        "norm_eps": number(raw, "layer_norm_epsilon", 1e-6),
         "hidden_act": "silu",
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
         "attention_bias": True,
         "rope": RopeConfig(
-            theta=float(raw.get("rotary_emb_base", 10000)),
+            theta=number(raw, "rotary_emb_base", 10000),
             scaling="qwen_dynamic" if raw.get("use_dynamic_ntk", True) else None,
             parameters={"original_max_position_embeddings": trained},
         ),
