@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from tokenizers import processors
 
 from tests.checkpoints import VOCAB_SIZE, byte_level_tokenizer, make_checkpoint
@@ -38,6 +39,16 @@ def write_modules(directory: Path, pooling: str, *others: str) -> None:
     names = {"lasttoken": "pooling_mode_lasttoken", "mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
     modes = {mode: mode == names.get(pooling, pooling) for mode in (*names.values(), "pooling_mode_max_tokens")}
     (directory / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64, **modes}))
+
+
+def write_dense(directory: Path, index: int, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> None:
+    """The module Dense of that index in modules.json. weight [outputs, inputs]; activation: a class of torch's."""
+    own = directory / f"{index}_Dense"
+    own.mkdir(exist_ok=True)
+    config = {"out_features": weight.shape[0], "in_features": weight.shape[1], "bias": bias is not None}
+    (own / "config.json").write_text(json.dumps({**config, "activation_function": activation}))
+    tensors = {"linear.weight": weight} if bias is None else {"linear.weight": weight, "linear.bias": bias}
+    save_file(tensors, own / "model.safetensors")
 
 
 def make_classifier(directory: Path, family: str, *, num_labels: int = 1, **overrides: Any) -> Path:

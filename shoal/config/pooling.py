@@ -29,6 +29,18 @@ _ENCODERS = {
     "XLMRoberta": ("classifier.dense", "classifier.out_proj"),
 }
 _ACTIVATIONS = {"sigmoid": "sigmoid", "identity": "identity", "softmax": "softmax"}
+_DENSE_ACTIVATIONS = {"identity": "identity", "tanh": "tanh", "relu": "relu", "gelu": "gelu", "silu": "silu"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DenseLayer:
+    """A matrix behind the pooling, as sentence-transformers has them. directory: of its weights, below the model's."""
+
+    directory: str
+    in_features: int
+    out_features: int
+    bias: bool
+    activation: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +51,7 @@ class PoolingConfig:
     dimensions: lengths that embeddings may be cut to; empty: none; None: any up to the hidden size.
     label_token_ids: of (no, yes), where the score is what the language model's own head says between the two.
     activation: "sigmoid", "softmax" or "identity", over the scores. score_layers: the head's matrices in the
-    checkpoint; two have biases, and a tanh between them.
+    checkpoint; two have biases, and a tanh between them. dense: what embeddings go through behind the pooling.
     sees_both_ways: an encoder: texts are read whole, in one step, and nothing is cached. num_segments: kinds of
     segments that it tells apart. max_length: of a text, as sentence-transformers cuts it; None: as far as the model
     reaches.
@@ -56,6 +68,11 @@ class PoolingConfig:
     sees_both_ways: bool = False
     num_segments: int = 1
     max_length: int | None = None
+    dense: tuple[DenseLayer, ...] = ()
+
+    def embedding_size(self, hidden_size: int) -> int:
+        """hidden_size: of the model, which is also the embedding's where nothing stands behind the pooling."""
+        return self.dense[-1].out_features if self.dense else hidden_size
 
     @property
     def needs_all_tokens(self) -> bool:
@@ -114,15 +131,17 @@ def read_pooling(path: str, raw: Mapping[str, Any], hidden_size: int, runner: st
         encoder: dict[str, Any] = {"kind": "cls", "sees_both_ways": True, "num_segments": raw.get("type_vocab_size", 2)}
         if scores:
             return dataclasses.replace(_read_scores(raw), **encoder, score_layers=_ENCODERS[family])
-        found = modules.read(_dimensions(raw, hidden_size))
+        found = modules.read(raw, hidden_size)
         return dataclasses.replace(found, **encoder | ({"kind": found.kind} if modules.found else {}))
+    if raw.get("is_causal") is False:
+        raise ModelError(f"is_causal false is not supported for {name}: its tokens see those before them only")
     if "classifier_from_token" in raw:
         return PoolingConfig(
             task="score", label_token_ids=_label_tokens(Path(path), raw["classifier_from_token"]), activation="sigmoid"
         )
     if scores:
         return _read_scores(raw)
-    return modules.read(_dimensions(raw, hidden_size))
+    return modules.read(raw, hidden_size)
 
 
 def _read_scores(raw: Mapping[str, Any]) -> PoolingConfig:
@@ -163,29 +182,70 @@ class _Modules:
     def _kind(entry: Any) -> str:
         return str(entry.get("type", "")).rpartition(".")[2] if isinstance(entry, dict) else ""
 
-    def read(self, dimensions: tuple[int, ...] | None) -> PoolingConfig:
-        """Without the file: the last token's state, normalised."""
+    def read(self, raw: Mapping[str, Any], hidden_size: int) -> PoolingConfig:
+        """Without the file: the last token's state, normalised. raw: the model's config.json."""
         if not self.found:
-            return PoolingConfig(task="embed", normalize=True, dimensions=dimensions)
-        kind, normalize = "last", False
+            return PoolingConfig(task="embed", normalize=True, dimensions=_dimensions(raw, hidden_size))
+        kind, normalize, dense, size = "last", False, [], hidden_size
         for entry in self._entries:
+            if normalize:
+                raise ModelError(
+                    f"{self._directory / 'modules.json'}: there is a module behind Normalize: {entry!r:.200}"
+                )
             match self._kind(entry):
                 case "Transformer":
                     pass
                 case "Pooling":
                     kind = self._pooling(self._directory / str(entry.get("path", "")) / "config.json")
+                case "Dense":
+                    dense.append(self._dense(str(entry.get("path", "")), size))
+                    size = dense[-1].out_features
                 case "Normalize":
                     normalize = True
                 case other:
                     raise ModelError(
                         f"{self._directory / 'modules.json'}: the module {other or entry!r} is not supported; "
-                        "Transformer, Pooling and Normalize are"
+                        "Transformer, Pooling, Dense and Normalize are"
                     )
         limits = _read(self._directory / "sentence_bert_config.json")
         longest = limits.get("max_seq_length") if isinstance(limits, dict) else None
         if longest is not None and (type(longest) is not int or longest < 1):
             raise ModelError(f"{self._directory / 'sentence_bert_config.json'}: max_seq_length is {longest!r}")
-        return PoolingConfig(task="embed", kind=kind, normalize=normalize, dimensions=dimensions, max_length=longest)
+        return PoolingConfig(
+            task="embed",
+            kind=kind,
+            normalize=normalize,
+            dimensions=_dimensions(raw, size),
+            max_length=longest,
+            dense=tuple(dense),
+        )
+
+    def _dense(self, path: str, in_features: int) -> DenseLayer:
+        file = self._directory / path / "config.json"
+        config = _read(file)
+        if not isinstance(config, dict):
+            raise ModelError(f"{file} is missing or no JSON object; it says what the layer Dense is like")
+        name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        activation = _DENSE_ACTIVATIONS.get(name.rpartition(".")[2].lower())
+        if activation is None:
+            raise ModelError(
+                f"{file}: activation_function {name} is not supported; {', '.join(_DENSE_ACTIVATIONS)} are"
+            )
+        for key in ("module_input_name", "module_output_name"):
+            if config.get(key, "sentence_embedding") not in (None, "sentence_embedding"):
+                raise ModelError(f"{file}: {key} {config[key]!r} is not supported; sentence_embedding is")
+        found, size = config.get("in_features"), config.get("out_features")
+        if found != in_features or type(size) is not int or size < 1:
+            raise ModelError(
+                f"{file}: {found!r} inputs and {size!r} outputs; what comes to it has {in_features} numbers"
+            )
+        return DenseLayer(
+            directory=path,
+            in_features=in_features,
+            out_features=size,
+            bias=bool(config.get("bias", True)),
+            activation=activation,
+        )
 
     def _pooling(self, path: Path) -> str:
         config = _read(path)

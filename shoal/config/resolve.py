@@ -10,7 +10,7 @@ from typing import Any
 
 from shoal import env
 from shoal.config.engine_config import EngineConfig
-from shoal.config.lora import LoraConfig, parse_modules
+from shoal.config.lora import LoraConfig, parse_modules, read_adapter
 from shoal.config.model_config import ModelConfig, load_model_config
 from shoal.config.model_path import resolve_model_path
 from shoal.config.options import EMBEDDED_MODEL, CacheOptions, ModelOptions, ParallelOptions, SchedulerOptions
@@ -18,7 +18,7 @@ from shoal.config.parallel import ParallelConfig, balance_layers, check_degrees
 from shoal.config.pooling import parse_overrides
 from shoal.config.sizes import parse_size
 from shoal.config.sources import options_from_kwargs
-from shoal.errors import ConfigError
+from shoal.errors import ConfigError, InvalidRequestError
 from shoal.log import get_logger
 
 _DTYPE_ALIASES = {"float": "float32", "half": "float16"}
@@ -121,6 +121,11 @@ def _resolve_lora(options: ModelOptions, model: ModelConfig, deterministic: bool
     modules = parse_modules(options.lora_modules)
     if len(modules) > options.max_loras:
         raise ConfigError(f"{len(modules)} lora_modules are more than max_loras {options.max_loras}")
+    for name, path in modules.items():
+        try:
+            read_adapter(path, options.max_lora_rank)
+        except InvalidRequestError as error:
+            raise ConfigError(f"lora_modules {name}: {error}") from None
     return LoraConfig(max_loras=options.max_loras, max_rank=options.max_lora_rank)
 
 

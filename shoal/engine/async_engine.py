@@ -214,6 +214,7 @@ class AsyncEngine:
         EngineDeadError when the engine is away and the request is not to be held.
         """
         self._check_unknown(prepared.request_id)
+        self.adapters.check_is_there(prepared.adapter)
         if self.restarting and not prepared.held:
             raise EngineDeadError(self.why_restarting)
         stream = RequestStream(prepared, self.tokenizer, eager=eager, now=time.monotonic())

@@ -170,7 +170,8 @@ def scores_of(prepared: PreparedPairs, results: Sequence[Pooled]) -> list[PairSc
     scores = []
     for indices in prepared.pairs:
         numbers = [vectors[index] for index in indices]
-        score = numbers[0][0] if len(numbers) == 1 else sum(map(operator.mul, *numbers))
+        # A cosine: its last bit may stand above 1.
+        score = numbers[0][0] if len(numbers) == 1 else max(-1.0, min(sum(map(operator.mul, *numbers)), 1.0))
         scores.append(PairScore(score, tuple(results[index] for index in indices)))
     return scores
 

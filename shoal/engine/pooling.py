@@ -36,11 +36,9 @@ def check_pooling(params: PoolingParams, model: ModelConfig) -> PoolingParams:
         return params
     if pooling.task != "embed":
         raise InvalidRequestError("dimensions is for embeddings; scores have none", "dimensions")
-    possible = pooling.dimensions
-    if possible is None and wanted > model.hidden_size:
-        raise InvalidRequestError(
-            f"dimensions must be from 1 to {model.hidden_size} for this model; got {wanted}", "dimensions"
-        )
+    possible, most = pooling.dimensions, pooling.embedding_size(model.hidden_size)
+    if possible is None and wanted > most:
+        raise InvalidRequestError(f"dimensions must be from 1 to {most} for this model; got {wanted}", "dimensions")
     if possible is not None and wanted not in possible:
         only = len(possible) == 1
         raise InvalidRequestError(

@@ -37,12 +37,12 @@ class AdapterSlots:
     """The adapters of one rank's layers, and which token of the step goes with which. Made by the worker, told by the
     runner before each step.
 
-    mask [most tokens, S]: 1 where a token has the slot's adapter. It stays where it is: graphs read it.
+    mask [most tokens, S]: true where a token has the slot's adapter. It stays where it is: graphs read it.
     """
 
     def __init__(self, num_slots: int, rank: int, most_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_slots, self.rank = num_slots, rank
-        self.mask = torch.zeros((most_tokens, num_slots), dtype=dtype, device=device)
+        self.num_slots, self.rank, self.dtype = num_slots, rank, dtype
+        self.mask = torch.zeros((most_tokens, num_slots), dtype=torch.bool, device=device)
         self.is_used = False  # by any token of this step
         self._layers: list[AdaptedLinear] = []
 
@@ -124,7 +124,8 @@ class AdaptedLinear(LinearMethod):
         if not slots.is_used:
             return output
         inner = (x @ self.down.t()).view(x.shape[0], len(self._parts), slots.num_slots, slots.rank)
-        inner = inner * slots.mask[: x.shape[0], None, :, None]
+        # Not a product with the mask: another's adapter may overflow on this token, and 0 * inf is no number.
+        inner = torch.where(slots.mask[: x.shape[0], None, :, None], inner, 0.0)
         start = 0
         for number, up in enumerate(self.up):
             stop = start + up.shape[1]

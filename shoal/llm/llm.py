@@ -164,8 +164,9 @@ class LLM:
         wanted = [given] * num_prompts if given is None or isinstance(given, LoRARequest) else list(given)
         if len(wanted) != num_prompts:
             raise InvalidRequestError(f"{len(wanted)} lora_requests for {num_prompts} prompts; give one each")
-        registry = self._engine.engine.adapters
-        return [None if each is None else registry.find_or_load(each.lora_name, each.lora_path) for each in wanted]
+        named = [(each.lora_name, each.lora_path) for each in wanted if each is not None]
+        loaded = iter(self._engine.engine.adapters.find_or_load(named))
+        return [None if each is None else next(loaded) for each in wanted]
 
     # --- vectors and scores ----------------------------------------------------------------------------------------
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from pydantic import Field
 
 from shoal.protocol.fields import RequestBody
+from shoal.protocol.neutral import Neutral
 
 
 class LoadAdapterRequest(RequestBody):
@@ -17,5 +21,8 @@ class LoadAdapterRequest(RequestBody):
 
 class UnloadAdapterRequest(RequestBody):
     """The name of an adapter that is no longer served."""
+
+    # The name says it all.
+    neutral: ClassVar[Mapping[str, Neutral]] = {"lora_int_id": Neutral(anything=True)}
 
     lora_name: str

@@ -16,8 +16,9 @@ from shoal.protocol.pairs import make_pairs
 from shoal.types.pooling_params import PoolingParams
 
 Inputs = str | Strings | TokenIds | Annotated[list[TokenIds], GiveUpEarly()]
-Documents = Strings | Annotated[list[dict[str, Any]], GiveUpEarly()]
+Documents = Annotated[list[str | dict[str, Any]], GiveUpEarly()]
 _LABEL = Neutral(anything=True)
+_CUT = Neutral(instead="truncate_prompt_tokens cuts what is too long; documents are not read in pieces")
 
 
 class PoolingBody(RequestBody):
@@ -28,6 +29,7 @@ class PoolingBody(RequestBody):
         "metadata": _LABEL,
         "add_special_tokens": Neutral((True,), "texts are always tokenized with them; send token ids to do without"),
         "mm_processor_kwargs": Neutral(({},), "this model reads text only; leave it out"),
+        "truncation_side": Neutral(("right",), "texts are cut at their end"),
     }
 
     truncate_prompt_tokens: int | None = Field(None, description="Most tokens of a text; -1: what the model takes.")
@@ -43,6 +45,12 @@ class PoolingBody(RequestBody):
 
 class EmbeddingRequest(PoolingBody):
     """The OpenAI API's, with vLLM's additions."""
+
+    neutral: ClassVar[Mapping[str, Neutral]] = {
+        **PoolingBody.neutral,
+        "embed_dtype": Neutral(("float32",), "numbers are fp32; leave it out"),
+        "endianness": Neutral(("native", "little"), "base64 is of little-endian numbers; leave it out"),
+    }
 
     input: Inputs = Field(description="Text or token ids, or a list of either for several texts.")
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of little-endian fp32.")
@@ -91,6 +99,13 @@ class ScoreRequest(PoolingBody):
 
 class RerankRequest(PoolingBody):
     """A query and the documents that are to be put into the order of their relevance."""
+
+    neutral: ClassVar[Mapping[str, Neutral]] = {
+        **PoolingBody.neutral,
+        "rank_fields": Neutral((["text"],), "of a document that is an object, its text is read"),
+        "max_tokens_per_doc": _CUT,
+        "max_chunks_per_doc": _CUT,
+    }
 
     query: str
     documents: Documents

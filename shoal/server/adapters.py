@@ -39,13 +39,13 @@ def adapters_router(state: ServerState) -> APIRouter:
 
 
 async def load_and_try(engine: AsyncEngine, name: str, path: str, *, replace: bool = False) -> None:
-    """Load an adapter, and have a token made with it. Raises InvalidRequestError for one that does not fit."""
-    adapter = engine.adapters.load(name, path, replace=replace)
+    """Load an adapter, have a token made with it, and serve it then. Raises InvalidRequestError for one that does not
+    fit."""
     params = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False, ignore_eos=True)
-    try:
-        await engine.collect(engine.prepare([0], params, adapter=adapter))
-    except EngineDeadError:
-        raise
-    except EngineError as error:
-        engine.adapters.unload(name)
-        raise InvalidRequestError(f"the adapter {name!r} cannot be used: {error}", "lora_path") from None
+    async with engine.adapters.trying(name, path, replace=replace) as adapter:
+        try:
+            await engine.collect(engine.prepare([0], params, adapter=adapter))
+        except EngineDeadError:
+            raise
+        except EngineError as error:
+            raise InvalidRequestError(f"the adapter {name!r} cannot be used: {error}", "lora_path") from None

@@ -9,11 +9,13 @@ import msgspec
 
 class AdapterRef(msgspec.Struct, frozen=True):
     """slot: of the workers' tables that hold adapters; it says nothing of what is in it now, which `uid` does: every
-    time an adapter is loaded it has another one. path: of its directory, the same on every machine."""
+    time an adapter is loaded it has another one. path: of its directory, the same on every machine; digest: of what
+    was in it, which every machine must find there whenever it reads it."""
 
     slot: int
     uid: str
     path: str
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shoal.config.lora import LoraConfig, read_adapter
+from shoal.config.lora import DOWN, UP, LoraConfig, digest_adapter, module_name, read_adapter
 from shoal.distributed.group import GroupCoordinator
 from shoal.errors import InvalidRequestError, ModelError
 from shoal.layers.lora import AdapterSlots
@@ -15,9 +15,6 @@ from shoal.models.base import CausalLM
 from shoal.sampling.rows import upload
 from shoal.types.adapter import AdapterRef
 from shoal.weights.safetensors_file import SafetensorsFile
-
-_PREFIXES = ("base_model.model.", "base_model.")
-_DOWN, _UP = ".lora_A.weight", ".lora_B.weight"
 
 
 class RankAdapters:
@@ -72,22 +69,26 @@ class RankAdapters:
     def _load(self, adapter: AdapterRef) -> None:
         path = Path(adapter.path)
         try:
-            facts = read_adapter(adapter.path, self._config.max_rank)
+            facts, digest = read_adapter(adapter.path, self._config.max_rank), digest_adapter(adapter.path)
         except InvalidRequestError as error:
             raise ModelError(f"an adapter cannot be loaded on this machine: {error}") from None
+        if digest != adapter.digest:
+            raise ModelError(
+                f"the files in {path} are not those that were loaded: they changed since, or are others on this "
+                "machine; load the adapter again (load_inplace), with the same files on every machine"
+            )
         file = SafetensorsFile(path / "adapter_model.safetensors")
         matrices: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         try:
             for stored in file.names():
-                if stored.endswith(_DOWN):
-                    up = stored.removesuffix(_DOWN) + _UP
-                    if up not in file.names():
-                        raise ModelError(f"{path}: {stored} has no {up}")
-                    down_matrix, up_matrix = _read(file, stored), _read(file, up)
-                    scaling = facts.scaling(down_matrix.shape[0])
-                    matrices[self._matrix_name(stored.removesuffix(_DOWN))] = (down_matrix, up_matrix * scaling)
-                elif not stored.endswith(_UP):
-                    raise ModelError(f"{path}: tensor {stored} is not supported; an adapter has …{_DOWN} and …{_UP}")
+                if not stored.endswith(DOWN):
+                    continue
+                layer = stored.removesuffix(DOWN)
+                module = module_name(layer)
+                down, up = self._read(file, stored), self._read(file, layer + UP, facts.scaling(module))
+                matrices[self._model.tensor_name(f"{module}.weight").removesuffix(".weight")] = (down, up)
+        except (OSError, KeyError) as error:  # it changed meanwhile
+            raise ModelError(f"{path} cannot be read: {error}") from None
         finally:
             file.close()
         self._loaded.pop(adapter.slot, None)
@@ -102,14 +103,12 @@ class RankAdapters:
                 raise ModelError(f"{path}: there is no linear layer {name} here that takes adapters")
         self._loaded[adapter.slot] = adapter.uid
 
-    def _matrix_name(self, stored: str) -> str:
-        for prefix in _PREFIXES:
-            stored = stored.removeprefix(prefix)
-        return self._model.tensor_name(f"{stored}.weight").removesuffix(".weight")
-
-
-def _read(file: SafetensorsFile, name: str) -> torch.Tensor:
-    shape = file.shape(name)
-    matrix = torch.empty(shape, dtype=torch.float32)
-    file.read_into(name, [slice(0, size) for size in shape], matrix)
-    return matrix
+    def _read(self, file: SafetensorsFile, name: str, scaling: float = 1.0) -> torch.Tensor:
+        shape = file.shape(name)
+        matrix = torch.empty(shape, dtype=torch.float32)
+        file.read_into(name, [slice(0, size) for size in shape], matrix)
+        matrix = (matrix * scaling).to(self._slots.dtype)
+        if not bool(matrix.isfinite().all()):
+            # All adapters are multiplied with all tokens: one that is not finite would be in every request's way.
+            raise ModelError(f"{file.path}: {name} holds numbers that are not finite in {self._slots.dtype}")
+        return matrix

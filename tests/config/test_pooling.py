@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from shoal.config.model_config import load_model_config
 from shoal.config.pooling import PoolingConfig, decoder_names, parse_overrides
 from shoal.config.resolve import make_engine_config
 from shoal.errors import ConfigError, ModelError
 from tests.config.model_directory import write_model_directory
-from tests.pooling_checkpoints import write_modules
+from tests.pooling_checkpoints import write_dense, write_modules
 
 
 def model(path: Path, architecture: str = "Qwen2ForCausalLM", **changes: Any) -> Path:
@@ -58,15 +59,43 @@ def test_what_cannot_be_pooled_is_refused_by_name(tmp_path: Path) -> None:
     write_modules(model(tmp_path), "pooling_mode_max_tokens")
     with pytest.raises(ModelError, match="1_Pooling/config.json: pooling pooling_mode_max_tokens is not supported"):
         pooling(tmp_path)
-    write_modules(tmp_path, "mean", "Dense")
-    with pytest.raises(ModelError, match=r"modules\.json: the module 'Dense' is not supported"):
+    write_modules(tmp_path, "mean", "LayerNorm")
+    with pytest.raises(ModelError, match=r"modules\.json: the module 'LayerNorm' is not supported"):
         pooling(tmp_path)
+    with pytest.raises(ModelError, match="is_causal false is not supported for Qwen2Model"):
+        pooling(model(tmp_path / "both-ways", "Qwen2Model", is_causal=False))
     write_modules(tmp_path, "mean")
     (tmp_path / "1_Pooling" / "config.json").unlink()
     with pytest.raises(ModelError, match=r"1_Pooling/config\.json is missing"):
         pooling(tmp_path)
     (tmp_path / "modules.json").write_text("no")
     with pytest.raises(ModelError, match=r"modules\.json cannot be read as JSON"):
+        pooling(tmp_path)
+
+
+def test_layers_behind_the_pooling(tmp_path: Path) -> None:
+    size = load_model_config(model(tmp_path)).hidden_size
+    write_modules(tmp_path, "mean", "Dense", "Normalize")
+    write_dense(tmp_path, 2, torch.ones(24, size), None, "torch.nn.modules.linear.Identity")
+    found = pooling(tmp_path)
+    assert found is not None and found.normalize
+    assert [(layer.directory, layer.out_features, layer.bias) for layer in found.dense] == [("2_Dense", 24, False)]
+    assert found.dimensions == (24,) and found.embedding_size(size) == 24
+    file = tmp_path / "2_Dense" / "config.json"
+    right = json.loads(file.read_text())
+    for changes, message in (
+        ({"in_features": 7}, f"7 inputs and 24 outputs; what comes to it has {size} numbers"),
+        ({"activation_function": "torch.nn.modules.activation.ELU"}, "activation_function .*ELU is not supported"),
+        ({"module_input_name": "token_embeddings"}, "module_input_name 'token_embeddings' is not supported"),
+    ):
+        file.write_text(json.dumps({**right, **changes}))
+        with pytest.raises(ModelError, match=message):
+            pooling(tmp_path)
+    file.unlink()
+    with pytest.raises(ModelError, match=r"2_Dense/config\.json is missing"):
+        pooling(tmp_path)
+    write_modules(tmp_path, "mean", "Normalize", "Dense")
+    with pytest.raises(ModelError, match="there is a module behind Normalize"):
         pooling(tmp_path)
 
 

@@ -67,7 +67,9 @@ def test_windows_and_stretched_positions(tmp_path: Path) -> None:
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     assert read(tmp_path, {**raw, "layer_types": types}).sliding_windows == (32, None, 32)
     stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
-    assert read(tmp_path, {**STABLELM, "rope_parameters": stretched}).max_position_embeddings == 1024
+    for kind in ("linear", "dynamic"):
+        raw = {**STABLELM, "rope_parameters": {**stretched, "rope_type": kind}}
+        assert read(tmp_path, raw).max_position_embeddings == 1024
 
 
 def test_overrides_reach_transformers(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,13 +116,10 @@ def test_what_is_refused(llama: Adapted, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequestError, match="lora_requests for 1 prompts"):
             llm.generate([prompt], GREEDY, lora_request=[None, None])
         ask("good", llama.adapters[0].lora_path)
-        with pytest.raises(InvalidRequestError, match=r"all 2 places for adapters are taken \(stranger, good\)"):
+        with pytest.raises(EngineError, match=r"no linear layer lm_head here that takes adapters"):
             ask("head", head)
-    with (
-        start(llama.path) as llm,
-        pytest.raises(EngineError, match=r"no linear layer lm_head here that takes adapters"),
-    ):
-        llm.generate([prompt], GREEDY, lora_request=LoRARequest("head", 1, str(head)))
+        with pytest.raises(InvalidRequestError, match="all 2 places for adapters are taken"):
+            llm.generate([prompt] * 3, GREEDY, lora_request=llama.adapters[:3])
     with pytest.raises(ConfigError, match="enable_lora does not go with deterministic mode"):
         LLM(str(llama.path), enable_lora=True, deterministic=True)
     with (
@@ -129,6 +127,42 @@ def test_what_is_refused(llama: Adapted, tmp_path: Path) -> None:
         pytest.raises(InvalidRequestError, match="--enable-lora"),
     ):
         llm.generate([prompt], GREEDY, lora_request=llama.adapters[0])
+
+
+def test_more_adapters_than_places_one_call_after_the_other(llama: Adapted) -> None:
+    """The least recently used makes room, and is loaded again."""
+    prompt = random_tokens(30, seed=4)
+    with start(llama.path, max_loras=2) as llm:
+        for index in (0, 1, 2, 3, 0, 3, 1):
+            (output,) = llm.generate([{"prompt_token_ids": prompt}], GREEDY, lora_request=llama.adapters[index])
+            assert list(output.outputs[0].token_ids) == llama.tokens(index, prompt), index
+
+
+def test_files_that_change_are_not_taken_for_the_adapter(llama: Adapted, tmp_path: Path) -> None:
+    """What is read again, or on another machine, must be what was loaded: no answer goes on with other weights."""
+    prompt = {"prompt_token_ids": [1, 2, 3]}
+    changing = make_adapter(tmp_path / "changing", llama.path, seed=5)
+    adapter = LoRARequest("changing", 1, str(changing))
+    with start(llama.path) as llm:
+        [known] = llm._engine.engine.adapters.find_or_load([("changing", str(changing))])
+        other = make_adapter(tmp_path / "other", llama.path, seed=6)
+        shutil.copy(other / "adapter_model.safetensors", changing)
+        with pytest.raises(EngineError, match=r"the files in .*changing are not those that were loaded"):
+            llm.generate([prompt], GREEDY, use_tqdm=False, lora_request=adapter)
+        assert llm._engine.engine.adapters.find("changing") == known
+
+
+def test_an_alpha_of_its_own(llama: Adapted, tmp_path: Path) -> None:
+    """alpha_pattern: the same as that alpha for all, where all layers match."""
+    first = make_adapter(tmp_path / "pattern", llama.path, seed=5, alpha=6.0, alpha_pattern={".*_proj": 12.0})
+    second = make_adapter(tmp_path / "plain", llama.path, seed=5, alpha=12.0)
+    prompt = {"prompt_token_ids": random_tokens(30, seed=9)}
+    with start(llama.path) as llm:
+        tokens = [
+            llm.generate([prompt], GREEDY, lora_request=LoRARequest(path.name, 1, str(path)))[0].outputs[0].token_ids
+            for path in (first, second)
+        ]
+    assert tokens[0] == tokens[1]
 
 
 def test_rank_stabilized(llama: Adapted, tmp_path: Path) -> None:

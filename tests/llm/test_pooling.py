@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch.nn.functional import cosine_similarity, normalize
 
 from shoal import LLM, PoolingParams, SamplingParams
-from shoal.errors import InvalidRequestError
+from shoal.errors import InvalidRequestError, ModelError
 from tests.checkpoints import byte_level_tokenizer
 from tests.pooling_checkpoints import (
     make_classifier,
@@ -19,6 +20,7 @@ from tests.pooling_checkpoints import (
     make_encoder,
     reference_scores,
     reference_states,
+    write_dense,
     write_modules,
 )
 
@@ -120,6 +122,37 @@ def test_an_encoder_embeds_as_transformers_does(tmp_path: Path) -> None:
         for output, state in zip(llm.embed(TEXTS, use_tqdm=False), states, strict=True):
             found = torch.tensor(output.outputs.embedding)
             torch.testing.assert_close(found, normalize(state.mean(0), dim=0), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (2, 1), (1, 2)])
+def test_layers_behind_the_pooling(tmp_path: Path, sizes: tuple[int, int]) -> None:
+    path = make_encoder(tmp_path, "bert")
+    write_modules(path, "mean", "Dense", "Dense", "Normalize")
+    generator = torch.Generator().manual_seed(7)
+    wide, bias, narrow = (torch.randn(shape, generator=generator) / 8 for shape in ((96, 64), (96,), (24, 96)))
+    write_dense(path, 2, wide, bias, "torch.nn.modules.activation.Tanh")
+    write_dense(path, 3, narrow, None, "torch.nn.modules.linear.Identity")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    states = reference_states(path, [tokenizer(text)["input_ids"] for text in TEXTS])
+    options = {"device": "cpu", "tensor_parallel_size": sizes[0], "pipeline_parallel_size": sizes[1]}
+    with LLM(model=str(path), hf_overrides={"is_matryoshka": True}, **options) as llm:  # type: ignore[arg-type]
+        outputs = llm.embed(TEXTS, use_tqdm=False)
+        [short] = llm.embed(TEXTS[0], pooling_params=PoolingParams(dimensions=5), use_tqdm=False)
+        with pytest.raises(InvalidRequestError, match="dimensions must be from 1 to 24"):
+            llm.embed(TEXTS[0], pooling_params=PoolingParams(dimensions=64), use_tqdm=False)
+    wanted = [narrow @ torch.tanh(wide @ state.mean(0) + bias) for state in states]
+    for output, vector in zip([*outputs, short], [*wanted, wanted[0][:5]], strict=True):
+        found = torch.tensor(output.outputs.embedding)
+        torch.testing.assert_close(found, normalize(vector, dim=0), atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_whose_weights_are_others(tmp_path: Path) -> None:
+    path = make_encoder(tmp_path, "bert")
+    write_modules(path, "mean", "Dense")
+    write_dense(path, 2, torch.ones(24, 64), None, "torch.nn.modules.linear.Identity")
+    save_file({"linear.weight": torch.ones(24, 32)}, path / "2_Dense" / "model.safetensors")
+    with pytest.raises(ModelError, match=r"2_Dense/model\.safetensors has the tensors .*\[24, 32\]"):
+        LLM(model=str(path), device="cpu")
 
 
 def test_a_cross_encoder_scores_as_transformers_does(tmp_path: Path) -> None:

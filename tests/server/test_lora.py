@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.adapters import make_adapter
 from tests.checkpoints import make_checkpoint
@@ -65,6 +68,41 @@ def test_adapters_come_and_go(checkpoint: Path, adapters: list[Path], tmp_path: 
         assert complete(server, "third") not in (base, first, second)
         chat = server.post("/v1/chat/completions", model="third", messages=[{"role": "user", "content": "hi"}])
         assert chat.status_code == 200 and chat.json()["model"] == "third"
+
+
+def test_what_cannot_be_used_harms_nobody(checkpoint: Path, adapters: list[Path], tmp_path: Path) -> None:
+    """One that holds no numbers, or does not fit: refused by name, and the one of that name stays."""
+    broken = make_adapter(tmp_path / "broken", checkpoint, seed=4)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    save_file({name: tensor * torch.nan for name, tensor in tensors.items()}, broken / "adapter_model.safetensors")
+    embedding = make_adapter(tmp_path / "embedding", checkpoint, seed=4, targets=("embed_tokens",))
+    with serve(checkpoint, "--enable-lora", "--max-loras", "2", "--lora-modules", f"first={adapters[0]}") as server:
+        base, first = complete(server, None), complete(server, "first")
+        error = server.error("/v1/load_lora_adapter", lora_name="broken", lora_path=str(broken))
+        assert "holds numbers that are not finite" in error["message"]
+        for path, message in ((broken, "not finite"), (embedding, "no linear layer model.embed_tokens")):
+            body: dict[str, Any] = {"lora_name": "first", "lora_path": str(path), "load_inplace": True}
+            assert message in server.error("/v1/load_lora_adapter", **body)["message"]
+            assert (complete(server, "first"), complete(server, None)) == (first, base)
+        body = {"lora_name": "first", "lora_path": str(adapters[1]), "load_inplace": True}
+        assert server.post("/v1/load_lora_adapter", **body).status_code == 200
+        assert complete(server, "first") not in (first, base)
+        # Its place, full of what was tried in it, takes the next one.
+        assert server.post("/v1/load_lora_adapter", lora_name="second", lora_path=str(adapters[0])).status_code == 200
+        assert complete(server, "second") == first
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--served-model-name", "base", "--lora-modules", "base={}"], "the model itself is called that"),
+        (["--lora-modules", "a=/nowhere/at/all"], "lora_modules a: there is no adapter in '/nowhere/at/all'"),
+    ],
+)
+def test_found_before_the_engine_starts(checkpoint: Path, adapters: list[Path], given: list[str], message: str) -> None:
+    arguments = [text.replace("{}", str(adapters[0])) for text in given]
+    with pytest.raises(AssertionError, match=message), serve(checkpoint, "--enable-lora", *arguments):
+        pass
 
 
 def test_without_room_for_adapters(checkpoint: Path, adapters: list[Path]) -> None:

@@ -234,6 +234,9 @@ def test_rerank(scorer: Served, path: str) -> None:
     assert [result["document"]["text"] for result in answer["results"]] == [documents[index] for index in order]
     best = scorer.post(path, query="q", documents=[{"text": text} for text in documents], top_n=2).json()["results"]
     assert [result["index"] for result in best] == order[:2]
+    mixed = [documents[0], *({"text": text, "title": "x"} for text in documents[1:])]
+    results = scorer.post(path, query="q", documents=mixed, rank_fields=["text"]).json()["results"]
+    assert [(result["index"], result["document"]["text"]) for result in results] == [(i, documents[i]) for i in order]
     assert "document" not in scorer.post(path, query="q", documents=documents, return_documents=False).text
 
 
@@ -244,6 +247,8 @@ def test_a_model_for_embeddings_scores_by_the_angle(embedder: Served, states: li
     assert answer["usage"]["prompt_tokens"] == sum(len(ids(text)) for text in TEXTS)  # each was read once
     best = embedder.post("/v1/rerank", query=TEXTS[0], documents=TEXTS, top_n=1).json()["results"]
     assert best[0]["index"] == 0 and best[0]["relevance_score"] == pytest.approx(1.0, abs=1e-5)
+    scores = [embedder.post("/score", text_1=f"{word} fish", text_2=f"{word} fish").json() for word in range(20)]
+    assert max(score["data"][0]["score"] for score in scores) <= 1.0
 
 
 @pytest.mark.parametrize(
@@ -258,6 +263,8 @@ def test_a_model_for_embeddings_scores_by_the_angle(embedder: Served, states: li
         ("/rerank", {"query": "a"}, "documents is missing"),
         ("/rerank", {"query": "a", "documents": []}, "documents is an empty list"),
         ("/rerank", {"query": "a", "documents": [{"title": "b"}]}, "documents[0] has no text"),
+        ("/rerank", {"query": "a", "documents": ["b", 5]}, "a list of strings, or of objects with a text"),
+        ("/rerank", {"query": "a", "documents": ["b"], "max_tokens_per_doc": 9}, "truncate_prompt_tokens cuts what"),
         ("/rerank", {"query": "a", "documents": ["b"], "top_n": -1}, "top_n must be 0 (all) or more"),
     ],
 )
