@@ -23,8 +23,11 @@ from shoal.kernels.heads import places_of_halves, transform_halves
 from shoal.kernels.launch import has_dependent_launch, launch_options
 from shoal.kernels.scores import LOG2_E, capped, score_factors
 
-# Tokens of context that are not split, and tokens of a split above which there may be more than fill the device.
-_WHOLE, _LONG_SPLIT = 128, 1024
+# Tokens of context that are not split, where there are few groups and where there are many; tokens of a split above
+# which there may be more of them.
+_WHOLE_SPANS, _LONG_SPLIT = (256, 512), 1024
+# (groups for a processor, splits that pay): of more groups none does.
+_FEW_SPLITS = ((1 / 8, 16), (1 / 2, 8), (1, 4))
 _MOST_WAVES = 16  # programs a processor, of all splits together
 
 
@@ -114,7 +117,7 @@ def _add_splits(
 
 
 @triton.jit(
-    do_not_specialize=["splits", "few_splits", "window", "table_stride"],
+    do_not_specialize=["splits", "few_splits", "whole_span", "window", "table_stride"],
     # Of a step outside of graphs these are lines of one upload, which lie wherever its number of sequences puts them.
     do_not_specialize_on_alignment=["table_rows", "seq_lens", "tokens"],
 )
@@ -122,8 +125,8 @@ def _decode_kernel(
     query, key, value, output, keys, values, block_tables, table_rows, seq_lens, tokens,
     positions, table, query_norm, key_norm, eps, partial_sums, partial_stats, counters,
     query_stride, key_stride, value_stride, query_head, key_head, value_head, cache_head, table_stride,
-    factor, window, splits, few_splits, cap, sinks, key_inverse, value_inverse, value_scale,
-    WHOLE: tl.constexpr, LONG_SPLIT: tl.constexpr,
+    factor, window, splits, few_splits, whole_span, cap, sinks, key_inverse, value_inverse, value_scale,
+    LONG_SPLIT: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr, G: tl.constexpr, G_PAD: tl.constexpr, G_TILE: tl.constexpr,
     D: tl.constexpr, D_PAD: tl.constexpr, HALF: tl.constexpr, HALF_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, WINDOWED: tl.constexpr, ROTATE: tl.constexpr,
@@ -154,8 +157,8 @@ def _decode_kernel(
     # splits up takes as long as a few tiles.
     split_len = tl.maximum(tl.minimum(tl.cdiv(span, few_splits), LONG_SPLIT), tl.cdiv(span, splits))
     split_len = tl.maximum(tl.cdiv(split_len, BLOCK_N), 1) * BLOCK_N
-    if span <= WHOLE:
-        split_len = WHOLE
+    if span <= whole_span:
+        split_len = whole_span
     num_active = tl.maximum(tl.cdiv(span, split_len), 1)
     if split >= num_active:
         return
@@ -294,14 +297,18 @@ class DecodeWorkspace:
         self.counters = torch.zeros(_MOST_WAVES * self.num_processors, dtype=torch.int32, device=device)
         self._buffers: dict[int, torch.Tensor] = {}
 
-    def num_splits(self, num_groups: int, most: int) -> tuple[int, int]:
-        """Splits that a launch has for each of its `num_groups` (sequence, KV head), at most `most`, and how many of
-        them fill the device: 16 for 1 sequence with 8 KV heads, 1 from 16 sequences on. Those were the fastest for one
-        sequence of 400 to 4096 tokens and for 16 sequences, and 2 % off at 131072 tokens and 9 % off for 4 sequences
-        (H100, 2026-11). More keep a few very long sequences from running long after all others."""
-        few = max(1, self.num_processors // num_groups)
+    def num_splits(self, num_groups: int, most: int, parts: int) -> tuple[int, int, int]:
+        """Of a launch for `num_groups` (sequence, KV head): splits of each, at most `most`; how many of them pay where
+        contexts are not very long; up to which context none does. parts: splits that are added up at once.
+
+        To add splits up takes as long as to read some 256 tokens. Measured for 2 to 128 groups of 2 to 8 query heads
+        with contexts of 130 to 4000 tokens (H100, 2026-11). More splits than pay keep a few very long sequences from
+        running long after all others."""
+        few = next((few for share, few in _FEW_SPLITS if num_groups <= share * self.num_processors), 1)
+        few = min(few, max(parts, 4))
         enough = max(2 * self.num_processors // num_groups, min(8, _MOST_WAVES * self.num_processors // num_groups), 1)
-        return min(enough, most), min(few, most)
+        whole = _WHOLE_SPANS[2 * num_groups > self.num_processors]
+        return min(max(enough, few), most), min(few, most), whole
 
     def buffers(self, row_size: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sums [programs * G, row_size] and statistics [programs * G, 2] of splits, fp32, flat: never freed, graphs may
@@ -357,11 +364,12 @@ def decode_attention(
         context = min(context, sliding_window + block_n)
     half = (head_dim + 1) // 2
     padded = max(16, triton.next_power_of_2(head_dim))
-    splits, few_splits = workspace.num_splits(num_groups, -(-context // block_n))
     # Where there are programs enough, they hide each other's waits, and registers are worth more.
     early = early and not has_many
     sums, stats = workspace.buffers(padded, group)
     group_tile = triton.next_power_of_2(group)
+    parts = max(1, min(16, 8192 // (group_tile * padded)))
+    splits, few_splits, whole_span = workspace.num_splits(num_groups, -(-context // block_n), parts)
     cache, form = cache_cells(kv_cache), cache_format(kv_cache)
     factor, cap = score_factors(scale * key_scale if form else scale, softcap)
     scales = (1 / key_scale, 1 / value_scale, value_scale) if form else (None, None, None)
@@ -370,10 +378,10 @@ def decode_attention(
         rows.tokens, positions, table, query_norm, key_norm, eps, sums, stats, workspace.counters,
         query.stride(0), key.stride(0), value.stride(0), query.stride(1), key.stride(1), value.stride(1),
         kv_cache.stride(1), rows.block_tables.stride(0), factor, sliding_window or 0, splits, few_splits,
-        cap, sinks, *scales,
-        WHOLE=_WHOLE, LONG_SPLIT=_LONG_SPLIT, NUM_KV_HEADS=num_kv_heads, G=group,
+        whole_span, cap, sinks, *scales,
+        LONG_SPLIT=_LONG_SPLIT, NUM_KV_HEADS=num_kv_heads, G=group,
         G_PAD=max(16, group_tile), G_TILE=group_tile,
-        PARTS=max(1, min(16, 8192 // (group_tile * padded))),
+        PARTS=parts,
         D=head_dim, D_PAD=padded, HALF=half, HALF_PAD=max(16, triton.next_power_of_2(half)),
         BLOCK_SIZE=block_size, BLOCK_N=block_n, WINDOWED=sliding_window is not None, ROTATE=table is not None,
         ROTARY=head_dim if table is None else table.shape[1], INTERLEAVED=interleaved,

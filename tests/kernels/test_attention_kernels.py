@@ -51,7 +51,7 @@ def test_all_ways_to_split_agree(
 ) -> None:
     expected, expected_cache, _ = attend(False, 1, window)  # one split
     assert expected.isfinite().all()
-    monkeypatch.setattr("shoal.kernels.decode_attention._WHOLE", 64)
+    monkeypatch.setattr("shoal.kernels.decode_attention._WHOLE_SPANS", (64, 64))
     monkeypatch.setattr("shoal.kernels.decode_attention._LONG_SPLIT", 256)
     output, cache, workspace = attend(early, num_processors, window)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
@@ -60,13 +60,17 @@ def test_all_ways_to_split_agree(
 
 
 @pytest.mark.parametrize(
-    ("num_groups", "most", "expected"),
-    [(8, 3, (3, 3)), (8, 999, (33, 16)), (128, 999, (8, 1)), (512, 999, (4, 1)), (2048, 999, (1, 1))],
-)
-def test_number_of_splits(num_groups: int, most: int, expected: tuple[int, int]) -> None:
+    ("num_groups", "most", "parts", "expected"),
+    [
+        (8, 3, 16, (3, 3, 256)), (8, 999, 16, (33, 16, 256)), (8, 999, 8, (33, 8, 256)), (40, 999, 16, (8, 8, 256)),
+        (128, 999, 16, (8, 4, 512)), (256, 999, 16, (8, 1, 512)), (512, 999, 16, (4, 1, 512)),
+        (2048, 999, 16, (1, 1, 512)),
+    ],
+)  # fmt: skip
+def test_number_of_splits(num_groups: int, most: int, parts: int, expected: tuple[int, int, int]) -> None:
     workspace = DecodeWorkspace(DEVICE)
     workspace.num_processors = 132
-    assert workspace.num_splits(num_groups, most) == expected
+    assert workspace.num_splits(num_groups, most, parts) == expected
 
 
 def test_tiles_cover_each_new_token_once() -> None:
