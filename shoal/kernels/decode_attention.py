@@ -23,11 +23,12 @@ from shoal.kernels.heads import places_of_halves, transform_halves
 from shoal.kernels.launch import has_dependent_launch, launch_options
 from shoal.kernels.scores import LOG2_E, capped, score_factors
 
-# Tokens of context that are not split, where there are few groups and where there are many; tokens of a split above
-# which there may be more of them.
-_WHOLE_SPANS, _LONG_SPLIT = (256, 512), 1024
-# (groups for a processor, splits that pay): of more groups none does.
-_FEW_SPLITS = ((1 / 8, 16), (1 / 2, 8), (1, 4))
+# (groups for a processor, splits that pay, tokens of context that are not split): of more groups no split pays.
+_SPLITS = ((1 / 8, 16, 256), (1 / 2, 8, 256), (1, 4, 512), (float("inf"), 1, 512))
+# Not split in a sequence or two of few query heads: their first tiles are read while the product before still runs.
+_WHOLE_ALONE = 128
+# Tokens of a split above which there may be more of them.
+_LONG_SPLIT = 1024
 _MOST_WAVES = 16  # programs a processor, of all splits together
 
 
@@ -304,10 +305,11 @@ class DecodeWorkspace:
         To add splits up takes as long as to read some 256 tokens. Measured for 2 to 128 groups of 2 to 8 query heads
         with contexts of 130 to 4000 tokens (H100, 2026-11). More splits than pay keep a few very long sequences from
         running long after all others."""
-        few = next((few for share, few in _FEW_SPLITS if num_groups <= share * self.num_processors), 1)
+        few, whole = next(each[1:] for each in _SPLITS if num_groups <= each[0] * self.num_processors)
+        if few == 16 <= parts:
+            whole = _WHOLE_ALONE
         few = min(few, max(parts, 4))
         enough = max(2 * self.num_processors // num_groups, min(8, _MOST_WAVES * self.num_processors // num_groups), 1)
-        whole = _WHOLE_SPANS[2 * num_groups > self.num_processors]
         return min(max(enough, few), most), min(few, most), whole
 
     def buffers(self, row_size: int, group: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,9 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention  # noqa: E402
-from shoal.kernels.heads import transform_and_write  # noqa: E402
-from shoal.kernels.prefill_attention import plan_tiles  # noqa: E402
+from shoal.kernels import decode_attention as decode_attention_module
+from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention
+from shoal.kernels.heads import transform_and_write
+from shoal.kernels.prefill_attention import plan_tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 32, 16
@@ -51,7 +52,9 @@ def test_all_ways_to_split_agree(
 ) -> None:
     expected, expected_cache, _ = attend(False, 1, window)  # one split
     assert expected.isfinite().all()
-    monkeypatch.setattr("shoal.kernels.decode_attention._WHOLE_SPANS", (64, 64))
+    splits = [(share, few, 64) for share, few, _ in decode_attention_module._SPLITS]
+    monkeypatch.setattr(decode_attention_module, "_SPLITS", splits)
+    monkeypatch.setattr(decode_attention_module, "_WHOLE_ALONE", 64)
     monkeypatch.setattr("shoal.kernels.decode_attention._LONG_SPLIT", 256)
     output, cache, workspace = attend(early, num_processors, window)
     torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-5)
@@ -62,7 +65,7 @@ def test_all_ways_to_split_agree(
 @pytest.mark.parametrize(
     ("num_groups", "most", "parts", "expected"),
     [
-        (8, 3, 16, (3, 3, 256)), (8, 999, 16, (33, 16, 256)), (8, 999, 8, (33, 8, 256)), (40, 999, 16, (8, 8, 256)),
+        (8, 3, 16, (3, 3, 128)), (8, 999, 16, (33, 16, 128)), (8, 999, 8, (33, 8, 256)), (40, 999, 16, (8, 8, 256)),
         (128, 999, 16, (8, 4, 512)), (256, 999, 16, (8, 1, 512)), (512, 999, 16, (4, 1, 512)),
         (2048, 999, 16, (1, 1, 512)),
     ],
