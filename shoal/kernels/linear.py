@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoal.kernels.activation import silu_product
+from shoal.kernels.epilogue import finish
 from shoal.kernels.launch import has_dependent_launch, launch_options
 
 MAX_ROWS = 16
@@ -150,21 +150,13 @@ def _finish(
     y, bias, scales, residual, m, n, acc, up, M, N, y_stride, residual_stride,
     GATED: tl.constexpr, SCALES: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Scales, bias, activation, residual; one rounding. acc and up [BLOCK_N, rows], n [BLOCK_N, 1], m [1, rows]."""
+    """Scales, then what `finish` does. acc and up [BLOCK_N, rows], n [BLOCK_N, 1], m [1, rows]."""
     inside = (n < N) & (m < M)
     if SCALES == 1:
         acc *= tl.load(scales + n, mask=n < N, other=0.0)
         if GATED:
             up *= tl.load(scales + N + n, mask=n < N, other=0.0)
-    if HAS_BIAS:
-        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    if GATED:
-        if HAS_BIAS:
-            up += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)
-        acc = silu_product(acc, up)
-    if HAS_RESIDUAL:
-        acc += tl.load(residual + m * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=inside)
+    finish(y, bias, residual, m, n, acc, up, inside, N, y_stride, residual_stride, GATED, HAS_BIAS, HAS_RESIDUAL)
 
 
 @triton.jit(do_not_specialize=["M", "prefetch_bytes"])

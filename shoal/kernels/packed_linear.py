@@ -16,11 +16,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from shoal.kernels.epilogue import finish
 from shoal.kernels.launch import has_dependent_launch, launch_options
 from shoal.kernels.linear import MOST_SPLITS, Workspace
-from shoal.kernels.packed_parts import finish, prefetch
 from shoal.kernels.packed_rows import MOST_ROWS, rows_kernel
-from shoal.kernels.packed_weight import WORDS, PackedWeight, slab_inputs
+from shoal.kernels.packed_weight import WORDS, PackedWeight, prefetch, slab_inputs
 
 MOST_DOT_ROWS = 128  # of a program
 # What a product asks into L2 while the one before it still runs.

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from shoal.kernels.packed_parts import finish, prefetch
+from shoal.kernels.epilogue import finish
+from shoal.kernels.packed_weight import prefetch
 
 MOST_ROWS = 8
 # Of the product: bits of a fp16 are units of 2^-24; of a bf16 2^-133, and x is 2^64 times too large.

@@ -58,6 +58,24 @@ def pack_words(integers: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 @triton.jit
+def prefetch(words, slab, end, step, first, N, count, THREADS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Ask `count` slabs of the outputs from `first` on into L2, each thread one of them."""
+    if count > 0:
+        own = slab + tl.arange(0, THREADS)
+        inside = own < tl.minimum(slab + count, end)
+        address = words + tl.where(inside, own, slab) * step + first * 16
+        num_bytes = tl.where(inside, tl.minimum(BLOCK_N, N - first) * 64, 16)
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [address, num_bytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def _dequantize_kernel(
     words, scales, zeros, output, first, count, total_outputs, K,
     BITS: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, HAS_ZEROS: tl.constexpr, DEPENDENT: tl.constexpr,

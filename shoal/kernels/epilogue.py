@@ -1,4 +1,4 @@
-"""What the kernels that multiply by packed integers share: how a product begins and how it ends."""
+"""How the kernels of few rows end: what comes after a product, in fp32, with one rounding."""
 
 from __future__ import annotations
 
@@ -23,21 +23,3 @@ def finish(
     if HAS_RESIDUAL:
         acc += tl.load(residual + m * residual_stride + n, mask=inside, other=0.0).to(tl.float32)
     tl.store(y + m * y_stride + n, acc.to(y.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def prefetch(words, slab, end, step, first, N, count, THREADS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Ask `count` slabs of the outputs from `first` on into L2, each thread one of them."""
-    if count > 0:
-        own = slab + tl.arange(0, THREADS)
-        inside = own < tl.minimum(slab + count, end)
-        address = words + tl.where(inside, own, slab) * step + first * 16
-        num_bytes = tl.where(inside, tl.minimum(BLOCK_N, N - first) * 64, 16)
-        tl.inline_asm_elementwise(
-            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [address, num_bytes],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
