@@ -24,7 +24,7 @@ from shoal.network.http_protocol import BoundedHttpProtocol
 _KEEP_ALIVE_SECONDS = 75
 _LAST_BYTES_SECONDS = 5
 # Not for web pages, which a browser on this machine may show: what is open to this machine is not open to them.
-_NOT_FOR_PAGES = ("/router/", "/internal/")
+_NOT_FOR_PAGES = ("/router/", "/internal/", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 _EXPOSED_HEADERS = ("x-request-id", "retry-after", "idempotency-key")
 
 

@@ -1,7 +1,7 @@
 """RouterApp: the router as an ASGI application. Pure ASGI: answers are streamed through it token by token.
 
-Its own endpoints are answered here and in management.py; /v1/chat/completions and /v1/completions are forwarded by
-generate.py, all else of the OpenAI API by passthrough.py.
+Its own endpoints are answered here, in management.py and adapters.py; /v1/chat/completions and /v1/completions are
+forwarded by generate.py, all else of the OpenAI API by passthrough.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from shoal.errors import NotFoundError, ShoalError
 from shoal.log import get_logger
 from shoal.protocol.errors import ErrorBody, ErrorDetail, error_type, status_of
-from shoal.router import management
+from shoal.router import adapters, management
 from shoal.router.admission import ApiKey
 from shoal.router.asgi import Answer, Receive, Scope, Send, read_body, read_headers, request_id_of
 from shoal.router.core import Router
@@ -72,6 +72,9 @@ class RouterApp:
         router = self.router
         if path in _PROBES or path.startswith("/router/"):
             await management.answer(router, scope, headers, receive, answer)
+            return
+        if path in adapters.PATHS:
+            await adapters.answer(router, scope, headers, receive, answer)
             return
         key = router.keys.authenticate(headers.get("authorization"))
         if path == "/v1/models" or path.startswith("/v1/models/"):

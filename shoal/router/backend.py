@@ -33,8 +33,9 @@ class Health:
 class Backend:
     """entered: it has answered the golden prompt since it was last out. draining: an operator wants no more requests.
 
-    native: it speaks /internal/v1/continue; None while it did not say. models: what it serves. last_sign: when bytes
-    of an answer last came from it. dead_since: since when probes do not find it alive.
+    native: it speaks /internal/v1/continue; None while it did not say. models: what it serves; adapters: those of them
+    that are LoRA adapters, with the models that they are of. models_are_old: to be asked for again. last_sign: when
+    bytes of an answer last came from it. dead_since: since when probes do not find it alive.
     """
 
     def __init__(self, spec: BackendSpec, random: Random, clock: Clock = time.monotonic) -> None:
@@ -50,6 +51,8 @@ class Backend:
         self.why_not_entered = "has not answered the golden prompt yet"
         self.native: bool | None = {"shoal": True, "openai": False}.get(spec.kind)
         self.models: tuple[str, ...] = spec.models
+        self.adapters: dict[str, str] = {}
+        self.models_are_old = False
         self.max_lengths: dict[str, int] = {}
         self.flights: set[Flight] = set()
         self.last_sign = 0.0
@@ -60,6 +63,10 @@ class Backend:
     @property
     def url(self) -> str:
         return self.spec.url
+
+    @property
+    def base_models(self) -> tuple[str, ...]:
+        return tuple(model for model in self.models if model not in self.adapters)
 
     @property
     def available(self) -> bool:

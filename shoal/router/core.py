@@ -60,6 +60,8 @@ class Router:
         )
         self.admitting = True
         self.started = time.time()
+        # Adapters are loaded and unloaded one at a time.
+        self.adapters_change = asyncio.Lock()
         self._answering: set[asyncio.Future[None]] = set()
         self._ended = False
         self._idle = asyncio.Event()

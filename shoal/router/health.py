@@ -14,7 +14,7 @@ from shoal.log import get_logger
 from shoal.router.backend import Backend, Health
 from shoal.router.golden import GoldenJudge
 from shoal.router.pool import Pool
-from shoal.router.probes import ProbeError, Prober
+from shoal.router.probes import Model, ProbeError, Prober
 
 # Of silent probes so many in a row say that a server is not alive; a refused connection says it at once.
 _SILENT_PROBES = 2
@@ -124,8 +124,12 @@ class _Watch:
             if backend.native is None or (not backend.entered and backend.spec.kind == "auto"):
                 backend.native = await prober.is_native(backend)
             health = await prober.health(backend)
-            if health.good and not backend.spec.models and (self._until_list <= 0 or not backend.entered):
-                self._set_models(await prober.models(backend))
+            is_old = self._until_list <= 0 or not backend.entered or backend.models_are_old
+            if health.good and not backend.spec.models and is_old:
+                backend.models_are_old = False
+                models = await prober.models(backend)
+                if not backend.models_are_old:  # nothing was loaded or unloaded meanwhile
+                    self._set_models(models)
                 self._until_list = _PROBES_PER_LIST
             self._until_list -= 1
             if health.good and backend.native and not backend.entered and (why := await prober.why_shut_out(backend)):
@@ -142,9 +146,12 @@ class _Watch:
         elif not health.good and self._monitor._judge is not None:
             self._monitor._judge.give_up(backend.url)
 
-    def _set_models(self, lengths: dict[str, int | None]) -> None:
-        backend, names = self._backend, tuple(lengths)
-        backend.max_lengths = {name: length for name, length in lengths.items() if length is not None}
+    def _set_models(self, models: dict[str, Model]) -> None:
+        backend, names = self._backend, tuple(models)
+        backend.max_lengths = {
+            name: model.max_model_len for name, model in models.items() if model.max_model_len is not None
+        }
+        backend.adapters = {name: model.parent for name, model in models.items() if model.parent}
         if names != backend.models:
             backend.models = names
             self._monitor._pool.changed()

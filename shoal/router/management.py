@@ -6,7 +6,7 @@
 | /readyz | it takes new requests (which wait while no server is there) |
 | /health, /ping | it takes new requests, and each model has a server that does |
 
-/router/… asks for the admin key where one is set; else only this machine may.
+/router/… asks for the admin key where one is set; else only this machine may. So do the paths of adapters.py.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ async def answer(router: Router, scope: Scope, headers: Mapping[str, str], recei
     path = scope["path"].rstrip("/")
     if path in ("/router/drain", "/router/undrain"):
         check_method(scope, "POST")
-        _check_operator(router, scope, headers)
+        check_operator(router, scope, headers)
         fields = parse_object(headers, await read_body(headers, receive, _MAX_BODY))
         await answer.json(_set_draining(router, fields, path == "/router/drain"))
         return
@@ -89,7 +89,7 @@ async def answer(router: Router, scope: Scope, headers: Mapping[str, str], recei
         case "/metrics":
             await answer.whole(200, router.metrics.render(), _METRICS_TYPE)
         case "/router/backends":
-            _check_operator(router, scope, headers)
+            check_operator(router, scope, headers)
             await answer.json(describe(router))
         case _:
             raise NotFoundError(
@@ -113,7 +113,9 @@ async def models(router: Router, path: str, answer: Answer) -> None:
 def _card(router: Router, name: str) -> dict[str, Any]:
     model = router.pool.aliases.get(name, name)
     lengths = [backend.max_lengths[model] for backend in router.pool if model in backend.max_lengths]
+    parent = next((backend.adapters[model] for backend in router.pool if model in backend.adapters), None)
     card = {"id": name, "object": "model", "created": int(router.started), "owned_by": "shoal"}
+    card |= {} if parent is None else {"parent": parent}
     return card | ({"max_model_len": min(lengths)} if lengths else {})
 
 
@@ -166,7 +168,7 @@ def _check_health(router: Router) -> None:
         raise UnavailableError(f"no server takes requests{models}: {pool.why_out(pool)}")
 
 
-def _check_operator(router: Router, scope: Scope, headers: Mapping[str, str]) -> None:
+def check_operator(router: Router, scope: Scope, headers: Mapping[str, str]) -> None:
     """Raises AuthenticationError."""
     _check_key(router.settings.options.admin_key, "--admin-key", "admin key", scope, headers)
 
@@ -180,7 +182,7 @@ def _check_peer(router: Router, scope: Scope, headers: Mapping[str, str]) -> Non
 def _check_key(key: str | None, flag: str, name: str, scope: Scope, headers: Mapping[str, str]) -> None:
     if key is None:
         if not comes_from_this_machine(scope):
-            raise AuthenticationError(f"only this machine may use /router/… while no {flag} is set")
+            raise AuthenticationError(f"only this machine may use {scope['path'][:200]} while no {flag} is set")
         return
     kind, _, given = headers.get("authorization", "").partition(" ")
     matches = secrets.compare_digest(key.encode(), given.strip().encode("latin-1", "replace"))

@@ -33,13 +33,16 @@ class _Version(msgspec.Struct):
     internal: list[str] = []
 
 
-class _Model(msgspec.Struct):
+class Model(msgspec.Struct):
+    """What a server says of one. max_model_len: where it says it. parent: the model that an adapter is of."""
+
     id: str
     max_model_len: int | None = None
+    parent: str | None = None
 
 
 class _Models(msgspec.Struct):
-    data: list[_Model]
+    data: list[Model]
 
 
 class _ErrorDetail(msgspec.Struct):
@@ -99,13 +102,13 @@ class Prober:
             return None
         return f"shuts this router out: {error.message}" if error.code == internal.TOKEN_CODE else None
 
-    async def models(self, backend: Backend) -> dict[str, int | None]:
-        """Names, and the longest sequence of each where the server says. Raises ProbeError."""
+    async def models(self, backend: Backend) -> dict[str, Model]:
+        """By name. Raises ProbeError."""
         status, body = await self._get(backend, "/v1/models")
         if status != 200:
             raise ProbeError(f"does not tell its models: {_why(status, body)}")
         try:
-            found = {model.id: model.max_model_len for model in msgspec.json.decode(body, type=_Models).data}
+            found = {model.id: model for model in msgspec.json.decode(body, type=_Models).data}
         except msgspec.DecodeError as error:
             raise ProbeError(f"does not answer /v1/models like an OpenAI API: {error}") from None
         if not found:
