@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from shoal.cluster.plan import DEFAULT_CONCURRENCY, DEFAULT_MAX_MODEL_LEN
+from shoal.config.cache_dtypes import CACHE_DTYPES
 from shoal.config.options import EMBEDDED_MODEL, option
 from shoal.config.quantization import CHOICES
 
@@ -43,7 +44,7 @@ class PlanOptions:
         "auto", "Data type of weights and activations.", choices=("auto", "float32", "bfloat16", "float16")
     )
     kv_cache_dtype: str = option(
-        "auto", "Data type of the KV cache; auto: that of activations.", choices=("auto", "bfloat16", "float16", "fp8")
+        "auto", "Data type of the KV cache; auto: that of activations.", choices=tuple(CACHE_DTYPES)
     )
     gpu_memory_utilization: float = option(
         0.9, "Share of a GPU's memory for weights, activations and KV cache.", minimum=0.01, maximum=1

@@ -114,8 +114,8 @@ class CacheOptions:
     )
     kv_cache_dtype: str = option(
         "auto",
-        "Numbers of the KV cache. auto: the model's dtype; fp8 (that is fp8_e4m3) and fp8_e5m2: 8 bits, so that twice "
-        "as many tokens fit as with 16, for a little accuracy.",
+        "Numbers of the KV cache. auto: the model's dtype, which may be named too (bfloat16, float16); fp8 (that is "
+        "fp8_e4m3) and fp8_e5m2: 8 bits, so that twice as many tokens fit as with 16, for a little accuracy.",
         choices=tuple(CACHE_DTYPES),
     )
     num_gpu_blocks_override: int | None = option(

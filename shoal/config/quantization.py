@@ -1,7 +1,8 @@
 """QuantizationConfig: how a checkpoint holds its matrices, read from config.json (or quantize_config.json), normalised.
 
 Read by the resolver; the schemes of quantization/ and the planner take what it says. Sources: the `quantization_config`
-that AutoGPTQ, GPTQModel, AutoAWQ, llm-compressor (compressed-tensors) and the makers of FP8 checkpoints write.
+that AutoGPTQ, GPTQModel, AutoAWQ, llm-compressor (compressed-tensors) and the makers of FP8 checkpoints write; that of
+AutoRound is auto_round.py's.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from shoal.config.auto_round import as_gptq
 from shoal.errors import ConfigError, ModelError
 
 # What --quantization takes, and what a config's quant_method may be; the first of a line is the method's name.
 METHODS = {
-    "gptq": ("gptq", "gptq_marlin"),
+    "gptq": ("gptq", "gptq_marlin", "auto-round"),
     "awq": ("awq", "awq_marlin"),
     "fp8": ("fp8", "fbgemm_fp8"),
     "int8": ("int8", "w8a8_int8"),
@@ -170,6 +172,9 @@ def _on_the_fly(wanted: str) -> QuantizationConfig:
 
 
 def _gptq(found: Mapping[str, Any]) -> QuantizationConfig:
+    if found["quant_method"] == "auto-round":
+        given, targets = as_gptq(found, _HEADS)
+        return dataclasses.replace(_gptq(given), targets=targets)
     bits = _integer(found, "bits", None, known=(2, 3, 4, 8))
     if str(found.get("checkpoint_format", "gptq")) not in ("gptq", "gptq_v2"):
         raise ModelError(

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal import env
+from shoal.config.cache_dtypes import check_cache_dtype
 from shoal.config.engine_config import EngineConfig
 from shoal.config.lora import LoraConfig, parse_modules, read_adapter
 from shoal.config.model_config import ModelConfig, load_model_config
@@ -70,10 +71,12 @@ def resolve(
         num_blocks = max_num_seqs * -(-max_model_len // cache.block_size) + 1
     if cache.block_size & (cache.block_size - 1):
         raise ConfigError(f"block_size must be 8, 16, 32, 64, 128 or 256; got {cache.block_size}")
+    dtype = _resolve_dtype(model, model_config, device, deterministic)
+    check_cache_dtype(cache.kv_cache_dtype, dtype)
     return EngineConfig(
         model=model_config,
         device=device,
-        dtype=_resolve_dtype(model, model_config, device, deterministic),
+        dtype=dtype,
         load_format=model.load_format,
         seed=model.seed,
         deterministic=deterministic,

@@ -10,6 +10,10 @@ from shoal.config.quantization import QuantizationConfig, read_quantization
 from shoal.errors import ConfigError, ModelError
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True, "sym": False}
+AUTO_ROUND: dict[str, Any] = {
+    "quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "bits": 4, "group_size": 128, "sym": True,
+    "data_type": "int", "autoround_version": "0.9.0",
+}  # fmt: skip
 COMPRESSED: dict[str, Any] = {
     "quant_method": "compressed-tensors",
     "format": "float-quantized",
@@ -42,6 +46,26 @@ def test_gptq() -> None:
     assert config.input_unit == config.output_unit == 8
     assert config.keeps("lm_head") and not config.keeps("model.layers.0.mlp.up_proj")
     assert not read(GPTQ | {"lm_head": True}).keeps("lm_head")
+
+
+@pytest.mark.parametrize("packing", ["auto_round:auto_gptq", "auto_gptq"])
+def test_auto_round_packed_like_gptq(packing: str) -> None:
+    config = read(AUTO_ROUND | {"packing_format": packing}, "auto-round")
+    assert (config.method, config.bits, config.group_size, config.symmetric) == ("gptq", 4, 128, True)
+    assert not config.desc_act and config.targets == () and config.describe() == "gptq, 4-bit int, groups of 128"
+    assert config.keeps("lm_head") and not config.keeps("model.layers.0.mlp.up_proj")
+    extra = {"model.layers.0.mlp.gate": {"bits": 16, "data_type": "float"}, "lm_head": {"bits": 8}}
+    mixed = read(AUTO_ROUND | {"extra_config": extra})
+    assert mixed.keeps("model.layers.0.mlp.gate") and not mixed.keeps("model.layers.0.mlp.gate_proj")
+    assert not mixed.keeps("lm_head") and not mixed.keeps("model.layers.1.mlp.gate")
+
+
+@pytest.mark.parametrize("blocks", ["model.layers", "model.layers, x.blocks", ["model.layers"], [["model.layers"]]])
+@pytest.mark.parametrize("name", ["block_name_to_quantize", "to_quant_block_names"])
+def test_auto_round_quantizes_the_blocks_that_it_names(name: str, blocks: Any) -> None:
+    config = read(AUTO_ROUND | {name: blocks, "extra_config": {"head.score": {"bits": 8}}})
+    assert not config.keeps("model.layers.3.mlp.up_proj") and not config.keeps("head.score")
+    assert config.keeps("visual.blocks.0.mlp.up_proj") and config.keeps("lm_head")
 
 
 def test_awq_in_both_spellings() -> None:
@@ -138,6 +162,20 @@ def test_only_what_is_targeted_is_quantized() -> None:
             "sparsity_config .*sparse-24-bitmask",
         ),
         (GPTQ | {"is_marlin_format": True}, None, "is_marlin_format"),
+        (
+            AUTO_ROUND | {"packing_format": "auto_round:auto_awq"},
+            None,
+            "packing_format 'auto_round:auto_awq' of auto-round .*supported: auto_round:auto_gptq, auto_gptq",
+        ),
+        ({"quant_method": "auto-round", "bits": 4}, None, "packing_format None of auto-round is not supported"),
+        (AUTO_ROUND | {"data_type": "mx_fp"}, None, "data_type 'mx_fp' of auto-round is not supported; supported: int"),
+        (AUTO_ROUND | {"act_bits": 8}, None, "act_bits 8: activations that auto-round quantizes are not supported"),
+        (AUTO_ROUND | {"bits": 5}, None, "bits 5 is not supported; supported: 2, 3, 4, 8"),
+        (AUTO_ROUND | {"extra_config": ["lm_head"]}, None, "extra_config must be an object of objects"),
+        (AUTO_ROUND | {"extra_config": {"*x": {"bits": 8}}}, None, r"extra_config has '\*x', which is no regular"),
+        (AUTO_ROUND | {"extra_config": {"x": {"bits": 4, "data_type": "nv_fp"}}}, None, "of 'x': data_type 'nv_fp'"),
+        (AUTO_ROUND | {"block_name_to_quantize": [3]}, None, "block_name_to_quantize must be names"),
+        (AUTO_ROUND, "awq", "--quantization awq contradicts the checkpoint, which is quantized by auto-round"),
         (GPTQ | {"modules_in_block_to_quantize": [[1]]}, None, "modules_in_block_to_quantize must be a list of names"),
         (COMPRESSED | {"ignore": "lm_head"}, None, "ignore must be a list of names; found 'lm_head'"),
     ],

@@ -79,6 +79,26 @@ def test_the_embedded_model_is_deterministic_on_the_cpu(model, monkeypatch):
     assert (config.deterministic, config.dtype) == (False, "bfloat16")
 
 
+@pytest.mark.parametrize("name", ["auto", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_a_cache_is_of_the_dtype_of_activations_or_of_8_bits(model, name):
+    assert make(model, kv_cache_dtype=name).kv_cache_dtype == name  # the model is in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "dtype"), [("float16", {}, "bfloat16"), ("bfloat16", {"dtype": "float32"}, "float32")]
+)
+def test_a_cache_of_another_dtype_is_refused(model, name, asked, dtype):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{name} does not go with activations of {dtype}.*auto, fp8, fp8_e4m3, fp8_e5m2 work.*--dtype {name}",
+    ):
+        make(model, kv_cache_dtype=name, **asked)
+
+
+def test_a_float16_cache_goes_with_float16(model):
+    assert make(model, device="cuda", dtype="half", kv_cache_dtype="float16").kv_cache_dtype == "float16"
+
+
 def test_max_model_len_has_a_limit(model):
     assert make(model, max_model_len=100).max_model_len == 100
     with pytest.raises(ConfigError, match="max_model_len 1025 is longer than .*; up to 1024 works"):

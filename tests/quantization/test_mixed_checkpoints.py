@@ -51,6 +51,25 @@ FORMS: dict[str, tuple[dict[str, Any], Writer, tuple[str, ...], dict[str, Writer
         ("lm_head", "gate_proj", "up_proj"),
         {"down_proj": gptq(8, 64), "o_proj": gptq(2, symmetric=False)},
     ),
+    "auto-round": (
+        {
+            "quant_method": "auto-round",
+            "packing_format": "auto_round:auto_gptq",
+            "bits": 4,
+            "group_size": 32,
+            "sym": True,
+            "block_name_to_quantize": "model.layers",
+            "extra_config": {
+                **{f"model.layers.{layer}.mlp.down_proj": {"bits": 8, "group_size": 64} for layer in range(4)},
+                r"layers\.[0-9]+\.mlp": {"bits": 16},  # what has an entry of its own goes by that
+                **{f"model.layers.{layer}.self_attn.o_proj": {"bits": 16, "data_type": "float"} for layer in range(4)},
+                r".*self_attn\.[qkv]_proj": {"bits": 2, "sym": False},
+            },
+        },
+        gptq(2, symmetric=False),
+        ("lm_head", "gate_proj", "up_proj", "o_proj"),
+        {"down_proj": gptq(8, 64)},
+    ),
     "gptq-modules-of-a-block": (
         GPTQ | {"modules_in_block_to_quantize": [["self_attn.q_proj", "self_attn.k_proj"], ["self_attn.v_proj"]]},
         gptq(),

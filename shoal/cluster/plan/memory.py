@@ -11,8 +11,9 @@ from collections.abc import Iterable
 
 from shoal.cluster.plan.devices import Device
 from shoal.cluster.plan.shape import Layer, Matrix, ModelShape, Part
+from shoal.config.cache_dtypes import ROUNDED
 
-ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1}
+ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What a process on a GPU takes besides: CUDA's context and kernels; NCCL's buffers where there are several ranks.
 CUDA_CONTEXT_BYTES = 600 << 20
 NCCL_BYTES = 400 << 20
@@ -50,7 +51,7 @@ class Load:
 
     @property
     def kv_itemsize(self) -> int:
-        return ITEMSIZES[self.kv_dtype]
+        return 1 if self.kv_dtype in ROUNDED else ITEMSIZES[self.kv_dtype]
 
     @property
     def context(self) -> int:

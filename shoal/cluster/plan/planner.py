@@ -17,6 +17,7 @@ from shoal.cluster.plan.memory import ITEMSIZES, Load
 from shoal.cluster.plan.placement import Rejection
 from shoal.cluster.plan.shape import ModelShape
 from shoal.cluster.plan.smallest import capacity, smallest_machines
+from shoal.config.cache_dtypes import check_cache_dtype
 from shoal.config.options import EMBEDDED_MODEL, SchedulerOptions
 from shoal.config.resolve import resolve_limits, resolve_max_model_len
 from shoal.errors import ConfigError
@@ -141,6 +142,7 @@ def _load(wish: Wish, shape: ModelShape, device: Device, deterministic: bool, no
         scheduler = dataclasses.replace(scheduler, max_num_seqs=min(wish.concurrency, _MOST_NUM_SEQS))
     seqs, tokens = resolve_limits(scheduler, kind, max_model_len)
     dtype = _dtype(wish, shape, device, deterministic, notes)
+    check_cache_dtype(wish.kv_cache_dtype, dtype)
     kv_dtype = dtype if wish.kv_cache_dtype == "auto" else wish.kv_cache_dtype
     return Load(
         max_model_len=max_model_len,

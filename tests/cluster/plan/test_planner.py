@@ -8,6 +8,7 @@ import shlex
 import pytest
 
 from shoal.cli.client_options import NodeStartOptions
+from shoal.cli.plan_options import PlanOptions
 from shoal.cluster.plan.as_json import plan_dict
 from shoal.cluster.plan.choice import Family, family_of
 from shoal.cluster.plan.devices import parse_machine
@@ -17,7 +18,7 @@ from shoal.cluster.plan.planner import Wish, make_plan
 from shoal.cluster.plan.report import refusal_text
 from shoal.cluster.plan.smallest import capacity
 from shoal.config.model_config import load_model_config
-from shoal.config.options import RouterOptions
+from shoal.config.options import CacheOptions, RouterOptions
 from shoal.config.parallel import ParallelConfig, balance_layers, check_degrees
 from shoal.config.sources import SERVE_SECTIONS, options_from_arguments
 from shoal.errors import ConfigError, ModelError
@@ -157,6 +158,23 @@ def test_fp8_cache_takes_half():
     tokens = [plan.candidates[0].cache_tokens for plan in (auto, half)]
     assert tokens[1] == pytest.approx(2 * tokens[0], rel=0.01)
     assert "--kv-cache-dtype fp8" in half.commands()[0]
+
+
+def test_a_cache_may_be_what_serve_takes():
+    offered = {
+        name: section.__dataclass_fields__["kv_cache_dtype"].metadata["choices"]
+        for name, section in (("plan", PlanOptions), ("serve", CacheOptions))
+    }
+    assert offered["plan"] == offered["serve"]
+    for name in offered["serve"]:
+        wish = Wish(model=path_of("Llama-3.1-8B"), kv_cache_dtype=name)
+        if name == "float16":
+            with pytest.raises(ConfigError, match="float16 does not go with activations of bfloat16"):
+                make_plan(wish, parse_machine("1xL20"))
+            continue
+        plan = make_plan(wish, parse_machine("1xL20"))
+        assert plan.load.kv_itemsize == (1 if "fp8" in name else 2)
+        assert (f"--kv-cache-dtype {name}" in plan.commands()[0]) == ("fp8" in name)
 
 
 def test_a_quantization_can_be_tried_on_a_plain_checkpoint():
