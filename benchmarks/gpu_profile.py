@@ -225,7 +225,7 @@ class Runs:
         self._num_runs, self._on_run, self._run = num_runs, on_run, 0
         self._woken = threading.Event()
 
-    def receive(self, block: bool) -> list[ClientMessage]:
+    def receive(self, block: bool, seconds: float | None = None) -> list[ClientMessage]:
         if not block:
             return []
         self._on_run(self._run)

@@ -116,14 +116,16 @@ class Channel:
         self.failure = error
         self._all_done.set()
 
-    def receive(self, block: bool) -> list[ClientMessage]:
+    def receive(self, block: bool, seconds: float | None = None) -> list[ClientMessage]:
         while block and not self._incoming:
-            self.wait()
+            self.wait(seconds)
+            if seconds is not None:
+                break
         return [self._incoming.popleft() for _ in range(len(self._incoming))]
 
-    def wait(self) -> None:
+    def wait(self, seconds: float | None = None) -> None:
         if not self._incoming:
-            self._news.wait()
+            self._news.wait(seconds)
         self._news.clear()
 
     def wake(self) -> None:

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable
 
@@ -48,10 +49,14 @@ class SocketChannel:
         self._encoder = msgspec.msgpack.Encoder()
         self._failure: EngineDeadError | None = None
 
-    def receive(self, block: bool) -> list[ClientMessage]:
+    def receive(self, block: bool, seconds: float | None = None) -> list[ClientMessage]:
         messages: list[ClientMessage] = []
+        until = None if seconds is None else time.monotonic() + seconds
         while block and self._failure is None and not self._input.poll(0):
-            self.wait()
+            left = None if until is None else until - time.monotonic()
+            if left is not None and left <= 0:
+                break
+            self.wait(left)
         if self._failure is not None:
             raise self._failure
         while True:

@@ -35,6 +35,8 @@ from shoal.messages import (
 from shoal.scheduling import Scheduler, SchedulerConfig
 
 _STATS_INTERVAL_SECONDS = 0.2
+# So long after the last step what ranks counted in it is asked for, and told.
+_LAST_STATS_SECONDS = 1.0
 _WAITING_SECONDS = 0.001
 # How long a step is waited for before somebody looks after its ranks.
 _LOOK_SECONDS = 0.25
@@ -46,8 +48,8 @@ logger = get_logger(__name__)
 class CoreChannel(Protocol):
     """The core's end of the sockets to the API server."""
 
-    def receive(self, block: bool) -> list[ClientMessage]:
-        """All messages that have come; with `block` at least one."""
+    def receive(self, block: bool, seconds: float | None = None) -> list[ClientMessage]:
+        """All messages that have come; with `block` at least one, or none after so many seconds."""
         ...
 
     def wait(self, seconds: float) -> None:
@@ -75,6 +77,8 @@ class EngineCore:
         self._num_steps = 0
         self._last_step_time = time.monotonic()
         self._last_stats_time = 0.0
+        # When an engine that is idle by then tells its stats once more.
+        self._last_stats_due: float | None = None
         self._stop_at: float | None = None
         self._looked_at = 0.0
         self._stall: StallWatch
@@ -113,7 +117,7 @@ class EngineCore:
     def _take_messages(self) -> None:
         idle = not self._in_flight and not self._scheduler.has_work() and self._stop_at is None
         deltas: list[TokenDelta] = []
-        for message in self._channel.receive(block=idle):
+        for message in self._wait_for_messages() if idle else self._channel.receive(block=False):
             match message:
                 case AddRequest(request):
                     self._scheduler.add(request)
@@ -128,6 +132,23 @@ class EngineCore:
             self._last_step_time = time.monotonic()
         if deltas:
             self._send(deltas)
+
+    def _wait_for_messages(self) -> list[ClientMessage]:
+        """While there is nothing to do. Ranks tell their counts now and then: some time after the last step they are
+        asked for the last ones, and once these are there the stats go out."""
+        are_told = False
+        while self._last_stats_due is not None:
+            messages = self._channel.receive(True, max(self._last_stats_due - time.monotonic(), 0.0))
+            if messages:
+                return messages
+            if are_told:
+                self._last_stats_due = None
+                self._last_step_time = time.monotonic()  # an idle engine waits for no step
+                self._send([])
+            else:
+                are_told = True
+                self._last_stats_due = time.monotonic() + self._executor.tell_counts()
+        return self._channel.receive(block=True)
 
     def _step(self) -> None:
         """Launch the next step if there is one; take in the oldest result when no more may be in flight."""
@@ -197,6 +218,7 @@ class EngineCore:
             self._bubbles.end()
         self._num_steps += 1
         self._last_step_time = time.monotonic()
+        self._last_stats_due = self._last_step_time + _LAST_STATS_SECONDS
         self._send(self._scheduler.update(result))
 
     def _send(self, deltas: list[TokenDelta]) -> None:

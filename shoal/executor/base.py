@@ -44,6 +44,11 @@ class Executor(ABC):
         """What every rank of this engine did last, by rank. Called several times a second, from any thread."""
         return []
 
+    def tell_counts(self) -> float:
+        """No step is under way: have every rank bring its status up to date, with all that it has counted. Returns at
+        once; `rank_statuses` has it after so many seconds."""
+        return 0.0
+
     def explain_stall(self) -> str:
         """One line for a step that does not end: which rank is where."""
         return describe_stall(self.rank_statuses())

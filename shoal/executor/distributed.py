@@ -41,11 +41,14 @@ from shoal.messages import (
     WorkerFailed,
     WorkerMessage,
 )
+from shoal.worker.link import BEAT_SECONDS
 
 logger = get_logger(__name__)
 
 _IDLE_SECONDS = 1.0
 _TICK_SECONDS = 0.25
+# An idle check takes milliseconds, and the next beat of a worker elsewhere has what it said then.
+_COUNTING_SECONDS = BEAT_SECONDS + 0.25
 _GRACE_SECONDS = 5.0
 # Four beats of a worker: when a step does not end, one that has not been heard for so long is why.
 _SILENT_SECONDS = 2.0
@@ -147,6 +150,10 @@ class DistributedExecutor(Executor):
         if not future.done():
             self._send(SampleStep(step_id, grammar_masks))
         return future
+
+    def tell_counts(self) -> float:
+        self._check_idle_ranks()
+        return _COUNTING_SECONDS
 
     def _check_idle_ranks(self) -> None:
         """Let all ranks meet, unless a step has begun meanwhile: the lock keeps one from being sent before this is."""

@@ -98,6 +98,9 @@ class Worker:
             share_cores(self._local_size)
         else:
             torch.cuda.set_device(device)
+            # cuDNN's attention, which PyTorch prefers on sm_90, plans anew for each number and length of texts. Long
+            # prompts ask for it by name (attention/fresh_prompts.py).
+            torch.backends.cuda.enable_cudnn_sdp(False)
             find_compiler_cache()
             CompileWatch(self.groups.status.update).attach()
             facts["all_reduce"] = attach_small_reducer(self.groups.tensor)
@@ -251,26 +254,30 @@ class Worker:
         self.groups.status.update(phase="idle")
         return collect
 
-    def _note_use(self) -> None:
-        """Once a second, what this process holds, and what its experts got."""
+    def _note_use(self, is_idle: bool = False) -> None:
+        """Once a second, what this process holds, and what its experts got; is_idle: now, and up to the last step."""
         now = time.monotonic()
-        if now - self._use_noted >= _USE_SECONDS:
+        if is_idle or now - self._use_noted >= _USE_SECONDS:
             self._use_noted = now
             device = self.runner.device
             device_bytes = torch.cuda.memory_reserved(device) if device.type == "cuda" else 0
             self.groups.status.set_memory(self._process.memory_info().rss, device_bytes)
             load = self._expert_load
-            if load is not None and load.tells and (tokens := load.poll()) is not None:
-                self.groups.status.set_experts(load.first_expert, tokens)
+            if load is not None and load.tells:
+                tokens = load.read() if is_idle else load.poll()
+                if tokens is not None:
+                    self.groups.status.set_experts(load.first_expert, tokens)
 
     def idle(self) -> None:
-        """Meet all ranks, on the host and on the device, and wait until they have come: when the results of all steps
-        are known, so that a lost peer is found without traffic. Raises CollectiveError."""
+        """When the results of all steps are known: say what was counted in them. Then meet all ranks, on the host and
+        on the device, and wait until they have come, so that a lost peer is found without traffic. Raises
+        CollectiveError."""
         world = self.groups.world
+        if world.world_size > 1:
+            self.runner.settle()
+        self._note_use(is_idle=True)
         if world.world_size == 1:
             return
-        self._note_use()
-        self.runner.settle()
         world.barrier()
         if self.runner.device.type == "cuda":
             world.all_reduce(torch.zeros(1, device=self.runner.device)).item()

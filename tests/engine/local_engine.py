@@ -45,10 +45,15 @@ def collect(channel: InMemoryChannel) -> dict[str, Answer]:
 
 
 def run_engine(
-    config: EngineConfig, *waves: list[EngineRequest], after_start: Callable[[Worker], None] | None = None
+    config: EngineConfig,
+    *waves: list[EngineRequest],
+    after_start: Callable[[Worker], None] | None = None,
+    channel: InMemoryChannel | None = None,
 ) -> tuple[dict[str, Answer], EngineStats]:
-    """Serve waves of requests one after the other on one engine; each wave is whole before the next begins."""
-    channel = InMemoryChannel()
+    """Serve waves of requests one after the other on one engine; each wave is whole before the next begins.
+
+    channel: one that brings requests of its own beside them."""
+    channel = channel or InMemoryChannel()
     executor = make_executor(config)
     core = EngineCore(config, executor, channel)
     core.start()

@@ -67,7 +67,8 @@ class InMemoryChannel:
     def push(self, *messages: ClientMessage) -> None:
         self.incoming += messages
 
-    def receive(self, block: bool) -> list[ClientMessage]:
+    def receive(self, block: bool, seconds: float | None = None) -> list[ClientMessage]:
+        """Where nothing comes `on_empty` has something, at once."""
         if block and not self.incoming:
             assert self.on_empty is not None, "the core waits for messages that never come"
             return [self.on_empty()]

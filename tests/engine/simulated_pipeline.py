@@ -107,7 +107,7 @@ class TimedChannel(InMemoryChannel):
     def _next_arrival(self) -> float:
         return self.arrivals[0][0] if self.arrivals else float("inf")
 
-    def receive(self, block: bool) -> list[ClientMessage]:
+    def receive(self, block: bool, seconds: float | None = None) -> list[ClientMessage]:
         clock = self.executor.clock
         if block:
             if not self.arrivals:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import time
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 
 from shoal.config.engine_config import EngineConfig
 from shoal.config.resolve import make_engine_config
+from shoal.distributed.status import RankStatus
 from shoal.engine.core import EngineCore, make_scheduler_config
 from shoal.errors import ConfigError
 from shoal.messages import (
     AbortRequests,
     AddRequest,
+    BatchResult,
+    ClientMessage,
     CoreOutputs,
     CoreReady,
     Shutdown,
@@ -109,6 +114,80 @@ def test_utility_calls(config: EngineConfig) -> None:
     assert results[1].result.num_blocks == 39
     assert results[2].error is None
     assert "sing" in str(results[3].error)
+
+
+class _Idle(InMemoryChannel):
+    """Nothing comes for as long as the core is ready to wait; then on_empty. waits: for how long each time, None: for
+    ever."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[float | None] = []
+
+    def receive(self, block: bool, seconds: float | None = None) -> list[ClientMessage]:
+        if block and not self.incoming:
+            self.waits.append(seconds)
+            if seconds is not None:
+                time.sleep(seconds)
+                return []
+        return super().receive(block)
+
+
+class _Counting(SimulatedExecutor):
+    """Its rank has counted a token for each step that ran, and tells them a moment after it is asked."""
+
+    num_counted = num_told = num_asked = 0
+
+    def sample(self, step_id: int, grammar_masks: dict[int, bytes] | None = None) -> Future[BatchResult]:
+        self.num_counted += 1
+        return super().sample(step_id, grammar_masks)
+
+    def tell_counts(self) -> float:
+        assert not self.batches and not self.num_in_flight
+        self.num_asked += 1
+        self.num_told = self.num_counted
+        return 0.01
+
+    def rank_statuses(self) -> list[RankStatus]:
+        read_at = time.monotonic()
+        return [RankStatus(0, 1, 1, 1, 1, 3, 0, "idle", 0, read_at, {}, 0.0, read_at, expert_tokens=(self.num_told,))]
+
+
+def test_an_idle_core_tells_its_last_counts_once(config: EngineConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shoal.engine.core._LAST_STATS_SECONDS", 0.05)
+    worker = SimulatedWorker(40, config.block_size, config.max_num_seqs, config.max_num_batched_tokens)
+    channel, executor = _Idle(), _Counting(worker)
+    core = EngineCore(config, executor, channel)
+    core.start()
+    totals: list[list[int]] = []
+    num_sent: list[int] = []
+    orders = iter([Utility(1, "ping"), AddRequest(make_request("b", [4])), Shutdown()])
+
+    def after_the_wait() -> ClientMessage:
+        *_, last = (message for message in channel.sent if isinstance(message, CoreOutputs))
+        assert last.deltas == [] and last.stats is not None and last.stats.num_requests_running == 0
+        totals.append(last.stats.expert_tokens_total)
+        num_sent.append(len(channel.sent))
+        return next(orders)
+
+    channel.on_empty = after_the_wait
+    channel.push(AddRequest(make_request("a", [1, 2, 3])))
+    core.run()
+    first, still, second = totals
+    assert first == still != second and second == [executor.num_counted]
+    assert num_sent[1] == num_sent[0] + 1, "only the answer to the ping"
+    assert executor.num_asked == 2, "once after each time of work, and never while steps run"
+    times = [seconds for seconds in channel.waits if seconds is not None]
+    assert len(times) == 4 and all(seconds <= 0.05 for seconds in times) and channel.waits.count(None) == 3
+
+
+def test_what_comes_in_that_time_is_served_at_once(config: EngineConfig) -> None:
+    core, channel, executor = make_core(config)
+    core.start()
+    channel.push(AddRequest(make_request("a", [1, 2])))
+    began = time.monotonic()
+    core.run()  # ends by what on_empty gives
+    assert time.monotonic() - began < 0.9 and executor.closed
 
 
 def test_a_failing_step_ends_the_core_with_its_error(config: EngineConfig) -> None:

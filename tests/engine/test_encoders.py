@@ -68,14 +68,35 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
+def check_embeddings(path: Path, family: str, **options: Any) -> None:
+    config = make_config(path, **options)
+    assert config.model.max_position_embeddings == (258 if family == "bert" else 257)
+    assert not config.enable_prefix_caching and not config.enable_chunked_prefill
+    assert_same(run(config, PROMPTS), [normalize(state[0], dim=0) for state in reference_states(path, PROMPTS)])
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_embeddings(paths: dict[str, Path], family: str, grid: tuple[int, int]) -> None:
-    config = make_config(paths[family], tensor_parallel_size=grid[0], pipeline_parallel_size=grid[1])
-    assert config.model.max_position_embeddings == (258 if family == "bert" else 257)
-    assert not config.enable_prefix_caching and not config.enable_chunked_prefill
-    wanted = [normalize(state[0], dim=0) for state in reference_states(paths[family], PROMPTS)]
-    assert_same(run(config, PROMPTS), wanted)
+    check_embeddings(paths[family], family, tensor_parallel_size=grid[0], pipeline_parallel_size=grid[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_gpu_embeds_and_scores_as_a_cpu(paths: dict[str, Path], family: str) -> None:
+    check_embeddings(paths[family], family, device="cuda", dtype="float32")
+    check_scores(paths[f"{family}-score"], family, device="cuda", dtype="float32")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 1.3), ("float16", 0.3)])
+def test_a_gpu_embeds_in_short_floats(paths: dict[str, Path], dtype: str, share: float) -> None:
+    """share: of the error that a CPU makes in bf16."""
+    exact = torch.stack(run(make_config(paths["bert"], dtype="float32"), PROMPTS))
+    rounded = torch.stack(run(make_config(paths["bert"], dtype="bfloat16"), PROMPTS))
+    found = torch.stack(run(make_config(paths["bert"], dtype=dtype, device="cuda"), PROMPTS))
+    assert 0 < (found - exact).norm() < share * (rounded - exact).norm()
+    assert not torch.backends.cuda.cudnn_sdp_enabled(), "it plans anew for each number and length of texts"
 
 
 @pytest.mark.parametrize("mode", ["mean", "lasttoken"])
@@ -89,12 +110,9 @@ def test_pooling_as_sentence_transformers_say(tmp_path: Path, mode: str) -> None
     assert_same(run(make_config(path), PROMPTS), wanted)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_scores(paths: dict[str, Path], family: str, grid: tuple[int, int]) -> None:
+def check_scores(path: Path, family: str, **options: Any) -> None:
     """With segments where the family tells them apart, and without where it does not."""
-    path = paths[f"{family}-score"]
-    config = make_config(path, tensor_parallel_size=grid[0], pipeline_parallel_size=grid[1])
+    config = make_config(path, **options)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
     firsts: list[int | None] = [None if index % 3 == 0 else (len(p) + 1) // 2 for index, p in enumerate(PROMPTS)]
     wanted = []
@@ -107,6 +125,12 @@ def test_scores(paths: dict[str, Path], family: str, grid: tuple[int, int]) -> N
     assert_same(run(config, PROMPTS, firsts), wanted)
     if family == "bert":  # the segments are not without effect
         assert any(abs(a - b) > 1e-3 for a, b in zip(run(config, PROMPTS), wanted, strict=True))
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores(paths: dict[str, Path], family: str, grid: tuple[int, int]) -> None:
+    check_scores(paths[f"{family}-score"], family, tensor_parallel_size=grid[0], pipeline_parallel_size=grid[1])
 
 
 def test_checkpoints_of_another_purpose_and_of_old(paths: dict[str, Path], tmp_path: Path) -> None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from shoal.messages import ClientMessage, CoreOutputs
 from shoal.types import EngineRequest, SamplingParams
 from tests.checkpoints import make_checkpoint
 from tests.engine.local_engine import run_engine
+from tests.engine.simulated_executor import InMemoryChannel
 from tests.engine.test_parallel import VOCAB_SIZE, alone, check_equal, make_config, make_requests
 
 WAYS = {
@@ -60,6 +64,44 @@ def test_the_load_of_experts_is_counted(models: dict[str, str], monkeypatch: pyt
     # is never computed.
     assert len(stats.expert_tokens_total) == 8
     assert sum(stats.expert_tokens_total) == (30 + 3 + 1 + 2) * 3 * 3
+
+
+class _Idle(InMemoryChannel):
+    """Lets the core wait as long as it likes, and ends it when it waits for messages only."""
+
+    def receive(self, block: bool, seconds: float | None = None) -> list[ClientMessage]:
+        if block and seconds is not None and not self.incoming:
+            time.sleep(seconds)
+            return []
+        return super().receive(block)
+
+
+@pytest.mark.parametrize("way", [None, "tp", "pp", "ep"])
+def test_an_idle_engine_has_told_the_load_of_all_steps(models: dict[str, str], way: str | None) -> None:
+    """Without a step after the last one; one token a request is never computed."""
+    parameters = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    channel = _Idle()
+    config = make_config(models["qwen3_moe"], **(WAYS[way] if way else {}))
+    run_engine(config, [EngineRequest("a", list(range(5, 35)), parameters)], channel=channel)
+    stats = [message.stats for message in channel.sent if isinstance(message, CoreOutputs) and message.stats]
+    assert sum(stats[-1].expert_tokens_total) == (30 + 3) * 3 * 3
+
+
+@pytest.mark.gpu
+def test_an_idle_gpu_has_told_the_load_of_all_steps(models: dict[str, str]) -> None:
+    parameters = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+    for enforce_eager in (False, True):
+        channel = _Idle()
+        requests = [[EngineRequest(name, list(range(5, 35)), parameters)] for name in "ab"]
+        run_engine(
+            make_config(models["qwen3_moe"], device="cuda", enforce_eager=enforce_eager), *requests, channel=channel
+        )
+        stats = [message.stats for message in channel.sent if isinstance(message, CoreOutputs) and message.stats]
+        totals = [sum(each.expert_tokens_total) for each in stats]
+        assert totals == sorted(totals)
+        # The second prompt's first block is in the prefix cache. Rows that pad a graph are counted, too.
+        expected = (30 + 3 + 14 + 3) * 3 * 3
+        assert totals[-1] == expected if enforce_eager else totals[-1] >= expected
 
 
 @pytest.mark.gpu

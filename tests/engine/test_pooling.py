@@ -165,3 +165,61 @@ def test_a_generating_model_embeds_where_that_is_asked_for(paths: dict[str, Path
     config = make_config(paths["causal"], runner="pooling")
     answers, _ = run_engine(config, make_requests())
     assert_same(answers, [normalize(state[-1], dim=0) for state in reference_states(paths["causal"], PROMPTS)])
+
+
+# --- on a GPU ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["last", "mean", "cls"])
+def test_a_gpu_embeds_as_a_cpu(paths: dict[str, Path], kind: str) -> None:
+    """Chunks, prefix hits, texts of one token."""
+    path = paths["qwen3" if kind == "last" else kind]
+    states = reference_states(path, PROMPTS)
+    wanted = {
+        "last": [normalize(state[-1], dim=0) for state in states],
+        "mean": [state.mean(0) for state in states],
+        "cls": [state[0] for state in states],
+    }[kind]
+    requests = make_requests()
+    answers, stats = run_engine(make_config(path, device="cuda"), requests[:11], requests[11:])
+    assert_same(answers, wanted)
+    assert (stats.prefix_cache_hits_total > 0) == (kind == "last")
+
+
+@pytest.mark.gpu
+def test_a_gpu_scores_as_a_cpu(paths: dict[str, Path]) -> None:
+    answers, _ = run_engine(make_config(paths["score"], device="cuda"), make_requests())
+    assert_same(answers, [score.sigmoid() for score in reference_scores(paths["score"], PROMPTS)])
+    answers, _ = run_engine(make_config(paths["labels"], device="cuda"), make_requests())
+    assert_same(answers, [score.softmax(0) for score in reference_scores(paths["labels"], PROMPTS)])
+    options = {"hf_overrides": {"classifier_from_token": [17, "a"]}}
+    expected, _ = run_engine(make_config(paths["causal"], **options), make_requests())
+    answers, _ = run_engine(make_config(paths["causal"], device="cuda", **options), make_requests())
+    assert_same(answers, [vector(expected[f"r{index}"]) for index in range(len(PROMPTS))])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "share"), [("bfloat16", 1.3), ("float16", 0.3)])
+@pytest.mark.parametrize("kind", ["qwen3", "mean"])
+def test_a_gpu_embeds_in_short_floats(paths: dict[str, Path], kind: str, dtype: str, share: float) -> None:
+    """share: of the error that a CPU makes in bf16."""
+    exact, _ = run_engine(make_config(paths[kind]), make_requests())
+    rounded, _ = run_engine(make_config(paths[kind], dtype="bfloat16"), make_requests())
+    answers, _ = run_engine(make_config(paths[kind], device="cuda", dtype=dtype), make_requests())
+    errors = [
+        torch.stack([vector(found[request_id]) - vector(exact[request_id]) for request_id in exact]).norm()
+        for found in (answers, rounded)
+    ]
+    assert 0 < errors[0] < share * errors[1]
+
+
+@pytest.mark.gpu
+def test_the_same_bits_in_any_company_on_a_gpu(paths: dict[str, Path]) -> None:
+    options = {"device": "cuda", "dtype": "bfloat16", "deterministic": True}
+    alone, _ = run_engine(
+        make_config(paths["qwen3"], max_num_seqs=1, max_num_batched_tokens=512, **options), make_requests()
+    )
+    together, _ = run_engine(make_config(paths["qwen3"], **options), make_requests())
+    for request_id, answer in alone.items():
+        assert answer.pooled == together[request_id].pooled

@@ -169,7 +169,7 @@ async def test_web_pages_may_not_call_what_is_the_operators():
         served(Cors(echo, options=RouterOptions())) as url,
         httpx.AsyncClient(base_url=url, trust_env=False) as client,
     ):
-        for path in ("/router/drain", "/internal/v1/continue"):
+        for path in ("/router/drain", "/internal/v1/continue", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             for response in (await client.options(path, headers=page), await client.post(path, headers=page)):
                 assert not [name for name in response.headers if name.startswith("access-control")], path
         assert (await client.options("/v1/models", headers=page)).headers["access-control-allow-origin"] == "*"
