@@ -34,7 +34,7 @@ _logger = get_logger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Up to so many rows the activation, the residual and the norm before cost nothing, or little.
 FUSED_ROWS = 16
-# Outputs, warps, stages of a program, whether it prefetches; the first is taken where nothing may be measured.
+# Outputs, warps, stages of a program, whether it prefetches.
 _ROWS = ((16, 2, 2, False), (16, 2, 2, True), (32, 4, 1, False), (32, 2, 1, True), (16, 1, 2, True), (16, 1, 1, True))
 _SUMS = ((16, 4, 1), (32, 4, 1), (32, 2, 1), (16, 8, 1), (64, 2, 1))
 _FEW_DOTS = ((128, 4, 4), (64, 4, 5))
@@ -185,11 +185,11 @@ class PackedChooser:
         """(the config, or None for the dequantized weight; whether that is final)."""
         candidates = self._candidates(plan, case)
         if not plan.measures:
-            return candidates[0], True
+            return _unmeasured(candidates), True
         key = _key(plan, case)
         if not self._knows(key, candidates):
             if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-                return candidates[0], False  # a measurement is a capture of its own
+                return _unmeasured(candidates), False  # a measurement is a capture of its own
             self._choices[key] = self._fastest(plan, case, candidates)
             if self._cache is not None:
                 self._cache.put(key, [_label(self._choices[key]), *map(_label, candidates)])
@@ -199,7 +199,7 @@ class PackedChooser:
         """The chosen config where that is known, else all that may be chosen."""
         candidates = self._candidates(plan, case)
         if not plan.measures:
-            return candidates[:1]
+            return [_unmeasured(candidates)]
         key = _key(plan, case)
         return [self._choices[key]] if self._knows(key, candidates) else candidates
 
@@ -241,8 +241,6 @@ class PackedChooser:
                 times.append((self._timer(chain(config)), config))
             except OutOfResources:
                 continue  # more shared memory than this GPU has
-        if not times:
-            times.append((0.0, None))
         _logger.debug(
             "packed linear %s: %s",
             _key(plan, case),
@@ -270,7 +268,7 @@ def candidates_for(case: Case, weight: PackedWeight, num_multiprocessors: int) -
     num_slabs = weight.words.shape[0]
     found: list[PackedConfig | None] = []
     if bucket <= MOST_ROWS and takes_rows(weight):
-        kinds = [("rows", each) for each in _ROWS]
+        kinds = [("rows", each) for each in _ROWS] + [("dot", (*_FEW_DOTS[0], False))]
     else:
         dots = _FEW_DOTS if bucket <= FUSED_ROWS else _MORE_DOTS if bucket <= 64 else _MANY_DOTS
         kinds = [("sum", (*each, False)) for each in (_SUMS if bucket == 1 else ())]
@@ -294,6 +292,11 @@ def candidates_for(case: Case, weight: PackedWeight, num_multiprocessors: int) -
     if bucket > 64:
         found.append(None)
     return found
+
+
+def _unmeasured(candidates: list[PackedConfig | None]) -> PackedConfig | None:
+    """What is taken without a measurement, and so without a look at whether it is right."""
+    return next(config for config in candidates if config is None or config.kind != "rows")
 
 
 def _label(config: PackedConfig | None) -> str:

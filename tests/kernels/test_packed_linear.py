@@ -195,15 +195,19 @@ def test_a_plan_measures_once_and_multiplies(monkeypatch, chooser, num_rows):
 def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch, chooser, caplog):
     made, timer = chooser
     monkeypatch.setattr(packed_tuning, "_ROWS", ((16, 2, 1, False),))
+    monkeypatch.setattr(packed_tuning, "_FEW_DOTS", ((16, 1, 2),))
     weight, exact = _random(32, 128, 4, 128, False)
     plan = made.plan(weight, None, torch.float16)
     run = plan._run
-    monkeypatch.setattr(plan, "_run", lambda x, *arguments: run(x.flip(1), *arguments))
+
+    def run_wrong(x, config, *arguments):
+        return run(x.flip(1) if config.kind == "rows" else x, config, *arguments)
+
+    monkeypatch.setattr(plan, "_run", run_wrong)
     x = torch.randn(1, 128, device=DEVICE).half()
-    torch.testing.assert_close(
-        plan.apply(x).float(), _expected(x, exact, None, False, None, None), rtol=5e-3, atol=5e-3
-    )
-    assert timer.count == 0 and "wrong results" in caplog.text
+    expected = _expected(x, exact, None, False, None, None)
+    torch.testing.assert_close(plan.apply(x).float(), expected, rtol=5e-3, atol=5e-3)
+    assert timer.count == 1 and "wrong results" in caplog.text
 
 
 def test_replicated_layers_measure_nothing(chooser):
@@ -213,6 +217,11 @@ def test_replicated_layers_measure_nothing(chooser):
     y = made.plan(weight, None, torch.float16, measures=False).apply(x)
     assert timer.count == 0
     torch.testing.assert_close(y.float(), _expected(x, exact, None, False, None, None), rtol=5e-3, atol=5e-3)
+    for num_rows in (1, 8):
+        config, is_final = made.choose(
+            made.plan(weight, None, torch.float16, measures=False), Case(num_rows, False, False)
+        )
+        assert is_final and config.kind != "rows"
 
 
 def test_candidates_fit_the_workspace():
