@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Callable
 
 from shoal import log
 from shoal.engine.prepare import PreparedRequest
-from shoal.errors import EngineError, ShoalError
+from shoal.errors import EngineError
 from shoal.llm.llm import LLM
 from shoal.messages import BenchFailed, BenchOrder, BenchReady, BenchRun
-from shoal.network.child_program import read_order, take_over_output
+from shoal.network.child_program import do_order
 from shoal.types.outputs import FinishReason
 from shoal.types.sampling_params import SamplingParams
 
@@ -74,21 +75,16 @@ class BenchProgram:
 
 def main() -> int:
     """Do the order on standard input; returns the exit code."""
-    say = take_over_output()
     log.configure()
-    order = read_order(BenchOrder)
-    try:
-        with LLM(**order.options) as llm:
-            say(BenchReady(time.monotonic()))
-            program = BenchProgram(llm, order)
-            for index in range(order.num_warmups + order.num_runs):
-                say(program.run(is_warmup=index < order.num_warmups))
-    except ShoalError as error:
-        say(BenchFailed(type(error).__name__, str(error)))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return do_order(BenchOrder, _measure, BenchFailed)
+
+
+def _measure(order: BenchOrder, say: Callable[[BenchReady | BenchRun], None]) -> None:
+    with LLM(**order.options) as llm:
+        say(BenchReady(time.monotonic()))
+        program = BenchProgram(llm, order)
+        for index in range(order.num_warmups + order.num_runs):
+            say(program.run(is_warmup=index < order.num_warmups))
 
 
 if __name__ == "__main__":

@@ -70,22 +70,30 @@ def error_of(kind: str, message: str) -> ShoalError:
 # --- the program's side ------------------------------------------------------------------------------------------
 
 
-def take_over_output() -> Callable[[Any], None]:
-    """What sends news. Whatever libraries print goes to standard error from now on."""
+def do_order(
+    kind: type[Order], work: Callable[[Order, Callable[[Any], None]], None], failed: Callable[[str, str], Any]
+) -> int:
+    """What the program's main does: `work` on the order of standard input, with a function that sends news. From here
+    on whatever libraries print goes to standard error, and the end of the input ends this process.
+
+    failed: the news of an error of ours, from its name and text. Returns the exit code.
+    """
     output = os.dup(1)
     os.dup2(2, 1)
 
     def say(news: Any) -> None:
         os.write(output, msgspec.json.encode(news) + b"\n")
 
-    return say
-
-
-def read_order(kind: type[Order]) -> Order:
-    """The order; from now on the end of the input ends this process."""
     order = msgspec.json.decode(sys.stdin.buffer.readline(), type=kind)
     threading.Thread(target=_end_with_input, name="program-input", daemon=True).start()
-    return order
+    try:
+        work(order, say)
+    except ShoalError as error:
+        say(failed(type(error).__name__, str(error)))
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def _end_with_input() -> None:

@@ -7,28 +7,23 @@ JSON on standard output, QuantizeNews.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 from shoal import log
-from shoal.errors import ShoalError
-from shoal.network.child_program import read_order, take_over_output
-from shoal.quantize.order import QuantizeFailed, QuantizeOrder
+from shoal.network.child_program import do_order
+from shoal.quantize.order import QuantizeFailed, QuantizeNews, QuantizeOrder
 
 
 def main() -> int:
     """Do the order on standard input; returns the exit code."""
-    say = take_over_output()
     log.configure()
-    order = read_order(QuantizeOrder)
-    try:
-        from shoal.quantize.run import quantize
+    return do_order(QuantizeOrder, _quantize, QuantizeFailed)
 
-        quantize(order, say)
-    except ShoalError as error:
-        say(QuantizeFailed(type(error).__name__, str(error)))
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+def _quantize(order: QuantizeOrder, say: Callable[[QuantizeNews], None]) -> None:
+    from shoal.quantize.run import quantize  # torch, once the order is read
+
+    quantize(order, say)
 
 
 if __name__ == "__main__":

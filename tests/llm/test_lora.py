@@ -152,10 +152,8 @@ def test_files_that_change_are_not_taken_for_the_adapter(llama: Adapted, tmp_pat
         assert llm._engine.engine.adapters.find("changing") == known
 
 
-def test_an_alpha_of_its_own(llama: Adapted, tmp_path: Path) -> None:
-    """alpha_pattern: the same as that alpha for all, where all layers match."""
-    first = make_adapter(tmp_path / "pattern", llama.path, seed=5, alpha=6.0, alpha_pattern={".*_proj": 12.0})
-    second = make_adapter(tmp_path / "plain", llama.path, seed=5, alpha=12.0)
+def assert_alike(llama: Adapted, first: Path, second: Path) -> None:
+    """Two adapters give the same tokens."""
     prompt = {"prompt_token_ids": random_tokens(30, seed=9)}
     with start(llama.path) as llm:
         tokens = [
@@ -163,6 +161,13 @@ def test_an_alpha_of_its_own(llama: Adapted, tmp_path: Path) -> None:
             for path in (first, second)
         ]
     assert tokens[0] == tokens[1]
+
+
+def test_an_alpha_of_its_own(llama: Adapted, tmp_path: Path) -> None:
+    """alpha_pattern: the same as that alpha for all, where all layers match."""
+    first = make_adapter(tmp_path / "pattern", llama.path, seed=5, alpha=6.0, alpha_pattern={".*_proj": 12.0})
+    second = make_adapter(tmp_path / "plain", llama.path, seed=5, alpha=12.0)
+    assert_alike(llama, first, second)
 
 
 def test_rank_stabilized(llama: Adapted, tmp_path: Path) -> None:
@@ -170,10 +175,4 @@ def test_rank_stabilized(llama: Adapted, tmp_path: Path) -> None:
     first = make_adapter(tmp_path / "rs", llama.path, seed=5, rank=4, alpha=6.0, use_rslora=True)
     second = make_adapter(tmp_path / "plain", llama.path, seed=5, rank=4, alpha=12.0)
     assert json.loads((first / "adapter_config.json").read_text())["use_rslora"]
-    prompt = {"prompt_token_ids": random_tokens(30, seed=9)}
-    with start(llama.path) as llm:
-        tokens = [
-            llm.generate([prompt], GREEDY, lora_request=LoRARequest(path.name, 1, str(path)))[0].outputs[0].token_ids
-            for path in (first, second)
-        ]
-    assert tokens[0] == tokens[1]
+    assert_alike(llama, first, second)

@@ -19,8 +19,8 @@ from shoal.layers.grouped_routing import GroupedTopK
 from shoal.worker.worker import Worker
 from tests.checkpoints import make_checkpoint, make_variant
 from tests.engine.test_parallel import make_config
+from tests.models.experts_on_ranks import check_stages, check_whole_experts, logits_at
 from tests.models.paged import PagedModel, Sequence, random_tokens
-from tests.models.test_experts import logits_at
 from tests.quantization import writers
 from tests.quantization.writers import write_quantized
 from tests.rank_threads import on_ranks
@@ -67,30 +67,13 @@ def test_a_worker_keeps_so_many_bytes_a_token(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_share_experts_whole(tmp_path: Path, family: str) -> None:
-    path = make(tmp_path, family)
-    (expected,) = logits_at(path, 1, "torch_paged", False)
-    for size in (2, 4):
-        ranks = logits_at(path, size, "torch_paged", True)
-        torch.testing.assert_close(ranks[0], expected, atol=1e-4, rtol=1e-5)
-        assert all(torch.equal(rank, ranks[0]) for rank in ranks)
+    check_whole_experts(make(tmp_path, family))
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_of_two_ranks(tmp_path: Path, family: str, expert_parallel: bool) -> None:
-    path = make(tmp_path, family, num_hidden_layers=3)
-    expected = PagedModel(path).logits(TOKENS, 50)
-
-    def through_stages(group: GroupCoordinator) -> torch.Tensor:
-        hidden = None
-        for layers in (range(0, 2), range(2, 3)):
-            stage = PagedModel(path, group=group, layer_range=layers, expert_parallel=expert_parallel)
-            hidden = stage.hidden([(Sequence(TOKENS), len(TOKENS))], hidden)
-        with torch.inference_mode():
-            return stage.model.compute_full_logits(hidden)
-
-    for rank in on_ranks(2, through_stages):
-        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
+    check_stages(make(tmp_path, family, num_hidden_layers=3), TOKENS, expert_parallel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,8 +11,8 @@ from shoal.distributed.group import GroupCoordinator
 from shoal.errors import ConfigError
 from shoal.layers.moe import RoutedExperts
 from tests.checkpoints import make_checkpoint
+from tests.models.experts_on_ranks import check_stages, check_whole_experts, logits_at
 from tests.models.paged import PagedModel, Sequence, random_tokens
-from tests.models.test_tensor_parallel import run
 from tests.rank_threads import on_ranks
 
 FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -32,23 +32,9 @@ def make(path: Path, family: str, dtype: torch.dtype = torch.float32, **changes:
     return make_checkpoint(path, family, dtype=dtype, num_attention_heads=8, hidden_size=128, **{**sizes, **changes})
 
 
-def logits_at(
-    path: Path, size: int, backend: str, expert_parallel: bool, dtype: torch.dtype = torch.float32
-) -> list[torch.Tensor]:
-    return on_ranks(
-        size,
-        lambda group: run(PagedModel(path, backend, dtype=dtype, group=group, expert_parallel=expert_parallel)),
-    )
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_ranks_share_experts_whole(tmp_path: Path, family: str) -> None:
-    path = make(tmp_path, family)
-    (expected,) = logits_at(path, 1, "torch_paged", False)
-    for size in (2, 4):
-        ranks = logits_at(path, size, "torch_paged", True)
-        torch.testing.assert_close(ranks[0], expected, atol=1e-4, rtol=1e-5)
-        assert all(torch.equal(rank, ranks[0]) for rank in ranks)
+    check_whole_experts(make(tmp_path, family))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -79,20 +65,7 @@ def test_deterministic_bits_do_not_depend_on_the_batch(tmp_path: Path, family: s
 @pytest.mark.parametrize("expert_parallel", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_of_two_ranks(tmp_path: Path, family: str, expert_parallel: bool) -> None:
-    path = make(tmp_path, family, num_hidden_layers=3)
-    tokens = random_tokens(50, seed=1)
-    expected = PagedModel(path).logits(tokens, 50)
-
-    def through_stages(group: GroupCoordinator) -> torch.Tensor:
-        hidden = None
-        for layers in (range(0, 2), range(2, 3)):
-            stage = PagedModel(path, group=group, layer_range=layers, expert_parallel=expert_parallel)
-            hidden = stage.hidden([(Sequence(tokens), len(tokens))], hidden)
-        with torch.inference_mode():
-            return stage.model.compute_full_logits(hidden)
-
-    for rank in on_ranks(2, through_stages):
-        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
+    check_stages(make(tmp_path, family, num_hidden_layers=3), random_tokens(50, seed=1), expert_parallel)
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])

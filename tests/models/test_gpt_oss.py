@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from shoal.config.model_config import load_model_config
-from shoal.distributed.group import GroupCoordinator
 from shoal.errors import ConfigError, ModelError
 from tests.checkpoints import make_checkpoint, make_variant
-from tests.models.paged import PagedModel, Sequence, random_tokens
-from tests.models.test_experts import logits_at
+from tests.models.experts_on_ranks import check_stages, check_whole_experts, logits_at
+from tests.models.paged import PagedModel, random_tokens
 from tests.rank_threads import on_ranks
 
 TOKENS = random_tokens(60, seed=1)
@@ -22,29 +21,12 @@ SIZES = {"num_attention_heads": 8, "hidden_size": 128, "num_local_experts": 7}
 
 
 def test_ranks_share_experts_whole(tmp_path: Path) -> None:
-    path = make_checkpoint(tmp_path, "gpt_oss", **SIZES)
-    (expected,) = logits_at(path, 1, "torch_paged", False)
-    for size in (2, 4):
-        ranks = logits_at(path, size, "torch_paged", True)
-        torch.testing.assert_close(ranks[0], expected, atol=1e-4, rtol=1e-5)
-        assert all(torch.equal(rank, ranks[0]) for rank in ranks)
+    check_whole_experts(make_checkpoint(tmp_path, "gpt_oss", **SIZES))
 
 
 @pytest.mark.parametrize("expert_parallel", [False, True])
 def test_stages_of_two_ranks(tmp_path: Path, expert_parallel: bool) -> None:
-    path = make_checkpoint(tmp_path, "gpt_oss", num_hidden_layers=3, **SIZES)
-    expected = PagedModel(path).logits(TOKENS, 50)
-
-    def through_stages(group: GroupCoordinator) -> torch.Tensor:
-        hidden = None
-        for layers in (range(0, 2), range(2, 3)):
-            stage = PagedModel(path, group=group, layer_range=layers, expert_parallel=expert_parallel)
-            hidden = stage.hidden([(Sequence(TOKENS), len(TOKENS))], hidden)
-        with torch.inference_mode():
-            return stage.model.compute_full_logits(hidden)
-
-    for rank in on_ranks(2, through_stages):
-        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
+    check_stages(make_checkpoint(tmp_path, "gpt_oss", num_hidden_layers=3, **SIZES), TOKENS, expert_parallel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
