@@ -138,7 +138,7 @@ def _order(options: QuantizeOptions, calibration: CalibrationOptions, grid: Grid
     if bits not in known:
         raise ConfigError(f"--bits {bits}: {method} is written with {' or '.join(map(str, known))}")
     group_size = _GROUP_SIZE if grid.group_size is None else grid.group_size
-    symmetric = method == "gptq"
+    symmetric = method == "gptq" and not grid.asym
     if method == "awq" and grid.sym:
         raise ConfigError("--sym does not go with --method awq, whose layout has zero points")
     if grid.sym and grid.asym:
@@ -146,14 +146,12 @@ def _order(options: QuantizeOptions, calibration: CalibrationOptions, grid: Grid
     if method in CALIBRATED:
         if group_size != -1 and (group_size < 8 or group_size % 8):
             raise ConfigError(f"--group-size must be -1 or a positive multiple of 8; got {group_size}")
-        symmetric = symmetric and not grid.asym
     elif grid.group_size is not None:
         raise ConfigError(f"--group-size does not go with --method {method}, which has a scale an output or a matrix")
-    for name in ("desc_act", "asym"):
-        if getattr(grid, name) and method != "gptq":
-            if name == "asym" and method == "awq":
-                continue
-            raise ConfigError(f"--{name.replace('_', '-')} is an option of --method gptq alone")
+    if grid.desc_act and method != "gptq":
+        raise ConfigError("--desc-act is an option of --method gptq alone")
+    if (grid.sym or grid.asym) and method not in CALIBRATED:
+        raise ConfigError(f"--{'sym' if grid.sym else 'asym'} is an option of --method gptq alone")
     if grid.granularity == "tensor" and method != "fp8":
         raise ConfigError("--granularity tensor is an option of --method fp8 alone")
     sparsity, two_of_four = _pruning(grid.prune)

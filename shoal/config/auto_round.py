@@ -47,8 +47,7 @@ def as_gptq(found: Mapping[str, Any], heads: tuple[str, ...]) -> tuple[dict[str,
             changed[f"+:{re.escape(name)}$"] = changes
     blocks = _blocks(found)
     has_head = any(_names(pattern, head) for pattern in quantized for head in heads)
-    given = {key: value for key, value in found.items() if key not in ("extra_config", "dynamic", "lm_head")}
-    given |= {"quant_method": "gptq", "lm_head": has_head}
+    given = {**found, "quant_method": "gptq", "lm_head": has_head}
     given["modules_to_not_convert"] = [*(found.get("modules_to_not_convert") or []), *plain]
     # A module's own entry counts before expressions, of which the first that it matches does.
     given["dynamic"] = changed | expressions

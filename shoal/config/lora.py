@@ -20,7 +20,7 @@ RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # What PEFT calls the two matrices of a linear layer.
 DOWN, UP = ".lora_A.weight", ".lora_B.weight"
 _PREFIXES = ("base_model.model.", "base_model.")
-_CONFIG_FILE, _WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+_CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 _LONGEST_HEADER = 100 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Keys of PEFT's that make an adapter more than two matrices beside a linear layer: any other value is refused.
@@ -101,13 +101,13 @@ def read_adapter(path: str, max_rank: int) -> AdapterFacts:
     if not isinstance(raw, dict):
         raise InvalidRequestError(f"{file} must hold a JSON object; found {type(raw).__name__}")
     facts = _read_facts(raw, file)
-    widest = max(facts.rank, *facts.ranks.values()) if facts.ranks else facts.rank
+    widest = max((facts.rank, *facts.ranks.values()))
     if widest > max_rank:
         raise InvalidRequestError(
             f"the adapter in {path!r} has rank {widest}, and there is room for {max_rank}; start the server with "
             f"--max-lora-rank {next((each for each in RANKS if each >= widest), widest)}"
         )
-    _check_weights(directory / _WEIGHTS_FILE, facts)
+    _check_weights(directory / WEIGHTS_FILE, facts)
     return facts
 
 
@@ -115,7 +115,7 @@ def digest_adapter(path: str) -> str:
     """SHA-256 of all that is read of an adapter: as long as its files take to read. Raises InvalidRequestError."""
     digest = hashlib.sha256()
     try:
-        for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+        for name in (_CONFIG_FILE, WEIGHTS_FILE):
             with (Path(path) / name).open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     except OSError as error:

@@ -29,7 +29,7 @@ _ENCODERS = {
     "XLMRoberta": ("classifier.dense", "classifier.out_proj"),
 }
 _ACTIVATIONS = {"sigmoid": "sigmoid", "identity": "identity", "softmax": "softmax"}
-_DENSE_ACTIVATIONS = {"identity": "identity", "tanh": "tanh", "relu": "relu", "gelu": "gelu", "silu": "silu"}
+_DENSE_ACTIVATIONS = ("identity", "tanh", "relu", "gelu", "silu")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,8 +226,8 @@ class _Modules:
         if not isinstance(config, dict):
             raise ModelError(f"{file} is missing or no JSON object; it says what the layer Dense is like")
         name = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
-        activation = _DENSE_ACTIVATIONS.get(name.rpartition(".")[2].lower())
-        if activation is None:
+        activation = name.rpartition(".")[2].lower()
+        if activation not in _DENSE_ACTIVATIONS:
             raise ModelError(
                 f"{file}: activation_function {name} is not supported; {', '.join(_DENSE_ACTIVATIONS)} are"
             )

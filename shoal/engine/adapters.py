@@ -26,8 +26,8 @@ class AdapterRegistry:
         self._config, self._is_used = config, is_used
         # The least recently asked for first, where nobody unloads them by name (`find_or_load`).
         self._adapters: dict[str, AdapterRef] = {}
-        # By name: those that are being tried, and not served yet.
-        self._tried: dict[str, AdapterRef] = {}
+        # By name: those that are being loaded, and not served yet; None: no slot yet.
+        self._tried: dict[str, AdapterRef | None] = {}
         # By slot, the id of what was given it last.
         self._owners: dict[int, str] = {}
         self._run, self._numbers = uuid.uuid4().hex[:12], itertools.count()
@@ -47,7 +47,8 @@ class AdapterRegistry:
     @contextlib.asynccontextmanager
     async def trying(self, name: str, path: str, *, replace: bool = False) -> AsyncIterator[AdapterRef]:
         """Check an adapter and give it a slot; what goes on inside tries it, and when that ends well it is served.
-        Until then, and if it does not, everything is as before. replace: in place of one of this name, if there is one.
+        If it does not, everything is as before; until then the old one of this name is served, unless this one is tried
+        in its place, where no other is free. replace: in place of one of this name, if there is one.
 
         Raises InvalidRequestError.
         """
@@ -59,24 +60,24 @@ class AdapterRegistry:
                 "load_inplace",
                 "lora_name",
             )
-        if name in self._tried:
-            raise InvalidRequestError(f"an adapter called {name!r} is being loaded now; try again later", "lora_name")
+        self._check_settled(name)
         directory = _absolute(path)
-        read_adapter(directory, config.max_rank)
-        digest = await asyncio.to_thread(digest_adapter, directory)
-        if name in self._tried or self._adapters.get(name) is not before:
-            raise InvalidRequestError(f"an adapter called {name!r} was loaded or unloaded meanwhile", "lora_name")
-        slot = self._free_slot()
-        if slot is None and before is not None and not self._is_used(before.uid):
-            slot = before.slot
-        ref = self._tried[name] = self._give(slot, directory, digest)
+        # Before the files are read: no other load and no unload of this name comes between.
+        self._tried[name] = None
         try:
-            yield ref
-        except BaseException:
-            if before is not None and before.slot == ref.slot and self._adapters.get(name) is before:
-                # The workers have lost it for this one; under another id they load it again.
-                self._adapters[name] = self._give(before.slot, before.path, before.digest)
-            raise
+            read_adapter(directory, config.max_rank)
+            digest = await asyncio.to_thread(digest_adapter, directory)
+            slot = self._free_slot()
+            if slot is None and before is not None and not self._is_used(before.uid):
+                slot = before.slot
+            ref = self._tried[name] = self._give(slot, directory, digest)
+            try:
+                yield ref
+            except BaseException:
+                if before is not None and before.slot == ref.slot:
+                    # The workers have lost it for this one; under another id they load it again.
+                    self._adapters[name] = self._give(before.slot, before.path, before.digest)
+                raise
         finally:
             del self._tried[name]
         self._adapters[name] = ref
@@ -88,31 +89,37 @@ class AdapterRegistry:
         names = {name for name, _ in wanted}
         for name, path in wanted:
             config, directory = self._check(name), _absolute(path)
-            found = self._adapters.pop(name, None)
-            if found is None or found.path != directory:
-                if found is not None:
-                    self._adapters[name] = found
-                    raise InvalidRequestError(
-                        f"an adapter called {name!r} is loaded already, from {found.path}; give this one another name",
-                        "lora_name",
-                    )
+            found = self._adapters.get(name)
+            if found is None:
                 read_adapter(directory, config.max_rank)
+                digest = digest_adapter(directory)
                 slot = self._free_slot()
                 if slot is None:
-                    idle = (other for other, ref in self._adapters.items()
-                            if other not in names and not self._is_used(ref.uid))  # fmt: skip
-                    slot = None if (oldest := next(idle, None)) is None else self._adapters.pop(oldest).slot
-                found = self._give(slot, directory, digest_adapter(directory))
-            self._adapters[name] = found
+                    idle = [other for other, ref in self._adapters.items()
+                            if other not in names and not self._is_used(ref.uid)]  # fmt: skip
+                    slot = self._adapters.pop(idle[0]).slot if idle else None
+                found = self._give(slot, directory, digest)
+            elif found.path != directory:
+                raise InvalidRequestError(
+                    f"an adapter called {name!r} is loaded already, from {found.path}; give this one another name",
+                    "lora_name",
+                )
+            self._adapters.pop(name, None)
+            self._adapters[name] = found  # behind all others
             refs.append(found)
         return refs
 
     def unload(self, name: str) -> None:
-        """Requests that name it go on to their end. Raises NotFoundError."""
+        """Requests that name it go on to their end. Raises NotFoundError, InvalidRequestError (it is being loaded)."""
+        self._check_settled(name)
         if name not in self._adapters:
             loaded = ", ".join(self._adapters) or "none"
             raise NotFoundError(f"no adapter is called {name!r}; loaded: {loaded}", "lora_name", "model_not_found")
         del self._adapters[name]
+
+    def _check_settled(self, name: str) -> None:
+        if name in self._tried:
+            raise InvalidRequestError(f"an adapter called {name!r} is being loaded now; try again later", "lora_name")
 
     def _check(self, name: str) -> LoraConfig:
         if self._config is None:
@@ -124,7 +131,7 @@ class AdapterRegistry:
     def _free_slot(self) -> int | None:
         """One that nobody is in, nor requests of an adapter that was unloaded."""
         assert self._config is not None
-        taken = {ref.slot for ref in (*self._adapters.values(), *self._tried.values())}
+        taken = {ref.slot for ref in (*self._adapters.values(), *self._tried.values()) if ref is not None}
         free = (slot for slot in range(self._config.max_loras)
                 if slot not in taken and not self._is_used(self._owners.get(slot, "")))  # fmt: skip
         return next(free, None)

@@ -34,7 +34,7 @@ def _masks(bits: int, is_bf16: bool) -> list[tuple[int, int, int]]:
     return [(4 * place, 0x000F000F, 0) for place in range(4)]
 
 
-def _pairs_assembly(bits: int, is_bf16: bool) -> str:
+def _inputs_assembly(bits: int, is_bf16: bool) -> str:
     """x of all places of 4 words -> for each pair of places of each word: both x in a register."""
     masks = _masks(bits, is_bf16)
     pairs = len(masks)
@@ -79,11 +79,11 @@ def _constraints(outputs: str, num_outputs: int, num_inputs: int) -> str:
     return ",".join([outputs] * num_outputs + ["r"] * num_inputs)
 
 
-_PAIRS_4_BF16, _PAIRS_4_FP16 = tl.constexpr(_pairs_assembly(4, True)), tl.constexpr(_pairs_assembly(4, False))
-_PAIRS_8_BF16, _PAIRS_8_FP16 = tl.constexpr(_pairs_assembly(8, True)), tl.constexpr(_pairs_assembly(8, False))
+_INPUTS_4_BF16, _INPUTS_4_FP16 = tl.constexpr(_inputs_assembly(4, True)), tl.constexpr(_inputs_assembly(4, False))
+_INPUTS_8_BF16, _INPUTS_8_FP16 = tl.constexpr(_inputs_assembly(8, True)), tl.constexpr(_inputs_assembly(8, False))
 _PRODUCT_4_BF16, _PRODUCT_4_FP16 = tl.constexpr(_product_assembly(4, True)), tl.constexpr(_product_assembly(4, False))
 _PRODUCT_8_BF16, _PRODUCT_8_FP16 = tl.constexpr(_product_assembly(8, True)), tl.constexpr(_product_assembly(8, False))
-_PAIRS_4, _PAIRS_8 = tl.constexpr(_constraints("=&r", 16, 16)), tl.constexpr(_constraints("=&r", 8, 8))
+_INPUTS_4, _INPUTS_8 = tl.constexpr(_constraints("=&r", 16, 16)), tl.constexpr(_constraints("=&r", 8, 8))
 _PRODUCT_4, _PRODUCT_8 = tl.constexpr(_constraints("=&f", 4, 24)), tl.constexpr(_constraints("=&f", 4, 16))
 _FOUR, _TWO = tl.constexpr((tl.int32,) * 4), tl.constexpr((tl.int32,) * 2)
 
@@ -99,7 +99,7 @@ def _load_words(words, slab, step, outputs, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _load_inputs(x_row, slab, K, BITS: tl.constexpr, WHOLE_K: tl.constexpr):
+def _load_rows(x_row, slab, K, BITS: tl.constexpr, WHOLE_K: tl.constexpr):
     """For each place in a word those inputs of the slabs [8, WARPS, 16]: row i of x for the output i."""
     word = tl.arange(0, 16)[None, None, :]
     found = ()
@@ -127,7 +127,7 @@ def _load_scales(scales, slab, inside, stride, outputs, COUNT: tl.constexpr, SLA
 
 
 @triton.jit
-def _pairs(values, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+def _paired_inputs(values, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
     """x as the products take it; the interpreter has no assembly."""
     if not ASSEMBLY:
         return values
@@ -135,21 +135,21 @@ def _pairs(values, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
         v = values
         if v[0].dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
-                _PAIRS_4_BF16, _PAIRS_4, [v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]], _FOUR, is_pure=True, pack=4
+                _INPUTS_4_BF16, _INPUTS_4, [v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]], _FOUR, is_pure=True, pack=4
             )
         else:
             return tl.inline_asm_elementwise(
-                _PAIRS_4_FP16, _PAIRS_4, [v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]], _FOUR, is_pure=True, pack=4
+                _INPUTS_4_FP16, _INPUTS_4, [v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]], _FOUR, is_pure=True, pack=4
             )
     else:
         v = values
         if v[0].dtype == tl.bfloat16:
             return tl.inline_asm_elementwise(
-                _PAIRS_8_BF16, _PAIRS_8, [v[0], v[1], v[2], v[3]], _TWO, is_pure=True, pack=4
+                _INPUTS_8_BF16, _INPUTS_8, [v[0], v[1], v[2], v[3]], _TWO, is_pure=True, pack=4
             )
         else:
             return tl.inline_asm_elementwise(
-                _PAIRS_8_FP16, _PAIRS_8, [v[0], v[1], v[2], v[3]], _TWO, is_pure=True, pack=4
+                _INPUTS_8_FP16, _INPUTS_8, [v[0], v[1], v[2], v[3]], _TWO, is_pure=True, pack=4
             )
 
 
@@ -279,7 +279,7 @@ def rows_kernel(
     if DEPENDENT:
         gdc_wait()
     x_row = x + tl.minimum(eight, M - 1) * x_stride
-    values = _load_inputs(x_row, own, K, BITS, WHOLE_K)
+    values = _load_rows(x_row, own, K, BITS, WHOLE_K)
     totals = (tl.zeros([8, WARPS, 16], tl.float32),) * (HALVES * REPEATS)
     for first in range(begin, end, WARPS):
         if DEPENDENT and PREFETCHES:
@@ -287,12 +287,12 @@ def rows_kernel(
         slab = first + WARPS + warp
         own, is_slab = tl.minimum(slab, last), slab < end
         later = _load_words(words, tl.minimum(slab + (AHEAD - 1) * WARPS, last), step, outputs, COUNT)
-        next_values = _load_inputs(x_row, own, K, BITS, WHOLE_K)
+        next_values = _load_rows(x_row, own, K, BITS, WHOLE_K)
         next_factors = _load_scales(scales, own, is_slab, total_outputs, outputs, COUNT, SLAB, GROUP)
         next_offsets = next_factors
         if HAS_ZEROS:
             next_offsets = _load_scales(zeros, own, is_slab, total_outputs, outputs, COUNT, SLAB, GROUP)
-        pairs = _pairs(values, BITS, ASSEMBLY)
+        pairs = _paired_inputs(values, BITS, ASSEMBLY)
         totals = _add_slab(
             totals, tiles, pairs, factors, offsets, HALVES * REPEATS, IS_BF16, BITS, HAS_ZEROS, ASSEMBLY
         )  # fmt: skip

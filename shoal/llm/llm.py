@@ -165,7 +165,11 @@ class LLM:
         if len(wanted) != num_prompts:
             raise InvalidRequestError(f"{len(wanted)} lora_requests for {num_prompts} prompts; give one each")
         named = [(each.lora_name, each.lora_path) for each in wanted if each is not None]
-        loaded = iter(self._engine.engine.adapters.find_or_load(named))
+
+        async def load() -> list[AdapterRef]:  # in the thread of the engine, whose requests it looks at
+            return self._engine.engine.adapters.find_or_load(named)
+
+        loaded = iter(self._engine.run(load()) if named else ())
         return [None if each is None else next(loaded) for each in wanted]
 
     # --- vectors and scores ----------------------------------------------------------------------------------------

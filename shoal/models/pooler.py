@@ -90,6 +90,16 @@ class DenseLayers(Pooler):
                 pooled = _ACTIVATIONS[layer.activation](pooled)
         return pooled
 
+    def checkpoint_tensors(self) -> Iterator[CheckpointTensor]:
+        """None: they were read when this was made, from files of their own."""
+        return iter(())
+
+    def process_after_load(self) -> None:
+        pass
+
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for pair in self._tensors for tensor in pair if tensor is not None)
+
 
 def _read_dense(path: Path, layer: DenseLayer, device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Raises ModelError for a file that is missing, or has other tensors."""

@@ -50,7 +50,7 @@ class Gptq(QuantizationScheme):
             return self.config
         first, *others = [self._config_of_module(name) for name in spec.names]
         for name, other in zip(spec.names[1:], others, strict=True):
-            if other != first:
+            if _layout(other) != _layout(first):
                 raise ModelError(
                     f"quantization_config: {spec.names[0]} is {_described(first)}, and {name} is {_described(other)}: "
                     "these are one layer here, whose matrices must be held alike"
@@ -61,6 +61,13 @@ class Gptq(QuantizationScheme):
         if self.config.keeps(name):
             return None
         return next((config for expression, config in self._rules if expression.match(name)), self.config)
+
+
+def _layout(config: QuantizationConfig | None) -> tuple[Any, ...] | None:
+    """What a layer's tensors depend on, of all that the checkpoint says; None: plain."""
+    if config is None:
+        return None
+    return config.bits, config.group_size, config.desc_act, config.raw.get("checkpoint_format")
 
 
 def _described(config: QuantizationConfig | None) -> str:

@@ -174,16 +174,17 @@ def check_scales(scales: torch.Tensor, names: Sequence[str]) -> None:
 
 
 @functools.cache
-def _tables(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def _tables(dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What a byte of blocks stands for, [256, 2], and one of scales, [256]."""
     values = torch.tensor(_MAGNITUDES + tuple(-value for value in _MAGNITUDES))
     byte = torch.arange(256)
-    return torch.stack([values[byte % 16], values[byte // 16]], dim=1).to(dtype), torch.exp2(byte - 127.0).to(dtype)
+    pairs = torch.stack([values[byte % 16], values[byte // 16]], dim=1)
+    return pairs.to(device, dtype), torch.exp2(byte - 127.0).to(device, dtype)
 
 
 def dequantize(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """blocks [N, K / 32, 16], scales [N, K / 32] -> [N, K]. bf16 and fp32 hold all of it exactly."""
-    pairs, powers = (table.to(blocks.device) for table in _tables(dtype))
+    pairs, powers = _tables(dtype, blocks.device)
     # A pair of 16-bit numbers is gathered as one of 32.
     whole = pairs.view(torch.int32 if dtype.itemsize == 2 else torch.int64).view(-1)
     values = whole.index_select(0, blocks.flatten().int()).view(dtype).view(*scales.shape, GROUP)

@@ -30,9 +30,6 @@ class Grid:
     def values(self, integers: torch.Tensor) -> torch.Tensor:
         return (integers - self.zeros[:, None]) * self.scales[:, None]
 
-    def nearest(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.values(self.integers(weight))
-
 
 def find_grid(weight: torch.Tensor, bits: int, symmetric: bool) -> Grid:
     """For the weights [N, k] of one group. Scales are fp16 numbers, as they are stored.
@@ -69,12 +66,6 @@ class IntegerWeight:
         return (self.integers.float() - zeros) * scales
 
 
-def in_order(num_inputs: int, group_size: int, device: torch.device) -> torch.Tensor:
-    """int64 [K]: the group of each input; -1: one group."""
-    size = group_size if group_size > 0 else num_inputs
-    return torch.arange(num_inputs, device=device) // size
-
-
 def round_to_nearest(
     weight: torch.Tensor, bits: int, group_size: int, symmetric: bool, mask: torch.Tensor | None = None
 ) -> IntegerWeight:
@@ -88,7 +79,7 @@ def round_to_nearest(
         integers.append(grid.integers(group).to(torch.uint8))
         scales.append(grid.scales)
         zeros.append(grid.zeros.to(torch.uint8))
-    groups = in_order(weight.shape[1], group_size, weight.device)
+    groups = torch.arange(weight.shape[1], device=weight.device) // size
     return IntegerWeight(torch.cat(integers, 1), torch.stack(scales), torch.stack(zeros), groups, bits)
 
 

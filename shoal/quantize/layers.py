@@ -13,7 +13,7 @@ from shoal.quantize.awq import find_scales, fold
 from shoal.quantize.calibration import Inputs
 from shoal.quantize.gptq import quantize_gptq
 from shoal.quantize.grid import round_bytes, round_to_nearest
-from shoal.quantize.order import MatrixRow, QuantizeOrder
+from shoal.quantize.order import CALIBRATED, MatrixRow, QuantizeOrder
 from shoal.quantize.packing import Stored, dense_of, pack_awq, pack_gptq
 from shoal.quantize.pruning import prune_mask
 
@@ -39,15 +39,17 @@ def quantize_layer(
     """groups: what the matrices are given; empty without a calibration text. run: one sample through the layer, for
     AWQ, which changes norms and matrices of `layer` besides. Raises ModelError."""
     plain = {name: module.weight.data for name, module in linears.items()}
-    if order.sparsity == 0 and not order.two_of_four:
-        masks: dict[str, torch.Tensor | None] = dict.fromkeys(linears)
-    else:
-        masks = {name: prune_mask(weight, order.sparsity, order.two_of_four) for name, weight in plain.items()}
+    masks = {name: prune_mask(weight, order.sparsity, order.two_of_four) for name, weight in plain.items()}
     inputs = {name: group for group in groups for name in group.names}
     hessians = {name: group.hessian for name, group in inputs.items()}
     nearest = {
-        name: _error(weight, _nearest(order, weight, masks[name], scale_dtype), hessians.get(name))
+        name: _error(
+            weight,
+            round_to_nearest(weight, order.bits, order.group_size, order.symmetric, masks[name]).values(),
+            hessians.get(name),
+        )
         for name, weight in plain.items()
+        if order.method in CALIBRATED  # others round to the nearest
     }
     started = 0.0
     if order.method == "awq":
@@ -68,12 +70,13 @@ def quantize_layer(
         if not bool(dense.isfinite().all()):
             raise ModelError(f"layer {index}: {name} has weights that are not finite, or too large for {order.method}")
         matrices[name] = stored
+        error = _error(weight, dense, hessians.get(name))
         rows.append(
             MatrixRow(
                 layer=index,
                 name=name,
-                nearest=nearest[name],
-                error=_error(weight, dense, hessians.get(name)),
+                nearest=nearest.get(name, error),
+                error=error,
                 sparsity=float((dense == 0).float().mean()),
             )
         )
@@ -109,14 +112,6 @@ def _quantize(
     dtype = torch.float8_e4m3fn if order.method == "fp8" else torch.int8
     numbers, scales = round_bytes(weight, dtype, order.granularity == "channel", scale_dtype)
     return {"weight": numbers, "weight_scale": scales}
-
-
-def _nearest(
-    order: QuantizeOrder, weight: torch.Tensor, mask: torch.Tensor | None, scale_dtype: torch.dtype
-) -> torch.Tensor:
-    if order.method in ("gptq", "awq"):
-        return round_to_nearest(weight, order.bits, order.group_size, order.symmetric, mask).values()
-    return dense_of(_quantize(order, weight, None, mask, scale_dtype), order.bits)
 
 
 def _error(weight: torch.Tensor, dense: torch.Tensor, hessian: torch.Tensor | None) -> float:

@@ -10,7 +10,7 @@ CALIBRATED = ("gptq", "awq")
 
 
 class QuantizeOrder(msgspec.Struct, frozen=True, kw_only=True):
-    """What to make. model, out, calibration: absolute paths. All but `device` decide what comes out.
+    """What to make. model, out, calibration: absolute paths. All but `out` and `device` decide what comes out.
 
     bits, group_size, symmetric, desc_act, damp: of gptq and awq. granularity: "channel" or "tensor", of fp8. sparsity:
     share of the weights that become zero; 2:4 where `two_of_four`. ignore: parts of names of matrices that stay.

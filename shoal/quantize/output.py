@@ -31,7 +31,8 @@ _OVERHEAD = 1.15
 
 
 class State(msgspec.Struct):
-    """order: that of the run, less what does not change the result; source: its tensors. rows: of finished layers."""
+    """order: that of the run, less what does not change the result; source: the fingerprint of the model's files. rows:
+    of finished layers."""
 
     order: dict[str, Any]
     source: str
@@ -122,7 +123,7 @@ def _resumed(out: Path, wanted: State) -> State:
 
 
 def _fingerprint(source: SourceCheckpoint) -> str:
-    """Of names, shapes and dates: enough to tell that the model is another."""
+    """Of the files' names, sizes and dates, and of the config: enough to tell that the model is another."""
     files = sorted({tensor.file for tensor in source.tensors.values()})
     parts = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
     return hashlib.sha256("\n".join([*parts, json.dumps(source.config, sort_keys=True)]).encode()).hexdigest()

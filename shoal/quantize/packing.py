@@ -59,11 +59,7 @@ def pack_awq(weight: IntegerWeight) -> Stored:
 def dense_of(stored: Stored, bits: int) -> torch.Tensor:
     """fp32 [N, K]: what the tensors of one matrix stand for, whichever layout they have."""
     if "qweight" not in stored:
-        return (
-            stored["weight"].float() * stored["weight_scale"].float()
-            if "weight_scale" in stored
-            else (stored["weight"].float())
-        )
+        return stored["weight"].float() * stored["weight_scale"].float()
     if "g_idx" in stored:
         integers = unpack_words(stored["qweight"].t().contiguous(), bits)
         zeros, groups = unpack_words(stored["qzeros"], bits) + 1, stored["g_idx"].long()

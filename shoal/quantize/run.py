@@ -144,7 +144,8 @@ class Run:
         """What the file of a layer stands for, by names within the layer."""
         prefix = f"{self.network.layer_name(index)}."
         stored = {name.removeprefix(prefix): tensor for name, tensor in read_tensors(self._file(index)).items()}
-        tensors = {name: tensor for name, tensor in stored.items() if name in self.network.layers[index].state_dict()}
+        known = self.network.layers[index].state_dict().keys()
+        tensors = {name: tensor for name, tensor in stored.items() if name in known}
         for matrix in self._quantized(index):
             own = {name.removeprefix(f"{matrix}."): t for name, t in stored.items() if name.startswith(f"{matrix}.")}
             tensors[f"{matrix}.weight"] = dense_of(own, self.order.bits)
@@ -239,8 +240,9 @@ class Run:
                         )
                 if order.two_of_four and inputs % 4:
                     raise ConfigError(f"{name} has {inputs} inputs, no multiple of 4: --prune 2:4 cannot be done")
+        names = self._all_matrices()
         for part in order.ignore:
-            if not any(_is_part(part, name) for name in self._all_matrices()):
+            if not any(_is_part(part, name) for name in names):
                 raise ConfigError(
                     f"--ignore {part}: no matrix of the layers has this name, or a part between dots of it; there are "
                     f"{', '.join(self.network.linears(0))}, and {self.network.layer_name(0)} for a whole layer"

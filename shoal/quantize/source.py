@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from shoal.errors import ModelError
+from shoal.weights.places import NO_WEIGHTS
 
 INDEX = "model.safetensors.index.json"
 
@@ -63,7 +64,7 @@ def read_source(directory: Path) -> SourceCheckpoint:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    """As the engine finds them: by the index, else the one of the usual name, else all that are weights."""
+    """By the index, else the one of the usual name, else all that are weights."""
     if (directory / INDEX).is_file():
         weight_map = _read_json(directory / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -72,8 +73,7 @@ def _weight_files(directory: Path) -> list[Path]:
     single = directory / INDEX.removesuffix(".index.json")
     if single.is_file():
         return [single]
-    # Mistral's own format lies beside the Hugging Face one.
-    found = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith("consolidated")]
+    found = [path for path in sorted(directory.glob("*.safetensors")) if not path.name.startswith(NO_WEIGHTS)]
     if any("-of-" in path.name for path in found):
         raise ModelError(f"{directory} has shards such as {found[0].name} but no {INDEX}; download it too")
     return found
@@ -100,7 +100,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         return found
     except FileNotFoundError:
         raise ModelError(f"{file} is missing, which {INDEX} names; the download is not complete") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{file} cannot be read: {error}; download it again") from error
 
 

@@ -95,20 +95,19 @@ class _Change:
             self._check_name(backends)
             replies = await self._ask_all(backends, LOAD, self._body)
             failed = [reply for reply in replies if reply.status != 200]
-            if failed:
-                await self._take_back(replies, failed)
-                return
-            for backend in backends:
+            message = await self._take_back(replies, failed) if failed else ""
+            for backend in backends if not failed else ():
                 self._note(backend, there=True)
-        await self._done("loaded", backends)
+        # Others need not wait for this client.
+        if failed:
+            await self._fail(_status(failed), message)
+        else:
+            await self._done("loaded", backends)
 
     async def unload(self) -> None:
         async with self._router.adapters_change:
             backends, untold = servers_of(self._router.pool, self._model)
-            replies = await self._ask_all(backends, UNLOAD, self._body)
-            for reply in replies:
-                if reply.status in (200, 404):
-                    self._note(reply.backend, there=False)
+            replies = await self._unload_at(backends, self._body)
         done = [reply.backend for reply in replies if reply.status == 200]
         # One that was started again since has none to unload.
         failed = [reply for reply in replies if reply.status != 200 and (not done or reply.status != 404)]
@@ -121,15 +120,20 @@ class _Change:
         status = _status(failed) if failed else 503
         await self._fail(status, f"the adapter {self._name!r} was not unloaded everywhere: {reasons}{unasked}{at}")
 
-    async def _take_back(self, replies: Sequence[_Reply], failed: Sequence[_Reply]) -> None:
-        """Unload where it was loaded, or may have been, and say who refused it."""
-        took = [reply.backend for reply in replies if reply.status == 200 or reply.unknown]
-        undone = await self._ask_all(took, UNLOAD, {"lora_name": self._name})
-        # No server but one that never loaded it answers that it has none.
-        left = [reply for reply in undone if reply.status not in (200, 404)]
-        for reply in undone:
+    async def _unload_at(self, backends: Sequence[Backend], fields: Mapping[str, Any]) -> list[_Reply]:
+        """Requests that name it are not sent any more where it is gone."""
+        replies = await self._ask_all(backends, UNLOAD, fields)
+        for reply in replies:
             if reply.status in (200, 404):
                 self._note(reply.backend, there=False)
+        return replies
+
+    async def _take_back(self, replies: Sequence[_Reply], failed: Sequence[_Reply]) -> str:
+        """Unload where it was loaded, or may have been; what there is to say of that, and of who refused it."""
+        took = [reply.backend for reply in replies if reply.status == 200 or reply.unknown]
+        undone = await self._unload_at(took, {"lora_name": self._name})
+        # A server that still loads it does not say 404.
+        left = [reply for reply in undone if reply.status not in (200, 404)]
         message = f"the adapter {self._name!r} was not loaded: {'; '.join(map(str, failed))}"
         if back := [reply.backend for reply in undone if reply.status == 200]:
             message += f"; where it was loaded, it is unloaded again: {_urls(back)}"
@@ -137,7 +141,7 @@ class _Change:
                 message += " (and what it replaced there is gone; load that again)"
         if left:
             message += f"; these may have it still, unload it there: {'; '.join(map(str, left))}"
-        await self._fail(_status(failed), message)
+        return message
 
     def _check_name(self, backends: Sequence[Backend]) -> None:
         """Requests must find this adapter, and no other model, by the name. Raises InvalidRequestError."""

@@ -56,9 +56,9 @@ def serve(
     started again.
     """
     check_tls(options)
-    served_names(options, model)
+    names = served_names(options, model)
     chat_template = read_chat_template(options)
-    for name in parse_modules(model.lora_modules).keys() & set(served_names(options, model)):
+    for name in parse_modules(model.lora_modules).keys() & set(names):
         raise ConfigError(f"lora_modules {name}: the model itself is called that; give the adapter another name")
     with contextlib.closing(listen(options.host, options.port)) as listener:
         service = _Service(config, options, model, chat_template, listener, make_core)

@@ -13,10 +13,11 @@ from typing import Protocol
 import torch
 
 from shoal.errors import ModelError
+from shoal.weights.places import NO_WEIGHTS
 from shoal.weights.safetensors_file import SafetensorsFile
 
-# Mistral's own format stands beside the Hugging Face one under the first of these names; training state is no weights.
-_NO_WEIGHTS = ("consolidated", "training_args", "optimizer", "scheduler")
+# GGUF, the files of Mistral and Meta, those of other frameworks.
+_OTHER_FORMATS = ("*.gguf", "consolidated*", "*.pth", "*.h5", "*.msgpack")
 
 
 class TensorFile(Protocol):
@@ -35,10 +36,6 @@ class TensorFile(Protocol):
         ...
 
     def close(self) -> None: ...
-
-
-# GGUF, the files of Mistral and Meta, those of other frameworks.
-_OTHER_FORMATS = ("*.gguf", "consolidated*", "*.pth", "*.h5", "*.msgpack")
 
 
 class BinFile:
@@ -115,10 +112,10 @@ def _find(directory: Path, single: str, suffix: str) -> dict[Path, list[str]]:
     if (directory / single).exists():
         return {directory / single: []}
     # AutoGPTQ names files by their format: gptq_model-4bit-128g.safetensors.index.json.
-    indexes = [path for path in directory.glob(f"*{suffix}.index.json") if not path.name.startswith(_NO_WEIGHTS)]
+    indexes = [path for path in directory.glob(f"*{suffix}.index.json") if not path.name.startswith(NO_WEIGHTS)]
     if len(indexes) == 1:
         return _read_index(directory, indexes[0])
-    found = [path for path in sorted(directory.glob(f"*{suffix}")) if not path.name.startswith(_NO_WEIGHTS)]
+    found = [path for path in sorted(directory.glob(f"*{suffix}")) if not path.name.startswith(NO_WEIGHTS)]
     if any("-of-" in path.name for path in found):
         raise ModelError(f"{directory} has shards such as {found[0].name} but no {index_path.name}; download it too")
     return {path: [] for path in found}

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from shoal.config.lora import DOWN, UP, LoraConfig, digest_adapter, module_name, read_adapter
+from shoal.config.lora import DOWN, UP, WEIGHTS_FILE, LoraConfig, digest_adapter, module_name, read_adapter
 from shoal.distributed.group import GroupCoordinator
 from shoal.errors import InvalidRequestError, ModelError
 from shoal.layers.lora import AdapterSlots
@@ -77,7 +77,7 @@ class RankAdapters:
                 f"the files in {path} are not those that were loaded: they changed since, or are others on this "
                 "machine; load the adapter again (load_inplace), with the same files on every machine"
             )
-        file = SafetensorsFile(path / "adapter_model.safetensors")
+        file = SafetensorsFile(path / WEIGHTS_FILE)
         matrices: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         try:
             for stored in file.names():

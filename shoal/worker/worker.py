@@ -273,8 +273,7 @@ class Worker:
         on the device, and wait until they have come, so that a lost peer is found without traffic. Raises
         CollectiveError."""
         world = self.groups.world
-        if world.world_size > 1:
-            self.runner.settle()
+        self.runner.settle()
         self._note_use(is_idle=True)
         if world.world_size == 1:
             return

@@ -45,6 +45,7 @@ def test_a_table_and_a_checkpoint(capsys, tmp_path):
         (["--method", "gptq", "--group-size", "12", "--calibration", __file__], "positive multiple of 8; got 12"),
         (["--method", "gptq", "--sym", "--asym", "--calibration", __file__], "contradict each other"),
         (["--method", "awq", "--sym", "--calibration", __file__], "layout has zero points"),
+        (["--method", "fp8", "--sym"], "--sym is an option of --method gptq alone"),
         (["--method", "int8", "--desc-act"], "--desc-act is an option of --method gptq alone"),
         (["--method", "int8", "--prune", "1:2"], "--prune 1:2: 2:4, or a share between 0 and 1"),
     ],

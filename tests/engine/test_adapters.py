@@ -88,6 +88,26 @@ async def test_a_place_is_free_when_its_requests_have_ended(paths: list[str]) ->
         registry.unload("a")
 
 
+async def test_no_unload_comes_between(paths: list[str]) -> None:
+    """It would say that there is none, and then there would be one."""
+    registry = Registry(2)
+    await load(registry, "a", paths[0])
+    for name, replace in (("a", True), ("b", False)):
+        async with registry.trying(name, paths[1], replace=replace):
+            with pytest.raises(InvalidRequestError, match="is being loaded now"):
+                registry.unload(name)
+        registry.unload(name)
+    assert registry.names == []
+
+
+async def test_offline_one_that_cannot_be_read_costs_no_other_its_place(paths: list[str], tmp_path: Path) -> None:
+    registry = Registry(1)
+    registry.find_or_load([("a", paths[0])])
+    with pytest.raises(InvalidRequestError):
+        registry.find_or_load([("b", str(tmp_path / "none"))])
+    assert registry.names == ["a"]
+
+
 async def test_two_at_once_of_one_name(paths: list[str]) -> None:
     registry = Registry(4)
     results = await asyncio.gather(*(load(registry, "a", path, replace=True) for path in paths), return_exceptions=True)

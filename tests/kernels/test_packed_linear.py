@@ -195,6 +195,7 @@ def test_a_plan_measures_once_and_multiplies(monkeypatch, chooser, num_rows):
 def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch, chooser, caplog):
     made, timer = chooser
     monkeypatch.setattr(packed_tuning, "_ROWS", ((16, 2, 1, False),))
+    monkeypatch.setattr(packed_tuning, "_SUMS", ((16, 2, 1),))
     monkeypatch.setattr(packed_tuning, "_FEW_DOTS", ((16, 1, 2),))
     weight, exact = _random(32, 128, 4, 128, False)
     plan = made.plan(weight, None, torch.float16)
@@ -207,7 +208,8 @@ def test_a_kernel_that_is_wrong_here_is_not_taken(monkeypatch, chooser, caplog):
     x = torch.randn(1, 128, device=DEVICE).half()
     expected = _expected(x, exact, None, False, None, None)
     torch.testing.assert_close(plan.apply(x).float(), expected, rtol=5e-3, atol=5e-3)
-    assert timer.count == 1 and "wrong results" in caplog.text
+    config, is_final = made.choose(plan, Case(1, False, False))
+    assert is_final and config.kind != "rows" and timer.count > 0 and "wrong results" in caplog.text
 
 
 def test_replicated_layers_measure_nothing(chooser):

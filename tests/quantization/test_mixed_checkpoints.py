@@ -45,6 +45,8 @@ FORMS: dict[str, tuple[dict[str, Any], Writer, tuple[str, ...], dict[str, Writer
                 r"+:.*\.down_proj": {"bits": 8, "group_size": 64},
                 r"-:.*\.mlp\.": {},  # of two that match the first counts
                 r".*\.self_attn\.o_proj": {"bits": 2, "sym": False},
+                # How it was made is no difference to the others of its layer.
+                r"+:.*\.q_proj": {"bits": 4, "damp_percent": 0.05},
             }
         },
         gptq(),

@@ -16,7 +16,7 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A config.json that the engine does not read itself. Raises ModelError for what is missing or wrong."""
+    """A config.json, read for what its layers are made of. Raises ModelError for what is missing or wrong."""
 
     raw: dict[str, Any]
     architecture: str

@@ -65,7 +65,7 @@ def commands(model: str, layout: Layout, load: Load, machine: Machine, *, checkp
 
 
 def obstacles(architecture: str, layout: Layout | None) -> list[str]:
-    """What of this the version at hand does not serve: a plan is no promise of a server."""
+    """What of this the version at hand does not serve, or slower than the plan says; a plan promises no server."""
     found = []
     if architecture not in SUPPORTED_ARCHITECTURES:
         found.append(

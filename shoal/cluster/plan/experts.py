@@ -138,12 +138,10 @@ def _qwen(read: Reader) -> MadeLayers:
 def _gpt_oss(read: Reader) -> MadeLayers:
     """Biases everywhere, a sink for each head; only the experts are quantized, all of a layer in one tensor."""
     num_experts = read.size("num_local_experts" if "num_local_experts" in read.raw else "num_experts", 128)
-    every = ["full_attention" if index % 2 else "sliding_attention" for index in range(read.size("num_hidden_layers"))]
-    kinds = dataclasses.replace(read, raw={"layer_types": every, **read.raw})
     config = read.config(
         head_dim=read.size("head_dim", 64),
         num_kv_heads=read.size("num_key_value_heads", 8),
-        windows=kinds.windows(128, pattern=2),
+        windows=read.windows(128, pattern=2),
     )
     size, width, has_bias = config.hidden_size, config.intermediate_size, bool(read.raw.get("attention_bias", True))
     plain = [

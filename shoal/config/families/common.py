@@ -27,7 +27,7 @@ def take_text_config(raw: dict[str, Any], **defaults: Any) -> None:
     if not isinstance(text, dict):
         raise ModelError(f"text_config must be an object; found {text!r}")
     # Of the whole model, wherever else it is said.
-    tied = {name: raw[name] for name in ("tie_word_embeddings",) if name in raw}
+    tied = {"tie_word_embeddings": raw["tie_word_embeddings"]} if "tie_word_embeddings" in raw else {}
     raw.update({**defaults, **text, **tied})
 
 

@@ -21,6 +21,7 @@ def gemma_fields(architecture: str, raw: dict[str, Any]) -> Fields:
     activation = raw.get("hidden_activation") or "gelu_pytorch_tanh"
     fields |= {"hidden_act": str(activation), "tie_word_embeddings": bool(raw.get("tie_word_embeddings", True))}
     if not first:
+        # The model reads these; what is wrong is said now.
         query_scale(raw)
         softcaps(raw)
         num_layers = fields["num_layers"]
@@ -61,7 +62,7 @@ def gemma3_fields(architecture: str, raw: dict[str, Any]) -> Fields:
         local = local_rope.theta
     raw["rope_local_theta"] = local
     every = size(raw, "sliding_window_pattern", 6)
-    query_scale(raw)
+    query_scale(raw)  # as above
     kinds = ["sliding_attention" if (index + 1) % every else "full_attention" for index in range(num_layers)]
     fields = _fields(raw, rope, (2304, 9216, 26), head_dim=256, norm_eps=1e-6, max_positions=max_positions)
     return fields | {

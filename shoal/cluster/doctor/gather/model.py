@@ -12,11 +12,10 @@ from shoal.checksum import list_files
 from shoal.cluster.doctor.facts import ModelFacts, ModelFile
 from shoal.config.model_path import resolve_model_path
 from shoal.errors import ShoalError
+from shoal.weights.places import NO_WEIGHTS
 
 _NUM_THREADS = 16
 _LONGEST_HEADER = 100 << 20
-# Mistral's own format stands beside the Hugging Face one under this name; training state is no weights.
-_NO_WEIGHTS = ("consolidated", "training_args", "optimizer", "scheduler")
 _POINTER = b"version https://git-lfs"
 
 
@@ -95,7 +94,7 @@ def _weight_files(path: Path, names: set[str]) -> set[str]:
         if single in names:
             return {single}
         found = {
-            name for name in names if name.endswith(suffix) and "/" not in name and not name.startswith(_NO_WEIGHTS)
+            name for name in names if name.endswith(suffix) and "/" not in name and not name.startswith(NO_WEIGHTS)
         }
         if found:
             return found
