@@ -71,10 +71,10 @@ def test_it_is_guarded_and_announced_and_streams_over_http() -> None:
 def test_a_router_that_goes_away_frees_the_request() -> None:
     request = encode_request(first_request(COMPLETIONS, {**BODY, "max_tokens": 200, "n": 2}))
     with live_server() as server, server.client() as http:
+        server.do(server.core.gate.clear)  # the core makes no step: nothing ends by itself
         with http.stream("POST", PATH, content=request, headers=TYPE) as response:
             assert next(response.iter_raw())
-            server.do(server.core.gate.clear)
-        server.wait_until(server.idle)  # while the core makes no step
+        server.wait_until(server.idle)
         aborts = [message for message in server.core.sent if isinstance(message, AbortRequests)]
         assert sum(len(abort.request_ids) for abort in aborts) == 2 and all(abort.silent for abort in aborts)
 
