@@ -1,7 +1,7 @@
 """Linear layers whose weight is integers of 4 or 8 bits in groups with a scale each (GPTQ, AWQ): the product.
 
 M rows of x, N outputs, K inputs; the weight is a `PackedWeight`. `rows_kernel` (packed_rows.py): up to 8 rows, where a
-group holds whole slabs. `_sum_kernel`: one row, by the plain units, with smaller groups too. `_dot_kernel`: 1 to 128
+group holds whole slabs. `_sum_kernel`: one row, by the plain units, with smaller groups too. `_dot_kernel`: 1 to 64
 rows a program by the matrix units. None rounds a weight: integers are exact in fp16 and
 bf16, scales act on sums in fp32. Called through kernels/packed_tuning.py.
 """
@@ -19,10 +19,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from shoal.kernels.epilogue import finish
 from shoal.kernels.launch import has_dependent_launch, launch_options
 from shoal.kernels.linear import MOST_SPLITS, Workspace
-from shoal.kernels.packed_rows import MOST_ROWS, rows_kernel
+from shoal.kernels.packed_rows import MOST_ROWS, norm_for_rows, rows_kernel
 from shoal.kernels.packed_weight import WORDS, PackedWeight, prefetch, slab_inputs
 
-MOST_DOT_ROWS = 128  # of a program
+MOST_DOT_ROWS = 64  # of a program: 128 leave one to a processor, which waits for its own loads
 # What a product asks into L2 while the one before it still runs.
 _PREFETCHED_BYTES = 6 << 20
 # A float whose bits are an integer v shifted left by s is v 2^(s - 149), not normal. Times x 2^(64 - s) it is a normal
@@ -36,7 +36,7 @@ class PackedConfig:
     """How a product is cut. kind: "rows" (up to 8 rows, see packed_rows.py; block_n a multiple of 16, num_stages and
     prefetches: what is on its way) or "sum" (one row; block_n a multiple of 8), in both a warp takes every
     num_warps-th slab; or "dot". takes_norm: a norm before it is part of it ("sum" with one split), rather than a kernel
-    of its own."""
+    of its own; that before "rows" is one that leaves x as they take it."""
 
     kind: str
     block_n: int
@@ -399,8 +399,8 @@ def packed_linear(
 ) -> torch.Tensor:
     """x [M, K] in fp16 or bf16, rows may lie apart -> x W^T + bias (+ residual), [M, N].
 
-    gated: silu(gate) * up, [M, N / 2], the gate's outputs of the weight first. norm, with "sum" and one split alone:
-    (weight [K], eps), x is normalised on the way (RMSNorm). Everything is fp32 until the one rounding at the end.
+    gated: silu(gate) * up, [M, N / 2], the gate's outputs of the weight first. norm, with "rows", or with "sum" and one
+    split: (weight [K], eps), x is normalised on the way (RMSNorm). All else is fp32 until the one rounding at the end.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     num_rows, num_inputs = x.shape
@@ -443,14 +443,15 @@ def packed_linear(
         return y
     strides = (x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0))
     if config.kind == "rows":
-        assert num_rows <= MOST_ROWS and norm is None and takes_rows(weight)
+        assert num_rows <= MOST_ROWS and takes_rows(weight)
         assert num_splits == 1 or Workspace.holds(num_splits, num_rows, weight.num_outputs, num_tiles)
         if dependent and config.prefetches:
             prefetch = max(prefetch, 2 * config.num_warps)
+        given, sums = (x, x) if norm is None else norm_for_rows(x, weight, *norm)
         rows_kernel[num_tiles, num_splits](
-            *tensors, *spaces, num_rows, num_outputs, num_inputs, *slabs, *strides, prefetch,
+            given, sums, *tensors[1:], *spaces, num_rows, num_outputs, num_inputs, *slabs, *strides, prefetch,
             REPEATS=config.block_n // 16, WARPS=config.num_warps, AHEAD=config.num_stages,
-            PREFETCHES=config.prefetches,
+            PREFETCHES=config.prefetches, PREPARED=norm is not None, IS_BF16=x.dtype is torch.bfloat16,
             ASSEMBLY=x.device.type == "cuda", **options,
         )  # fmt: skip
         return y

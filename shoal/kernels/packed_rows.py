@@ -5,7 +5,8 @@ M rows of x, N outputs, K inputs; the weight is a `PackedWeight`. One instructio
 the words that it loaded, and these are its part of the operand: nothing is exchanged, and one operation serves two
 weights. A number of fp16 or bf16 whose bits are an integer v is v times the smallest one of its type, as long as v is
 below two units of the exponent; the matrix units take such numbers as they are, and in bf16 x times 2^64 brings the
-products back to where fp32 is exact. Called through kernels/packed_linear.py.
+products back to where fp32 is exact. x is brought into that form once, by the norm before the product
+(`norm_for_rows`), or where there is none by each program for itself. Called through kernels/packed_linear.py.
 
 A tensor [8, WARPS, 16] here is four registers a thread: in a warp 4 threads share each of 8 outputs, with 4 words each.
 The kernel is right only if the compiler lays it out so: `packed_tuning` compares before it takes it.
@@ -13,16 +14,21 @@ The kernel is right only if the compiler lays it out so: `packed_tuning` compare
 
 from __future__ import annotations
 
+import math
+
+import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from shoal.kernels.epilogue import finish
-from shoal.kernels.packed_weight import prefetch
+from shoal.kernels.launch import has_dependent_launch, launch_options
+from shoal.kernels.packed_weight import PackedWeight, prefetch, slab_inputs
 
 MOST_ROWS = 8
 # Of the product: bits of a fp16 are units of 2^-24; of a bf16 2^-133, and x is 2^64 times too large.
-_UNIT_FP16, _UNIT_BF16 = tl.constexpr(2.0**24), tl.constexpr(2.0**69)
+_FP16_UNITS, _BF16_UNITS = 2.0**24, 2.0**69
+_UNIT_FP16, _UNIT_BF16 = tl.constexpr(_FP16_UNITS), tl.constexpr(_BF16_UNITS)
 
 
 def _masks(bits: int, is_bf16: bool) -> list[tuple[int, int, int]]:
@@ -34,6 +40,11 @@ def _masks(bits: int, is_bf16: bool) -> list[tuple[int, int, int]]:
     return [(4 * place, 0x000F000F, 0) for place in range(4)]
 
 
+def _factor(is_bf16: bool, doublings: int) -> float:
+    """By what x is multiplied before a product with integers that are `doublings` too large."""
+    return 2.0 ** (64 - doublings) if is_bf16 else 1.0
+
+
 def _inputs_assembly(bits: int, is_bf16: bool) -> str:
     """x of all places of 4 words -> for each pair of places of each word: both x in a register."""
     masks = _masks(bits, is_bf16)
@@ -41,7 +52,7 @@ def _inputs_assembly(bits: int, is_bf16: bool) -> str:
     lines = [".reg .b32 factor, zero;", "mov.b32 zero, 0x80008000;"]
     for pair, (_, _, doublings) in enumerate(masks):
         if is_bf16:
-            factor = (127 + 64 - doublings) << 7
+            factor = (127 + int(math.log2(_factor(is_bf16, doublings)))) << 7
             lines.append(f"mov.b32 factor, {factor << 16 | factor:#010x};")
         for word in range(4):
             low, high = (4 * pairs + 2 * (pair + half * pairs) + word // 2 for half in (0, 1))
@@ -114,6 +125,79 @@ def _load_rows(x_row, slab, K, BITS: tl.constexpr, WHOLE_K: tl.constexpr):
 
 
 @triton.jit
+def _load_pairs(pairs, slab, row, M, BITS: tl.constexpr):
+    """What `_paired_inputs` makes, where `norm_for_rows` has made it: for each pair of places [8, WARPS, 16]."""
+    word = tl.arange(0, 16)[None, None, :]
+    found = ()
+    for pair in tl.static_range(16 // BITS):
+        place = pairs + (slab * M + row) * (16 * (16 // BITS)) + 16 * pair + word
+        found = found + (tl.load(place),)  # type: ignore[assignment]
+    return found
+
+
+@triton.jit(do_not_specialize=["M"])
+def _norm_for_rows_kernel(
+    x, weight, pairs, sums, M, K, x_stride, eps,
+    BITS: tl.constexpr, SLABS: tl.constexpr, FACTOR: tl.constexpr, ODD_FACTOR: tl.constexpr, UNIT: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """Program m: a row. A place of `pairs` holds two inputs, of the lower and of the upper half of a word."""
+    PAIRS: tl.constexpr = 16 // BITS
+    m = tl.program_id(0)
+    slab = tl.arange(0, SLABS)[:, None]
+    place = tl.arange(0, 16 * PAIRS)[None, :]
+    low = slab * (32 * PAIRS) + place
+    high = low + 16 * PAIRS
+    if DEPENDENT:
+        gdc_launch_dependents()
+    low_scale = tl.load(weight + low, mask=low < K, other=0.0).to(tl.float32)
+    high_scale = tl.load(weight + high, mask=high < K, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_wait()
+    row = x + m.to(tl.int64) * x_stride
+    low_value = tl.load(row + low, mask=low < K, other=0.0).to(tl.float32)
+    high_value = tl.load(row + high, mask=high < K, other=0.0).to(tl.float32)
+    squares = tl.sum(tl.sum(low_value * low_value + high_value * high_value, axis=1), axis=0)
+    inverse = tl.rsqrt(squares / K + eps)
+    TYPE: tl.constexpr = x.dtype.element_ty
+    low_value = (low_value * inverse * low_scale).to(TYPE).to(tl.float32)
+    high_value = (high_value * inverse * high_scale).to(TYPE).to(tl.float32)
+    factor = tl.where(place // 16 % 2 == 0, FACTOR, ODD_FACTOR)
+    low_bits = (low_value * factor).to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    high_bits = (high_value * factor).to(TYPE).to(tl.int16, bitcast=True).to(tl.int32) << 16
+    inside = slab < tl.cdiv(K, 32 * PAIRS)
+    tl.store(pairs + (slab * M + m) * (16 * PAIRS) + place, low_bits | high_bits, mask=inside & (place >= 0))
+    # Where `rows_kernel` has this row's sums.
+    total = tl.sum(low_value + high_value, axis=1)[:, None] * UNIT
+    own = m // 2 * 4 + m % 2 + 2 * tl.arange(0, 2)[None, :]
+    tl.store(sums + slab * 16 + own, total + 0.0 * own, mask=inside & (own >= 0))
+
+
+def norm_for_rows(
+    x: torch.Tensor, weight: PackedWeight, norm_weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The RMSNorm of x [M, K], as `rows_kernel` takes it with PREPARED: (int32 [slabs, M, words of a slab], sums of the
+    slabs' inputs fp32 [slabs, 16])."""
+    num_rows, num_inputs = x.shape
+    assert num_rows <= MOST_ROWS
+    num_slabs, num_pairs = weight.words.shape[0], 16 // weight.bits
+    pairs = torch.empty(num_slabs, num_rows, 16 * num_pairs, dtype=torch.int32, device=x.device)
+    sums = torch.empty(num_slabs, 16, dtype=torch.float32, device=x.device)
+    is_bf16 = x.dtype is torch.bfloat16
+    doublings = [each[2] for each in _masks(weight.bits, is_bf16)]
+    on_gpu = x.device.type == "cuda"
+    assert num_slabs * slab_inputs(weight.bits) >= num_inputs
+    _norm_for_rows_kernel[(num_rows,)](
+        x, norm_weight, pairs, sums, num_rows, num_inputs, x.stride(0), eps,
+        BITS=weight.bits, SLABS=triton.next_power_of_2(num_slabs),
+        FACTOR=_factor(is_bf16, doublings[0]), ODD_FACTOR=_factor(is_bf16, doublings[1]),
+        UNIT=1.0 / (_BF16_UNITS if is_bf16 else _FP16_UNITS) if on_gpu else 1.0,
+        DEPENDENT=has_dependent_launch(x.device), num_warps=8, **launch_options(x.device),
+    )  # fmt: skip
+    return pairs, sums
+
+
+@triton.jit
 def _load_scales(scales, slab, inside, stride, outputs, COUNT: tl.constexpr, SLAB: tl.constexpr, GROUP: tl.constexpr):
     """For each 16 outputs those of their sums [8, WARPS, 16] (see `rows_kernel`), 0 where not `inside`."""
     group = ((slab * SLAB) // GROUP).to(tl.int64)
@@ -151,6 +235,24 @@ def _paired_inputs(values, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
             return tl.inline_asm_elementwise(
                 _INPUTS_8_FP16, _INPUTS_8, [v[0], v[1], v[2], v[3]], _TWO, is_pure=True, pack=4
             )
+
+
+@triton.jit
+def _sums_of_inputs(words, pairs, IS_BF16: tl.constexpr, BITS: tl.constexpr, ASSEMBLY: tl.constexpr):
+    """Of a slab, in units, [8, WARPS, 16]: the product with a one in each place. words: of any tile."""
+    ones = tl.full(words.shape, 0x11111111 if BITS == 4 else 0x01010101, tl.int32)
+    return _product(ones, ones, pairs, IS_BF16, BITS, ASSEMBLY)
+
+
+@triton.jit
+def _unpaired(pairs, BITS: tl.constexpr):
+    """For each place x in fp16, of pairs: for the interpreter."""
+    found = ()
+    for half in tl.static_range(2):
+        for pair in tl.static_range(16 // BITS):
+            bits = (pairs[pair] >> (16 * half)).to(tl.int16)
+            found = found + (bits.to(tl.float16, bitcast=True),)  # type: ignore[assignment]
+    return found
 
 
 @triton.jit
@@ -213,12 +315,10 @@ def _prefetch_later(words, slab, end, step, first, N, WARPS: tl.constexpr, HALVE
 
 @triton.jit
 def _add_slab(
-    totals, tiles, pairs, factors, offsets,
+    totals, tiles, pairs, inputs, factors, offsets,
     COUNT: tl.constexpr, IS_BF16: tl.constexpr, BITS: tl.constexpr, HAS_ZEROS: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """The sums of COUNT x 16 outputs with those of a slab, in units."""
-    ones = tl.full(tiles[0].shape, 0x11111111 if BITS == 4 else 0x01010101, tl.int32)
-    inputs = _product(ones, ones, pairs, IS_BF16, BITS, ASSEMBLY)
+    """The sums of COUNT x 16 outputs with those of a slab, in units. inputs: the sums of its inputs, likewise."""
     if not HAS_ZEROS:
         inputs *= 1 << (BITS - 1)
     found = ()
@@ -234,20 +334,20 @@ def _add_slab(
 
 @triton.jit(do_not_specialize=["M", "num_slabs", "num_splits", "split_slabs", "prefetch_slabs"])
 def rows_kernel(
-    x, words, scales, zeros, bias, residual, y, partial, counters,
+    x, sums, words, scales, zeros, bias, residual, y, partial, counters,
     M, N, K, num_slabs, num_splits, split_slabs, x_stride, y_stride, residual_stride, prefetch_slabs,
     BITS: tl.constexpr, GROUP: tl.constexpr, REPEATS: tl.constexpr, WARPS: tl.constexpr, AHEAD: tl.constexpr,
     PREFETCHES: tl.constexpr, MOST_SPLITS: tl.constexpr, WHOLE_K: tl.constexpr, GATED: tl.constexpr,
     HAS_ZEROS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr, DEPENDENT: tl.constexpr,
-    ASSEMBLY: tl.constexpr,
+    PREPARED: tl.constexpr, IS_BF16: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Program (outputs, split): REPEATS x 16 outputs; a warp takes every WARPS-th slab. AHEAD: how many slabs are on
-    their way to registers while one is multiplied, 1 or 2. PREFETCHES: more are on their way to L2."""
+    their way to registers while one is multiplied, 1 or 2. PREFETCHES: more are on their way to L2. PREPARED: x and
+    sums are what `norm_for_rows` makes."""
     HALVES: tl.constexpr = 2 if GATED else 1
     COUNT: tl.constexpr = 2 * HALVES * REPEATS
     SLAB: tl.constexpr = 16 * (32 // BITS)
     BLOCK_N: tl.constexpr = 16 * REPEATS
-    IS_BF16: tl.constexpr = x.dtype.element_ty == tl.bfloat16
     tile, split = tl.program_id(0), tl.program_id(1)
     begin = split * split_slabs
     end = tl.minimum(begin + split_slabs, num_slabs)
@@ -278,8 +378,15 @@ def rows_kernel(
         offsets = _load_scales(zeros, own, is_slab, total_outputs, outputs, COUNT, SLAB, GROUP)
     if DEPENDENT:
         gdc_wait()
-    x_row = x + tl.minimum(eight, M - 1) * x_stride
-    values = _load_rows(x_row, own, K, BITS, WHOLE_K)
+    row = tl.minimum(eight, M - 1)
+    x_row = x + row * x_stride
+    sum_place = sums + tl.arange(0, 16)[None, None, :] + 0 * eight
+    if PREPARED:
+        values = _load_pairs(x, own, row, M, BITS)
+        inputs = tl.load(sum_place + own * 16)
+    else:
+        values = _load_rows(x_row, own, K, BITS, WHOLE_K)
+        inputs = factors[0]
     totals = (tl.zeros([8, WARPS, 16], tl.float32),) * (HALVES * REPEATS)
     for first in range(begin, end, WARPS):
         if DEPENDENT and PREFETCHES:
@@ -287,14 +394,25 @@ def rows_kernel(
         slab = first + WARPS + warp
         own, is_slab = tl.minimum(slab, last), slab < end
         later = _load_words(words, tl.minimum(slab + (AHEAD - 1) * WARPS, last), step, outputs, COUNT)
-        next_values = _load_rows(x_row, own, K, BITS, WHOLE_K)
+        next_inputs = inputs
+        if PREPARED:
+            next_values = _load_pairs(x, own, row, M, BITS)
+            next_inputs = tl.load(sum_place + own * 16)
+        else:
+            next_values = _load_rows(x_row, own, K, BITS, WHOLE_K)
         next_factors = _load_scales(scales, own, is_slab, total_outputs, outputs, COUNT, SLAB, GROUP)
         next_offsets = next_factors
         if HAS_ZEROS:
             next_offsets = _load_scales(zeros, own, is_slab, total_outputs, outputs, COUNT, SLAB, GROUP)
-        pairs = _paired_inputs(values, BITS, ASSEMBLY)
+        if not PREPARED:
+            pairs = _paired_inputs(values, BITS, ASSEMBLY)
+            inputs = _sums_of_inputs(tiles[0], pairs, IS_BF16, BITS, ASSEMBLY)
+        elif ASSEMBLY:
+            pairs = values
+        else:
+            pairs = _unpaired(values, BITS)
         totals = _add_slab(
-            totals, tiles, pairs, factors, offsets, HALVES * REPEATS, IS_BF16, BITS, HAS_ZEROS, ASSEMBLY
+            totals, tiles, pairs, inputs, factors, offsets, HALVES * REPEATS, IS_BF16, BITS, HAS_ZEROS, ASSEMBLY
         )  # fmt: skip
         if AHEAD == 2:
             tiles = soon
@@ -302,6 +420,7 @@ def rows_kernel(
         else:
             tiles = later
         values = next_values
+        inputs = next_inputs
         factors = next_factors
         offsets = next_offsets
     unit = 1.0

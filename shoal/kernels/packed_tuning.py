@@ -35,11 +35,14 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 # Up to so many rows the activation, the residual and the norm before cost nothing, or little.
 FUSED_ROWS = 16
 # Outputs, warps, stages of a program, whether it prefetches.
-_ROWS = ((16, 2, 2, False), (16, 2, 2, True), (32, 4, 1, False), (32, 2, 1, True), (16, 1, 2, True), (16, 1, 1, True))
+_ROWS = (
+    (16, 2, 2, False), (16, 2, 2, True), (16, 2, 1, False), (32, 4, 1, False), (32, 2, 1, True), (16, 1, 2, True),
+    (16, 1, 1, True),
+)  # fmt: skip
 _SUMS = ((16, 4, 1), (32, 4, 1), (32, 2, 1), (16, 8, 1), (64, 2, 1))
 _FEW_DOTS = ((128, 4, 4), (64, 4, 5))
 _MORE_DOTS = ((128, 4, 3), (256, 8, 3), (128, 8, 3))  # up to 64 rows
-_MANY_DOTS = ((128, 8, 3),)
+_MANY_DOTS = ((128, 4, 3), (256, 8, 3))
 # Dequantized at a time.
 _SCRATCH_BYTES = 64 << 20
 _MEASURED_BYTES = 128 << 20
@@ -101,7 +104,7 @@ class PackedPlan:
     def _run(
         self, x: torch.Tensor, config: PackedConfig, gated: bool, residual: torch.Tensor | None, norm: Norm | None
     ) -> torch.Tensor:
-        if norm is not None and not config.takes_norm:
+        if norm is not None and not config.takes_norm and config.kind != "rows":
             x, norm = rms_norm(x, *norm), None
         activates_apart = gated and x.shape[0] > FUSED_ROWS
         output = packed_linear(
