@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from shoal.attention.sequences import DeviceSequences
 from shoal.errors import ConfigError
 
 
@@ -24,13 +25,11 @@ class DeviceRows:
     """S sequences with one new token each, in tensors that a CUDA graph reads anew at each replay.
 
     table_rows [S]: int32, each sequence's row of `block_tables`. seq_lens [S]: int32, at least 1. Rows that pad the
-    graph's size have a table of null blocks and length 1. are_tokens: rows may be tokens of one sequence, any number of
-    them: each sees what the others before it bring in this step.
+    graph's size have a table of null blocks and length 1.
     """
 
     table_rows: torch.Tensor
     seq_lens: torch.Tensor
-    are_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -103,8 +102,9 @@ class AttentionMetadata:
     block_tables [S, B]: int32, block ids by position // block_size; entries past a sequence's end are valid ids, and
     what lies there is finite but not seen.
     slot_mapping [T]: int64, block * block_size + offset, where each new token's key and value go.
-    device_rows: a step of one token a sequence whose lengths the device alone knows; query_lens and seq_lens are empty
-    then, and block_tables is the table of all slots. Only backends with `follows_device` take it.
+    device_rows: a step of one token a sequence whose lengths the device alone knows; device_sequences: one of any
+    sequences, likewise, whose tokens behind the last sequence's pad it. query_lens and seq_lens are empty then, and
+    block_tables is the table of all slots. Only backends with `follows_device` take these.
     plan: what the backend's `prepare` made of it.
     """
 
@@ -114,6 +114,7 @@ class AttentionMetadata:
     slot_mapping: torch.Tensor
     block_size: int
     device_rows: DeviceRows | None = None
+    device_sequences: DeviceSequences | None = None
     plan: Any = None
 
 
@@ -127,7 +128,8 @@ class AttentionBackend(abc.ABC):
     # Whether cells behind a sequence's end are read and then masked: what is not a number there would spread, so the
     # runner clears blocks before their first use.
     reads_past_end: bool = True
-    # Whether it takes `AttentionMetadata.device_rows`, so that its steps can be captured in a CUDA graph.
+    # Whether it takes `AttentionMetadata.device_rows` and `device_sequences`, so that its steps can be captured in
+    # CUDA graphs.
     follows_device: bool = False
     # Whether it has `forward_projected`: norms, rotation, cache write and attention from what the projection gives.
     transforms_heads: bool = False

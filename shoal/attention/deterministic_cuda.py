@@ -13,6 +13,7 @@ import torch
 
 from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetadata, DeviceRows, HeadTransform
 from shoal.attention.cache_dtype import clear_blocks
+from shoal.attention.sequences import DeviceSequences, plan_tiles
 from shoal.kernels.fixed_attention import decode_scratch_bytes, fixed_decode, fixed_prefill, query_tile_tokens
 from shoal.kernels.heads import transform_and_write
 from shoal.kernels.latent_attention import (
@@ -22,19 +23,22 @@ from shoal.kernels.latent_attention import (
     latent_tile_tokens,
     write_latents,
 )
-from shoal.kernels.prefill_attention import plan_tiles
 
 
 @dataclasses.dataclass(slots=True)
 class _Plan:
-    """Sequences with one new token, and prompts' pieces of several: (row of the table, first token, first position,
-    new tokens), cut into query tiles of a number of tokens."""
+    """Sequences with one new token; the others, numpy [4, n] as `plan_tiles` takes them, or None; what it made of them,
+    for a number of tokens a tile. on_device: has the tiles instead."""
 
     decodes: DeviceRows | None
     decode_tokens: torch.Tensor | None
-    pieces: list[tuple[int, int, int, int]]
+    prompts: np.ndarray | None
     tiles: dict[int, torch.Tensor]
-    latent_tiles: torch.Tensor | None = None  # as `plan_tiles` makes them
+    on_device: DeviceSequences | None = None
+
+    @property
+    def has_prompts(self) -> bool:
+        return self.prompts is not None or self.on_device is not None
 
 
 class DeterministicCudaAttention(AttentionBackend):
@@ -56,21 +60,21 @@ class DeterministicCudaAttention(AttentionBackend):
 
     def prepare(self, metadata: AttentionMetadata) -> None:
         if metadata.device_rows is not None:
-            metadata.plan = _Plan(metadata.device_rows, None, [], {})
+            metadata.plan = _Plan(metadata.device_rows, None, None, {})
             return
-        decodes: list[tuple[int, int, int]] = []  # row of the table, length, token
-        pieces, first_token = [], 0
-        for row, (num_new, seq_len) in enumerate(zip(metadata.query_lens, metadata.seq_lens, strict=True)):
-            if num_new == 1:
-                decodes.append((row, seq_len, first_token))
-            else:
-                pieces.append((row, first_token, seq_len - num_new, num_new))
-            first_token += num_new
-        if not decodes:
-            metadata.plan = _Plan(None, None, pieces, {})
+        if (on_device := metadata.device_sequences) is not None:
+            table_rows, seq_lens, tokens = on_device.decodes(len(metadata.slot_mapping))
+            metadata.plan = _Plan(DeviceRows(table_rows, seq_lens), tokens, None, {}, on_device)
             return
-        rows, lengths, tokens = _upload(decodes, metadata.block_tables.device).t().contiguous().unbind(0)
-        metadata.plan = _Plan(DeviceRows(rows, lengths), tokens, pieces, {})
+        num_new, lengths = np.array(metadata.query_lens), np.array(metadata.seq_lens)
+        sequences = np.stack([np.arange(len(num_new)), np.cumsum(num_new) - num_new, num_new, lengths])
+        single = num_new == 1
+        prompts = None if single.all() else sequences[:, ~single]
+        if not single.any():
+            metadata.plan = _Plan(None, None, prompts, {})
+            return
+        numbers = _upload(sequences[:, single], metadata.block_tables.device)
+        metadata.plan = _Plan(DeviceRows(numbers[0], numbers[3]), numbers[1], prompts, {})
 
     def forward(
         self,
@@ -139,18 +143,15 @@ class DeterministicCudaAttention(AttentionBackend):
     ) -> torch.Tensor:
         plan: _Plan = metadata.plan
         write_latents(latent, kv_cache, metadata.slot_mapping, cache_scale=cache_scale)
-        output = query.new_empty((*query.shape[:2], value_dim))
+        output = _new_output(plan, query, (*query.shape[:2], value_dim))
         tables, scales = metadata.block_tables, {"scale": scale, "cache_scale": cache_scale}
         if (rows := plan.decodes) is not None:
             latent_decode(
                 query, kv_cache, output, tables, rows.table_rows, rows.seq_lens, plan.decode_tokens, None, **scales
             )
-        if plan.pieces:
-            if plan.latent_tiles is None:
-                pieces = np.array([(row, token, count, first + count) for row, token, first, count in plan.pieces]).T
-                tile_tokens = latent_tile_tokens(query.shape[1], query.dtype, query.device, fixed=True)
-                plan.latent_tiles = _upload(plan_tiles(pieces, tile_tokens).tolist(), query.device)
-            latent_prefill(query, kv_cache, output, tables, plan.latent_tiles, fixed=True, **scales)
+        if plan.has_prompts:
+            tiles = _tiles(plan, latent_tile_tokens(query.shape[1], query.dtype, query.device, fixed=True), query)
+            latent_prefill(query, kv_cache, output, tables, tiles, fixed=True, **scales)
         return output
 
 
@@ -159,8 +160,8 @@ def _attend(
 ) -> torch.Tensor:
     """query [T, Hq, D] -> [T, Hq * D]."""
     num_tokens, num_heads, head_dim = query.shape
-    output = torch.empty(num_tokens, num_heads * head_dim, dtype=query.dtype, device=query.device)
     plan: _Plan = metadata.plan
+    output = _new_output(plan, query, (num_tokens, num_heads * head_dim))
     if plan.decodes is not None:
         fixed_decode(
             query,
@@ -172,29 +173,27 @@ def _attend(
             plan.decode_tokens,
             **form.arguments(),
         )
-    if plan.pieces:
-        tiles = _query_tiles(plan, query, num_heads // kv_cache.shape[1])
+    if plan.has_prompts:
+        tiles = _tiles(plan, query_tile_tokens(num_heads // kv_cache.shape[1], query.dtype, head_dim), query)
         fixed_prefill(query, kv_cache, output, metadata.block_tables, tiles, **form.arguments())
     return output
 
 
-def _query_tiles(plan: _Plan, query: torch.Tensor, group: int) -> torch.Tensor:
-    """[I, 4], longest contexts first: they take the most time."""
-    step = query_tile_tokens(group, query.dtype, query.shape[2])
-    if step not in plan.tiles:
-        tiles = [
-            (row, first_token + start, position + start, min(step, num_new - start))
-            for row, first_token, position, num_new in plan.pieces
-            for start in range(0, num_new, step)
-        ]
-        tiles.sort(key=lambda tile: -tile[2])
-        plan.tiles[step] = _upload(tiles, query.device)
-    return plan.tiles[step]
+def _new_output(plan: _Plan, query: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Nobody attends for the tokens that pad a graph's size: what they hold has to be numbers all the same."""
+    return query.new_empty(shape) if plan.on_device is None else query.new_zeros(shape)
 
 
-def _upload(
-    numbers: list[tuple[int, int, int]] | list[tuple[int, int, int, int]], device: torch.device
-) -> torch.Tensor:
+def _tiles(plan: _Plan, tile_tokens: int, query: torch.Tensor) -> torch.Tensor:
+    if plan.on_device is not None:
+        return plan.on_device.tiles(tile_tokens, query.shape[0])
+    if tile_tokens not in plan.tiles:
+        assert plan.prompts is not None
+        plan.tiles[tile_tokens] = _upload(plan_tiles(plan.prompts, tile_tokens), query.device)
+    return plan.tiles[tile_tokens]
+
+
+def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
     """int32, without waiting for the device: from pageable memory a copy would wait for all steps that are queued."""
-    on_gpu = device.type == "cuda"
-    return torch.tensor(numbers, dtype=torch.int32, pin_memory=on_gpu).to(device, non_blocking=True)
+    tensor = torch.from_numpy(np.ascontiguousarray(numbers.astype(np.int32)))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

@@ -16,8 +16,9 @@ from shoal.log import get_logger
 
 _logger = get_logger(__name__)
 
-# 32 / 8 heads of 128, H100, 2026-11: 523 TFLOP/s at 4096 tokens where the paged kernel has 376, 403 at 1000 for 279.
-_FEWEST_TOKENS = 768
+# cuDNN takes one prompt after the other, the paged kernel all at once. H100, 2026-11: 2 prompts of 4096 tokens with
+# 32 / 8 heads of 128 take 556 and 715 us, 8 of 1024 with 16 / 8 heads 282 and 122, with a tenth of the launches.
+_FEWEST_TOKENS = 2048
 # cuDNN plans anew for each length: lengths are padded to these, at the end, which causal attention does not look at.
 _LENGTH_STEP = 256
 _HALVES = (torch.bfloat16, torch.float16)

@@ -33,6 +33,11 @@ class ReferenceAttention(AttentionBackend):
             metadata.seq_lens = rows.seq_lens.tolist()
             metadata.query_lens = [1] * len(metadata.seq_lens)
             metadata.block_tables = metadata.block_tables[rows.table_rows.long()]
+        sequences = metadata.device_sequences
+        if sequences is not None:
+            table_rows, _, num_new, lengths = torch.from_numpy(sequences.sequences)
+            metadata.query_lens, metadata.seq_lens = num_new.tolist(), lengths.tolist()
+            metadata.block_tables = metadata.block_tables[table_rows.to(metadata.block_tables.device)]
 
     def forward(
         self,
@@ -56,7 +61,7 @@ class ReferenceAttention(AttentionBackend):
             )
             for tokens, slots in _sequences(metadata)
         ]
-        return scale_values(torch.cat(outputs), form, kv_cache).to(query.dtype).flatten(1)
+        return scale_values(_padded(outputs, query), form, kv_cache).to(query.dtype).flatten(1)
 
     def forward_latent(
         self,
@@ -77,7 +82,7 @@ class ReferenceAttention(AttentionBackend):
         for tokens, slots in _sequences(metadata):
             keys = decode(rows[slots], kv_cache, query.dtype)[:, None]  # one KV head
             outputs.append(_attend(query[tokens], keys, keys[..., :value_dim], form))
-        return scale_values(torch.cat(outputs), form, kv_cache).to(query.dtype)
+        return scale_values(_padded(outputs, query), form, kv_cache).to(query.dtype)
 
 
 def _sequences(metadata: AttentionMetadata) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -88,6 +93,12 @@ def _sequences(metadata: AttentionMetadata) -> Iterator[tuple[slice, torch.Tenso
         blocks = metadata.block_tables[row].long()[positions // metadata.block_size]
         yield slice(start, start + num_new), blocks * metadata.block_size + positions % metadata.block_size
         start += num_new
+
+
+def _padded(outputs: list[torch.Tensor], query: torch.Tensor) -> torch.Tensor:
+    """Of all sequences, and zeros for tokens that pad the step."""
+    attended = torch.cat(outputs)
+    return torch.cat([attended, attended.new_zeros(len(query) - len(attended), *attended.shape[1:])])
 
 
 def _attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, form: AttentionForm) -> torch.Tensor:

@@ -145,6 +145,9 @@ def _decode_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     newest = tl.load(seq_lens + sequence) - 1
+    if not EARLY:
+        if newest < 0:  # no sequence
+            return
     table_row = tl.load(table_rows + sequence)
     token = sequence
     if tokens is not None:
@@ -279,8 +282,8 @@ def _decode_kernel(
 @dataclasses.dataclass(frozen=True, slots=True)
 class DecodeRows:
     """The sequences of a launch. block_tables [rows, B]: int32. table_rows, seq_lens [S]: int32, the row of the table
-    and the length with the new token counted in. tokens [S]: int32, index among the T tokens; None: sequence s has
-    token s."""
+    and the length with the new token counted in, 0 where there is no sequence. tokens [S]: int32, index among the T
+    tokens; None: sequence s has token s."""
 
     block_tables: torch.Tensor
     table_rows: torch.Tensor

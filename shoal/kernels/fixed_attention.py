@@ -88,16 +88,17 @@ def _attend_kernel(
         gdc_wait()
     if DECODE:
         table_row = tl.load(table_rows + item)
-        first_position = tl.load(seq_lens + item) - 1
-        num_tokens = 1
+        end = tl.load(seq_lens + item)  # 0: no sequence
+        num_tokens = tl.minimum(end, 1)
+        first_position = end - num_tokens
         first_token = item
         if tokens is not None:
             first_token = tl.load(tokens + item)
     else:
         table_row = tl.load(tiles + item * 4)
         first_token = tl.load(tiles + item * 4 + 1)
-        first_position = tl.load(tiles + item * 4 + 2)
-        num_tokens = tl.load(tiles + item * 4 + 3)
+        num_tokens = tl.load(tiles + item * 4 + 2)
+        first_position = tl.load(tiles + item * 4 + 3)
     end = first_position + num_tokens
     first_split = 0
     if WINDOWED:
@@ -190,6 +191,8 @@ def _merge_kernel(
         gdc_launch_dependents()
         gdc_wait()
     position = tl.load(seq_lens + item) - 1
+    if position < 0:
+        return
     first_split = 0
     if WINDOWED:
         first_split = tl.maximum(position - window + 1, 0) // SPLIT_KEYS
@@ -312,8 +315,8 @@ def fixed_prefill(
 ) -> None:
     """Attention of prompts' new tokens, whose keys and values are in the cache: fills their rows of `output`.
 
-    tiles [I, 4]: int32, a row of at most `query_tile_tokens` tokens of one sequence: its row of the table, the first
-    token among the T, the first one's position, and how many. The rest as in `fixed_decode`.
+    tiles [I, 4]: as `attention.sequences.plan_tiles` makes them, for `query_tile_tokens`. The rest as in
+    `fixed_decode`.
     """
     group = query.shape[1] // kv_cache.shape[1]
     rows = max(_query_rows(query.dtype, query.shape[2]), triton.next_power_of_2(group))

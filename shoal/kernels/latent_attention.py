@@ -88,8 +88,9 @@ def _latent_kernel(
         gdc_wait()
     if DECODE:
         table_row = tl.load(table_rows + item)
-        first_position = tl.load(seq_lens + item) - 1
-        num_tokens = 1
+        end = tl.load(seq_lens + item)  # 0: no sequence
+        num_tokens = tl.minimum(end, 1)
+        first_position = end - num_tokens
         first_token = item
         if tokens is not None:
             first_token = tl.load(tokens + item)
@@ -189,6 +190,8 @@ def _merge_kernel(
         gdc_launch_dependents()
         gdc_wait()
     end = tl.load(seq_lens + item)
+    if end == 0:
+        return
     num_splits = tl.cdiv(end, _split_keys(end, max_splits, TILE, FIXED, FIXED_KEYS))
     token = item
     if tokens is not None:
@@ -350,7 +353,7 @@ def latent_prefill(
 ) -> None:
     """Attention of prompts' new tokens, whose latents are in the cache: fills their rows of `output`.
 
-    tiles: from `prefill_attention.plan_tiles`, for `latent_tile_tokens`. The rest as in `latent_decode`.
+    tiles: as `attention.sequences.plan_tiles` makes them, for `latent_tile_tokens`. The rest as in `latent_decode`.
     """
     shape = latent_shape(query.dtype, query.device, fixed=fixed)
     head_chunks = -(-query.shape[1] // _heads_of_tile(query.shape[1], shape))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -147,22 +146,6 @@ def tile_rows(group: int, head_dim: int, dtype: torch.dtype, device: torch.devic
     return max(tile_shape(head_dim, dtype, device).rows, triton.next_power_of_2(group))
 
 
-def plan_tiles(sequences: np.ndarray, tile_tokens: int) -> np.ndarray:
-    """Work of one launch, the largest first: [tiles, 4] int32, (row of the block table, first token, number of tokens,
-    position of the first). sequences [4, n]: int, (row of the block table, first token, number of new tokens, length
-    with them)."""
-    table_rows, first_tokens, num_new, seq_lens = sequences
-    counts = -(-num_new // tile_tokens)
-    owner = np.repeat(np.arange(len(num_new)), counts)
-    offset = (np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)) * tile_tokens
-    tiles = np.empty((len(owner), 4), np.int32)
-    tiles[:, 0] = table_rows[owner]
-    tiles[:, 1] = first_tokens[owner] + offset
-    tiles[:, 2] = np.minimum(num_new[owner] - offset, tile_tokens)
-    tiles[:, 3] = (seq_lens - num_new)[owner] + offset
-    return tiles[np.argsort(-tiles[:, 3], kind="stable")]
-
-
 def prefill_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -180,8 +163,8 @@ def prefill_attention(
     """Attend with the tokens that `tiles` name, whose keys and values are in the cache: fills their rows of `output`.
 
     query [T, Hq, D]: any strides but the last; kv_cache [2, Hk, N, block_size, D]; output [T, Hq * D], contiguous;
-    block_tables [rows, B]: int32; tiles: from `plan_tiles`, for `tile_rows(…) // G` tokens. softcap, sinks [Hq],
-    key_scale, value_scale: as in `AttentionForm`.
+    block_tables [rows, B]: int32; tiles: as `attention.sequences.plan_tiles` makes them, for `tile_rows(…) // G`
+    tokens. softcap, sinks [Hq], key_scale, value_scale: as in `AttentionForm`.
     """
     num_heads, head_dim = query.shape[1:]
     num_kv_heads, block_size = kv_cache.shape[1], kv_cache.shape[3]

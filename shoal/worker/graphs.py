@@ -1,9 +1,10 @@
 """StepGraphs: steps as CUDA graphs, one for each of a set of sizes. Owned by the model runner.
 
-A step of one token a request is a row a request (`InputBatch.decode_rows`). A small step with prompts in it is a row a
-token (`token_rows`), so that a short prompt does not wait for Python to launch each kernel. It is padded to the next
-larger size. What changes between steps comes in one upload; the forward pass and the choice of tokens are a graph each,
-since requests that ask for more than a draw choose without one, and so do steps with prompts.
+A step of one token a request is a row a request (`InputBatch.decode_rows`). A step with prompts in it is a row a token
+(`token_rows`) up to a size, so that a short prompt, or a small model, does not wait for Python to launch each kernel.
+Either is padded to the next larger size. What changes between steps comes in one upload, and of prompts where their
+sequences lie (`DeviceSequences`); the forward pass and the choice of tokens are a graph each, since requests that ask
+for more than a draw choose without one, and so do steps with prompts.
 All graphs share one pool of memory: only what is kept here outlives the next replay of another graph.
 
 R rows of a step, S rows of the graph that serves it, H hidden size, W width of this rank's slice of the vocabulary.
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from shoal.attention.base import AttentionMetadata, DeviceRows
+from shoal.attention.sequences import DeviceSequences
 from shoal.kernels.compile_ahead import compile_ahead
 from shoal.models.base import CausalLM
 from shoal.worker.input_batch import ROW_WIDTH, DecodeRows, InputBatch, TokenRows
@@ -28,26 +30,9 @@ from shoal.worker.input_batch import ROW_WIDTH, DecodeRows, InputBatch, TokenRow
 # Above, kernels are chosen by nothing but whether sixteen divides the number of rows.
 _MOST_COMPILED = 48
 
-# Rows of steps with prompts. Larger ones keep the device busy for longer than their launches take.
-_TOKEN_SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-# Positions that the tokens of such a step see together: each token reads its context for itself, and 131,000 positions,
-# 512 tokens from the start of a prompt, are about 3 ms of reading in an 8B model on an H100 (estimated).
-MOST_CONTEXT = 1 << 17
-
 _Compute = Callable[[int], torch.Tensor]
 # Token ids int64 [S] of logits [S, W]; temperatures, min_ps fp32 [S], row_keys int32 [S].
 Choose = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then every 8 to 256 and every 16 beyond; the last is max_num_seqs."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 1, 16)]
-    return [*(size for size in sizes if size < max_num_seqs), max_num_seqs]
-
-
-def token_graph_sizes(max_num_batched_tokens: int) -> list[int]:
-    """Sizes of steps with prompts: 16 to 512, and no more than a step may have."""
-    return [size for size in _TOKEN_SIZES if size <= max_num_batched_tokens]
 
 
 @dataclasses.dataclass(slots=True)
@@ -89,6 +74,7 @@ class StepGraphs:
             )
             for name in names
         }
+        self._sequences = DeviceSequences(batch.padding_slot, max(token_sizes, default=1), device)
         self._hidden_in: torch.Tensor | None = None
         if not model.is_first_stage:
             self._hidden_in = torch.zeros((most, hidden_size), dtype=dtype, device=device)
@@ -152,7 +138,7 @@ class StepGraphs:
                     self._forward[size] = _Graph(None, self._compute_forward(size))
                     if self._choose is not None:
                         self._compute_choice(size)
-            for size in {self.token_sizes[0], self.token_sizes[-1]} if self.token_sizes else ():
+            for size in self.token_sizes[:: max(1, len(self.token_sizes) - 1)]:
                 self._compute_tokens(size)
             also_compile()
         self._batch.last_token.zero_()  # what was chosen there is no token
@@ -182,6 +168,7 @@ class StepGraphs:
     def forward_tokens(self, rows: TokenRows, hidden: torch.Tensor | None = None) -> torch.Tensor:
         """The same for a row a token: hidden and what is returned [T, H]."""
         size = _size_for(rows.num_tokens, self.token_sizes)
+        self._sequences.fill(rows.sequences)
         self._upload(rows.packed, size, hidden)
         return self._replay(self._forward_tokens, self._compute_tokens, size)[: rows.num_tokens]
 
@@ -223,7 +210,8 @@ class StepGraphs:
             block_tables=batch.device_table,
             slot_mapping=rows["slot_mapping"],
             block_size=batch.block_size,
-            device_rows=DeviceRows(rows["table_rows"], rows["seq_lens"], are_tokens),
+            device_rows=None if are_tokens else DeviceRows(rows["table_rows"], rows["seq_lens"]),
+            device_sequences=self._sequences if are_tokens else None,
         )
         self._prepare(metadata)
         hidden = None if self._hidden_in is None else self._hidden_in[:size]

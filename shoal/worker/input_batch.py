@@ -83,7 +83,8 @@ class DecodeRows:
 
 @dataclasses.dataclass(slots=True)
 class TokenRows:
-    """A step as rows for a graph, one for each of its T tokens. packed [T, ROW_WIDTH]: as in DecodeRows.
+    """A step as rows for a graph, one for each of its T tokens. packed [T, ROW_WIDTH]: as in DecodeRows. sequences
+    [4, n]: as `attention.sequences.plan_tiles` takes them, a request each, by slots.
 
     reading_slots: slots that read the token they sampled last. sample_slots, sample_ends: of the requests that sample,
     and the positions of their next tokens; last_rows [len(sample_slots)]: their last tokens' rows, int64.
@@ -96,6 +97,7 @@ class TokenRows:
     sample_ends: np.ndarray
     last_rows: torch.Tensor
     packed: np.ndarray
+    sequences: np.ndarray
 
     @property
     def num_tokens(self) -> int:
@@ -229,9 +231,9 @@ class InputBatch:
             self._upload_blocks([each for each in taken if len(each[2]) > 1])
         return DecodeRows(batch.step_id, batch.generation, slots, starts + 1, packed)
 
-    def token_rows(self, batch: ScheduledBatch, most_tokens: int, most_context: int) -> TokenRows | None:
-        """The step as a row a token, its new blocks entered. None where there is no table on the device, for a step of
-        more tokens, or one whose tokens see more than `most_context` positions together."""
+    def token_rows(self, batch: ScheduledBatch, most_tokens: int) -> TokenRows | None:
+        """The step as a row a token, its new blocks entered. None where there is no table on the device, or for a step
+        of more tokens."""
         num_tokens = sum(item.num_new_tokens for item in batch.work)
         if self.device_table is None or num_tokens > most_tokens:
             return None
@@ -240,8 +242,6 @@ class InputBatch:
         ends = np.cumsum(counts)
         row_of_token = np.repeat(np.arange(len(counts)), counts)
         positions = np.arange(num_tokens) - (ends - counts - starts)[row_of_token]
-        if int(positions.sum()) + num_tokens > most_context:
-            return None
         slots = np.array([item.slot for item in batch.work], _INT)
         packed = self.padding_rows(num_tokens)
         packed[:, _SLOT], packed[:, _POSITION] = slots[row_of_token], positions
@@ -259,6 +259,7 @@ class InputBatch:
             sample_ends=(starts + counts)[samples],
             last_rows=self._to_device(ends[samples] - 1),
             packed=packed,
+            sequences=np.stack([slots, ends - counts, counts, starts + counts]),
         )
 
     def padding_rows(self, count: int) -> np.ndarray:

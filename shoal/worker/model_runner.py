@@ -15,6 +15,7 @@ import torch
 
 from shoal.attention.base import AttentionBackend, AttentionMetadata
 from shoal.config.engine_config import EngineConfig
+from shoal.config.graph_sizes import graph_bytes, graph_sizes, token_graph_sizes
 from shoal.distributed.rendezvous import ParallelGroups
 from shoal.kernels.compile_ahead import compile_ahead
 from shoal.kv_transfer.hooks import LayerHooks
@@ -30,7 +31,7 @@ from shoal.sampling.state import SamplingState
 from shoal.types.outputs import TokenLogprobs
 from shoal.worker.adapters import RankAdapters
 from shoal.worker.clock import BUSY, MESSAGES, StageClock
-from shoal.worker.graphs import MOST_CONTEXT, StepGraphs, graph_sizes, token_graph_sizes
+from shoal.worker.graphs import StepGraphs
 from shoal.worker.host_copy import HostCopy
 from shoal.worker.input_batch import SLOT_COLUMN, DecodeRows, InputBatch, StepInputs, TokenRows, longest_first
 from shoal.worker.layer_status import LayerStatus
@@ -40,8 +41,6 @@ from shoal.worker.stage import PipelineStage
 # Rows of logits made at once for prompt log-probabilities: 256 x 152,000 fp32 are 150 MB.
 _PROMPT_LOGITS_ROWS = 256
 # Workspaces of kernels and of cuBLAS on the stream of the capture, and the graphs themselves.
-_GRAPH_OVERHEAD_BYTES = 256 << 20
-_BYTES_A_GRAPH = 1 << 20
 
 
 @dataclasses.dataclass(slots=True)
@@ -168,7 +167,7 @@ class ModelRunner:
             return self._run_decodes(graphs, batch, rows)
         if any(self._wants_prompt_logprobs(item.slot) for item in batch.work):
             return None
-        tokens = self.batch.token_rows(batch, graphs.most_tokens, MOST_CONTEXT)
+        tokens = self.batch.token_rows(batch, graphs.most_tokens)
         return None if tokens is None else self._run_tokens(graphs, batch, tokens)
 
     def _run_tokens(self, graphs: StepGraphs, batch: ScheduledBatch, rows: TokenRows) -> _Executed:
@@ -405,17 +404,13 @@ class ModelRunner:
         if not self._captures:
             return 0
         config, model, dims = self.config, self.config.model, self._dims
-        widest = (2 * model.intermediate_size + model.vocab_size) // dims.tensor_size + 8 * model.hidden_size
         kv_heads = dims.kv_head_slice(model.num_kv_heads)
         num_heads, longest = model.num_heads // dims.tensor_size, config.max_model_len
         if model.latent_cache_dim is not None:
             scratch = self.backend.latent_scratch_bytes(num_heads, model.latent_cache_dim, longest)
         else:
             scratch = self.backend.scratch_bytes(num_heads, kv_heads.stop - kv_heads.start, model.head_dim, longest)
-        token_sizes = token_graph_sizes(config.max_num_batched_tokens)
-        num_graphs = 2 * len(graph_sizes(config.max_num_seqs)) + len(token_sizes)
-        num_rows = max([config.max_num_seqs, *token_sizes])
-        return num_rows * widest * 4 + scratch + num_graphs * _BYTES_A_GRAPH + _GRAPH_OVERHEAD_BYTES
+        return scratch + graph_bytes(model, dims.tensor_size, config.max_num_seqs, config.max_num_batched_tokens)
 
     def capture(self, on_progress: Callable[[int, int], None] | None = None, local_size: int = 1) -> float:
         """Capture steps as graphs, where this device and backend can; on any GPU sample once in each way that has
@@ -443,7 +438,7 @@ class ModelRunner:
             self.backend.prepare,
             TokenChoice(self.model.vocabulary, self.device) if self.stage.is_last else None,
             sizes=graph_sizes(config.max_num_seqs),
-            token_sizes=token_graph_sizes(config.max_num_batched_tokens),
+            token_sizes=token_graph_sizes(config.model, self._dims.tensor_size, config.max_num_batched_tokens),
             hidden_size=config.model.hidden_size,
             dtype=getattr(torch, config.dtype),
         )

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 
 from shoal.attention.base import AttentionForm, AttentionMetadata, DeviceRows
 from shoal.attention.cache_dtype import cells, encode, write_heads
 from shoal.attention.registry import create_attention_backend
+from shoal.attention.sequences import DeviceSequences
 from tests.attention.test_backends import NUM_BLOCKS, Step
 
 CPU = torch.device("cpu")
+PADDING = 3
 
 
 def device_of(name: str) -> torch.device:
@@ -28,19 +31,37 @@ def on(metadata: AttentionMetadata, device: torch.device) -> AttentionMetadata:
 
 
 def on_device_rows(metadata: AttentionMetadata) -> AttentionMetadata:
-    """As a graph has it: a row for each token, and the table of all slots in another order than the sequences."""
+    """As a graph has it: with the table of all slots in another order than the sequences, and PADDING tokens too many
+    where there are prompts."""
     count = len(metadata.seq_lens)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(7))
     device = metadata.block_tables.device
     tables = torch.zeros_like(metadata.block_tables)
     tables[order.to(device)] = metadata.block_tables
-    pairs = zip(metadata.query_lens, metadata.seq_lens, strict=True)
-    lengths = torch.cat([torch.arange(length - num_new, length) + 1 for num_new, length in pairs])
-    rows = order.repeat_interleave(torch.tensor(metadata.query_lens))
-    rows = DeviceRows(
-        rows.to(device, torch.int32), lengths.to(device, torch.int32), are_tokens=max(metadata.query_lens) > 1
-    )
-    return AttentionMetadata([], [], tables, metadata.slot_mapping, metadata.block_size, device_rows=rows)
+    if max(metadata.query_lens) == 1:
+        rows = DeviceRows(order.to(device, torch.int32), torch.tensor(metadata.seq_lens, device=device).int())
+        return AttentionMetadata([], [], tables, metadata.slot_mapping, metadata.block_size, device_rows=rows)
+    num_new = np.array(metadata.query_lens)
+    sequences = np.stack([order.numpy(), np.cumsum(num_new) - num_new, num_new, metadata.seq_lens])
+    num_tokens = int(num_new.sum()) + PADDING
+    slots = torch.cat([metadata.slot_mapping, metadata.slot_mapping.new_zeros(PADDING)])
+    on_device = DeviceSequences(count + 2, num_tokens + 40, device)
+    on_device.fill(sequences)
+    for tile_tokens in range(1, 129):  # a graph's backend has asked for them when it was captured
+        on_device.tiles(tile_tokens, num_tokens)
+    on_device.fill(sequences)
+    return AttentionMetadata([], [], tables, slots, metadata.block_size, device_sequences=on_device)
+
+
+def padded(x: torch.Tensor, metadata: AttentionMetadata) -> torch.Tensor:
+    """With as many rows as the step has tokens."""
+    return torch.cat([x, x[: len(metadata.slot_mapping) - len(x)]])
+
+
+def unpadded(output: torch.Tensor, step: Step) -> torch.Tensor:
+    num_tokens = len(step.query)
+    assert not output[num_tokens:].any()
+    return output[:num_tokens].cpu()
 
 
 def write_history(name: str, step: Step, cache: torch.Tensor, form: AttentionForm) -> None:
@@ -69,8 +90,8 @@ def run_form(
     if follow:
         metadata = on_device_rows(metadata)
     backend.prepare(metadata)
-    heads = (x.to(device) for x in (step.query, step.key, step.value))
-    return backend.forward(*heads, cache, metadata, form).cpu()
+    heads = (padded(x.to(device), metadata) for x in (step.query, step.key, step.value))
+    return unpadded(backend.forward(*heads, cache, metadata, form), step)
 
 
 def run_latent(
@@ -92,5 +113,5 @@ def run_latent(
     if follow:
         metadata = on_device_rows(metadata)
     backend.prepare(metadata)
-    query, latent = step.query.to(device), step.key[:, 0].to(device)
-    return backend.forward_latent(query, latent, cache, metadata, **scales).cpu()
+    query, latent = (padded(x.to(device), metadata) for x in (step.query, step.key[:, 0]))
+    return unpadded(backend.forward_latent(query, latent, cache, metadata, **scales), step)

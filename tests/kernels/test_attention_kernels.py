@@ -8,10 +8,10 @@ import torch
 
 pytest.importorskip("triton")
 
+from shoal.attention.sequences import plan_tiles
 from shoal.kernels import decode_attention as decode_attention_module
 from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention
 from shoal.kernels.heads import transform_and_write
-from shoal.kernels.prefill_attention import plan_tiles
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE = 6, 2, 32, 16

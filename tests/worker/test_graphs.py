@@ -1,4 +1,4 @@
-"""Decode steps laid out for graphs: on a CPU run without capturing them, on a GPU captured, against steps without."""
+"""Steps laid out for graphs: on a CPU run without capturing them, on a GPU captured, against steps without."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from shoal.layers.attention import Attention
 from shoal.messages import ScheduledBatch, SlotAssignment, SlotWork
 from shoal.sampling.choice import TokenChoice
 from shoal.types import SamplingParams
-from shoal.worker.graphs import StepGraphs, graph_sizes, unpack_rows
+from shoal.worker.graphs import StepGraphs, unpack_rows
 from shoal.worker.input_batch import InputBatch
 from tests.checkpoints import make_checkpoint
 from tests.worker.test_pipeline import NUM_SLOTS, Alone, make_config, make_requests, serve
 
 CPU = torch.device("cpu")
-
-
-def test_sizes() -> None:
-    assert graph_sizes(1) == [1]
-    assert graph_sizes(3) == [1, 2, 3]
-    assert graph_sizes(24) == [1, 2, 4, 8, 16, 24]
-    sizes = graph_sizes(300)
-    assert sizes[-4:] == [256, 272, 288, 300] and sizes == sorted(set(sizes))
 
 
 class Laid(Alone):

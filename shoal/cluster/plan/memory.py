@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from shoal.cluster.plan.devices import Device
 from shoal.cluster.plan.shape import Layer, Matrix, ModelShape, Part
 from shoal.config.cache_dtypes import ROUNDED
+from shoal.config.graph_sizes import graph_bytes
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What a process on a GPU takes besides: CUDA's context and kernels; NCCL's buffers where there are several ranks.
@@ -20,8 +21,6 @@ NCCL_BYTES = 400 << 20
 # Of a host without a GPU: the system, and an engine's processes besides their weights.
 HOST_RESERVED_BYTES = 2 << 30
 _SAMPLING_BYTES = 24  # a logit: its copies in the model's dtype and fp32, and what sorting them takes
-_BYTES_A_GRAPH, _GRAPH_OVERHEAD_BYTES = 1 << 20, 256 << 20
-_TOKEN_GRAPHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 # The engine's default cache on a CPU: twice the weights, within these, and at most half of what is free.
 _CPU_CACHE_LEAST, _CPU_CACHE_MOST = 512 << 20, 4 << 30
 COMPONENTS = (
@@ -184,7 +183,7 @@ def rank_memory(shape: ModelShape, cut: Cut, stage: int, device: Device, load: L
         budget=int(device.memory_bytes * load.utilization),
         weights=weights,
         activations=activations,
-        graphs=graph_bytes(shape, cut.tensor_size, load),
+        graphs=graph_bytes(shape.config, cut.tensor_size, load.num_seqs, load.num_batched_tokens),
         overhead=CUDA_CONTEXT_BYTES + (NCCL_BYTES if num_ranks > 1 else 0),
     )
 
@@ -208,19 +207,3 @@ def activation_bytes(shape: ModelShape, cut: Cut, load: Load, *, is_last: bool) 
         logits = min(load.num_seqs, tokens) * config.vocab_size / cut.tensor_size * _SAMPLING_BYTES
         peak = max(peak, tokens * size * load.itemsize + logits)
     return int(peak)
-
-
-def graph_bytes(shape: ModelShape, tensor_size: int, load: Load) -> int:
-    """What the capture of CUDA graphs takes, as the engine counts it (`worker.model_runner`)."""
-    config = shape.config
-    widest = (2 * config.intermediate_size + config.vocab_size) // tensor_size + 8 * config.hidden_size
-    token_sizes = [size for size in _TOKEN_GRAPHS if size <= load.num_batched_tokens]
-    num_graphs = 2 * len(decode_graph_sizes(load.num_seqs)) + len(token_sizes)
-    num_rows = max([load.num_seqs, *token_sizes])
-    return num_rows * widest * 4 + num_graphs * _BYTES_A_GRAPH + _GRAPH_OVERHEAD_BYTES
-
-
-def decode_graph_sizes(num_seqs: int) -> list[int]:
-    """Sizes of steps that the engine captures (`worker.graphs`)."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, num_seqs + 1, 16)]
-    return [*(size for size in sizes if size < num_seqs), num_seqs]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
 
 from shoal.attention.registry import create_attention_backend
 from shoal.cluster.plan.families import read_shape
-from shoal.cluster.plan.memory import Cut, Load, decode_graph_sizes, graph_bytes, stage_weight_bytes
+from shoal.cluster.plan.memory import Cut, stage_weight_bytes
 from shoal.cluster.plan.placement import partition
 from shoal.cluster.plan.shape import VOCABULARY_MULTIPLE, Matrix, Split
 from shoal.config.model_config import load_model_config
@@ -19,7 +17,6 @@ from shoal.distributed.parallel_dims import ParallelDims
 from shoal.distributed.vocabulary import VocabularySlice
 from shoal.layers.context import BuildContext
 from shoal.models.registry import build_model
-from shoal.worker.graphs import graph_sizes, token_graph_sizes
 from tests.cluster.plan.models import path_of, write_config
 from tests.rank_threads import on_ranks
 
@@ -79,31 +76,6 @@ def test_a_rank_of_a_large_model_holds_what_the_engine_builds(name, tensor_size,
     for stage in range(pipeline_size):
         expected = engine_bytes(path_of(name), tensor_size, pipeline_size, stage)
         assert plan_bytes(path_of(name), tensor_size, pipeline_size, stage) == expected
-
-
-@pytest.mark.parametrize("num_seqs", [1, 3, 64, 256, 300, 512])
-def test_graphs_are_those_of_the_engine(num_seqs):
-    assert decode_graph_sizes(num_seqs) == graph_sizes(num_seqs)
-    shape, _ = read_shape(path_of("Llama-3.1-8B"))
-    load = Load(
-        max_model_len=4096,
-        concurrency=1,
-        dtype="bfloat16",
-        kv_dtype="bfloat16",
-        utilization=0.9,
-        num_seqs=num_seqs,
-        num_batched_tokens=8192,
-    )
-    # As ModelRunner.graph_bytes, without scratch memory, which its default attention has none of.
-    sizes = token_graph_sizes(8192)
-    config = shape.config
-    widest = (2 * config.intermediate_size + config.vocab_size) // 2 + 8 * config.hidden_size
-    num_graphs = 2 * len(graph_sizes(num_seqs)) + len(sizes)
-    expected = max(num_seqs, *sizes) * widest * 4 + (num_graphs << 20) + (256 << 20)
-    assert graph_bytes(shape, 2, load) == expected
-    few = dataclasses.replace(load, num_batched_tokens=100)
-    more = len(sizes) - len(token_graph_sizes(100))
-    assert graph_bytes(shape, 2, load) - graph_bytes(shape, 2, few) >= more << 20
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 8])
