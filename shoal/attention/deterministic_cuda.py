@@ -6,14 +6,11 @@ S sequences, T tokens, B blocks, Hq query heads, Hk KV heads, G = Hq / Hk, D hea
 
 from __future__ import annotations
 
-import dataclasses
-
-import numpy as np
 import torch
 
-from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetadata, DeviceRows, HeadTransform
+from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetadata, HeadTransform
 from shoal.attention.cache_dtype import clear_blocks
-from shoal.attention.sequences import DeviceSequences, plan_tiles
+from shoal.attention.step_plan import StepPlan
 from shoal.kernels.fixed_attention import decode_scratch_bytes, fixed_decode, fixed_prefill, query_tile_tokens
 from shoal.kernels.heads import transform_and_write
 from shoal.kernels.latent_attention import (
@@ -23,22 +20,6 @@ from shoal.kernels.latent_attention import (
     latent_tile_tokens,
     write_latents,
 )
-
-
-@dataclasses.dataclass(slots=True)
-class _Plan:
-    """Sequences with one new token; the others, numpy [4, n] as `plan_tiles` takes them, or None; what it made of them,
-    for a number of tokens a tile. on_device: has the tiles instead."""
-
-    decodes: DeviceRows | None
-    decode_tokens: torch.Tensor | None
-    prompts: np.ndarray | None
-    tiles: dict[int, torch.Tensor]
-    on_device: DeviceSequences | None = None
-
-    @property
-    def has_prompts(self) -> bool:
-        return self.prompts is not None or self.on_device is not None
 
 
 class DeterministicCudaAttention(AttentionBackend):
@@ -59,22 +40,7 @@ class DeterministicCudaAttention(AttentionBackend):
         return decode_scratch_bytes(num_heads, num_kv_heads, head_dim, max_model_len)
 
     def prepare(self, metadata: AttentionMetadata) -> None:
-        if metadata.device_rows is not None:
-            metadata.plan = _Plan(metadata.device_rows, None, None, {})
-            return
-        if (on_device := metadata.device_sequences) is not None:
-            table_rows, seq_lens, tokens = on_device.decodes(len(metadata.slot_mapping))
-            metadata.plan = _Plan(DeviceRows(table_rows, seq_lens), tokens, None, {}, on_device)
-            return
-        num_new, lengths = np.array(metadata.query_lens), np.array(metadata.seq_lens)
-        sequences = np.stack([np.arange(len(num_new)), np.cumsum(num_new) - num_new, num_new, lengths])
-        single = num_new == 1
-        prompts = None if single.all() else sequences[:, ~single]
-        if not single.any():
-            metadata.plan = _Plan(None, None, prompts, {})
-            return
-        numbers = _upload(sequences[:, single], metadata.block_tables.device)
-        metadata.plan = _Plan(DeviceRows(numbers[0], numbers[3]), numbers[1], prompts, {})
+        metadata.plan = StepPlan.of(metadata)
 
     def forward(
         self,
@@ -141,16 +107,14 @@ class DeterministicCudaAttention(AttentionBackend):
         value_dim: int,
         cache_scale: float = 1.0,
     ) -> torch.Tensor:
-        plan: _Plan = metadata.plan
+        plan: StepPlan = metadata.plan
         write_latents(latent, kv_cache, metadata.slot_mapping, cache_scale=cache_scale)
-        output = _new_output(plan, query, (*query.shape[:2], value_dim))
+        output = plan.new_output(query, (*query.shape[:2], value_dim))
         tables, scales = metadata.block_tables, {"scale": scale, "cache_scale": cache_scale}
         if (rows := plan.decodes) is not None:
-            latent_decode(
-                query, kv_cache, output, tables, rows.table_rows, rows.seq_lens, plan.decode_tokens, None, **scales
-            )
+            latent_decode(query, kv_cache, output, tables, rows.table_rows, rows.seq_lens, rows.tokens, None, **scales)
         if plan.has_prompts:
-            tiles = _tiles(plan, latent_tile_tokens(query.shape[1], query.dtype, query.device, fixed=True), query)
+            tiles = plan.tiles(latent_tile_tokens(query.shape[1], query.dtype, query.device, fixed=True), query)
             latent_prefill(query, kv_cache, output, tables, tiles, fixed=True, **scales)
         return output
 
@@ -160,8 +124,8 @@ def _attend(
 ) -> torch.Tensor:
     """query [T, Hq, D] -> [T, Hq * D]."""
     num_tokens, num_heads, head_dim = query.shape
-    plan: _Plan = metadata.plan
-    output = _new_output(plan, query, (num_tokens, num_heads * head_dim))
+    plan: StepPlan = metadata.plan
+    output = plan.new_output(query, (num_tokens, num_heads * head_dim))
     if plan.decodes is not None:
         fixed_decode(
             query,
@@ -170,30 +134,10 @@ def _attend(
             metadata.block_tables,
             plan.decodes.table_rows,
             plan.decodes.seq_lens,
-            plan.decode_tokens,
+            plan.decodes.tokens,
             **form.arguments(),
         )
     if plan.has_prompts:
-        tiles = _tiles(plan, query_tile_tokens(num_heads // kv_cache.shape[1], query.dtype, head_dim), query)
+        tiles = plan.tiles(query_tile_tokens(num_heads // kv_cache.shape[1], query.dtype, head_dim), query)
         fixed_prefill(query, kv_cache, output, metadata.block_tables, tiles, **form.arguments())
     return output
-
-
-def _new_output(plan: _Plan, query: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Nobody attends for the tokens that pad a graph's size: what they hold has to be numbers all the same."""
-    return query.new_empty(shape) if plan.on_device is None else query.new_zeros(shape)
-
-
-def _tiles(plan: _Plan, tile_tokens: int, query: torch.Tensor) -> torch.Tensor:
-    if plan.on_device is not None:
-        return plan.on_device.tiles(tile_tokens, query.shape[0])
-    if tile_tokens not in plan.tiles:
-        assert plan.prompts is not None
-        plan.tiles[tile_tokens] = _upload(plan_tiles(plan.prompts, tile_tokens), query.device)
-    return plan.tiles[tile_tokens]
-
-
-def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-    """int32, without waiting for the device: from pageable memory a copy would wait for all steps that are queued."""
-    tensor = torch.from_numpy(np.ascontiguousarray(numbers.astype(np.int32)))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

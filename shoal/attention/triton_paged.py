@@ -15,7 +15,7 @@ import torch
 from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetadata, HeadTransform
 from shoal.attention.cache_dtype import clear_blocks
 from shoal.attention.fresh_prompts import FreshPrompts
-from shoal.attention.sequences import DeviceSequences, plan_tiles
+from shoal.attention.step_plan import StepPlan
 from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention
 from shoal.kernels.heads import transform_and_write
 from shoal.kernels.latent_attention import (
@@ -29,22 +29,10 @@ from shoal.kernels.prefill_attention import prefill_attention, tile_rows
 
 
 @dataclasses.dataclass(slots=True)
-class _Plan:
-    """decodes: sequences with one new token, or None. prefills: the others, numpy [4, sequences] as `plan_tiles` takes
-    them; tiles: what it made of them, less those of `FreshPrompts`, for a number of tokens a tile, on the device.
-    on_device: has the tiles instead."""
-
-    decodes: DecodeRows | None
-    prefills: np.ndarray | None
-    tiles: dict[tuple[int, bytes], torch.Tensor]
-    on_device: DeviceSequences | None = None
+class _Plan(StepPlan):
     # Whether a layer of this step has attended: from then on lengths, tables and caches are known to be in place while
     # the kernel in front of an attention kernel still runs.
     has_begun: bool = False
-
-    @property
-    def has_prompts(self) -> bool:
-        return self.prefills is not None or self.on_device is not None
 
 
 class TritonPagedAttention(AttentionBackend):
@@ -71,24 +59,7 @@ class TritonPagedAttention(AttentionBackend):
         if self._workspace is None:
             self._workspace, self._fresh = DecodeWorkspace(device), FreshPrompts(device)
             self._latent_workspace = LatentWorkspace(device)
-        if (rows := metadata.device_rows) is not None:
-            own = DecodeRows(metadata.block_tables, rows.table_rows, rows.seq_lens)
-            metadata.plan = _Plan(own, None, {})
-            return
-        if (sequences := metadata.device_sequences) is not None:
-            table_rows, seq_lens, tokens = sequences.decodes(len(metadata.slot_mapping))
-            own = DecodeRows(metadata.block_tables, table_rows, seq_lens, tokens)
-            metadata.plan = _Plan(own, None, {}, sequences)
-            return
-        num_new, lengths = np.array(metadata.query_lens), np.array(metadata.seq_lens)
-        each = np.stack([np.arange(len(num_new)), np.cumsum(num_new) - num_new, num_new, lengths])
-        single = num_new == 1
-        decodes = None
-        if single.any():
-            numbers = _upload(each[:, single].astype(np.int32), device)
-            decodes = DecodeRows(metadata.block_tables, numbers[0], numbers[3], numbers[1])
-        prefills = None if single.all() else each[:, ~single]
-        metadata.plan = _Plan(decodes, prefills, {})
+        metadata.plan = _Plan.of(metadata)
 
     def forward(
         self,
@@ -137,14 +108,15 @@ class TritonPagedAttention(AttentionBackend):
     ) -> torch.Tensor:
         plan: _Plan = metadata.plan
         num_tokens, num_heads, head_dim = query.shape
-        output = _new_output(plan, query, (num_tokens, num_heads * head_dim))
+        output = plan.new_output(query, (num_tokens, num_heads * head_dim))
         if plan.has_prompts:
             self._prefill(query, key, value, kv_cache, output, metadata, form, transform)
-        if plan.decodes is not None:
+        if (own := plan.decodes) is not None:
             assert self._workspace is not None
             early = plan.has_begun and not plan.has_prompts
+            rows = DecodeRows(metadata.block_tables, own.table_rows, own.seq_lens, own.tokens)
             decode_attention(
-                query, key, value, kv_cache, output, plan.decodes, self._workspace,
+                query, key, value, kv_cache, output, rows, self._workspace,
                 early=early, **form.arguments(), **transform,
             )  # fmt: skip
             plan.has_begun = True
@@ -165,23 +137,24 @@ class TritonPagedAttention(AttentionBackend):
         plan: _Plan = metadata.plan
         assert self._fresh is not None
         num_heads, head_dim = query.shape[1:]
-        fresh = np.zeros(0, np.bool_)
-        if plan.prefills is not None:
-            fresh = self._fresh.takes(plan.prefills[2], plan.prefills[3], query.dtype, head_dim, form)
+        fresh = None
+        if plan.prompts is not None:
+            fresh = self._fresh.takes(plan.prompts[2], plan.prompts[3], query.dtype, head_dim, form)
+        keep_keys = fresh is not None and bool(fresh.any())
         ready, keys = transform_and_write(
             query, key, value, kv_cache, metadata.slot_mapping,
-            key_scale=form.key_scale, value_scale=form.value_scale, keep_keys=bool(fresh.any()), **transform,
+            key_scale=form.key_scale, value_scale=form.value_scale, keep_keys=keep_keys, **transform,
         )  # fmt: skip
         rows = output.view(-1, num_heads, head_dim)
-        for index in np.flatnonzero(fresh):
-            assert plan.prefills is not None
-            start, count = plan.prefills[1:3, index].tolist()
-            own = slice(start, start + count)
-            fresh[index] = self._fresh.attend(ready[own], keys[own], value[own], rows[own], form.scale)
-        if plan.prefills is not None and fresh.all():
-            return
+        if fresh is not None and plan.prompts is not None:
+            for index in np.flatnonzero(fresh):
+                start, count = plan.prompts[1:3, index].tolist()
+                own = slice(start, start + count)
+                fresh[index] = self._fresh.attend(ready[own], keys[own], value[own], rows[own], form.scale)
+            if fresh.all():
+                return
         group = num_heads // key.shape[1]
-        tiles = _tiles(plan, fresh, tile_rows(group, head_dim, query.dtype, query.device) // group, query)
+        tiles = plan.tiles(tile_rows(group, head_dim, query.dtype, query.device) // group, query, fresh)
         prefill_attention(ready, kv_cache, output, metadata.block_tables, tiles, **form.arguments())
 
     def forward_latent(
@@ -197,38 +170,15 @@ class TritonPagedAttention(AttentionBackend):
     ) -> torch.Tensor:
         plan: _Plan = metadata.plan
         write_latents(latent, kv_cache, metadata.slot_mapping, cache_scale=cache_scale)
-        output = _new_output(plan, query, (*query.shape[:2], value_dim))
+        output = plan.new_output(query, (*query.shape[:2], value_dim))
         scales = {"scale": scale, "cache_scale": cache_scale}
         if plan.has_prompts:
             tile_tokens = latent_tile_tokens(query.shape[1], query.dtype, query.device, fixed=False)
-            tiles = _tiles(plan, np.zeros(0, np.bool_), tile_tokens, query)
+            tiles = plan.tiles(tile_tokens, query)
             latent_prefill(query, kv_cache, output, metadata.block_tables, tiles, fixed=False, **scales)
         if (rows := plan.decodes) is not None:
             latent_decode(
-                query, kv_cache, output, rows.block_tables, rows.table_rows, rows.seq_lens, rows.tokens,
+                query, kv_cache, output, metadata.block_tables, rows.table_rows, rows.seq_lens, rows.tokens,
                 self._latent_workspace, **scales,
             )  # fmt: skip
         return output
-
-
-def _new_output(plan: _Plan, query: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Nobody attends for the tokens that pad a graph's size: what they hold has to be numbers all the same."""
-    return query.new_empty(shape) if plan.on_device is None else query.new_zeros(shape)
-
-
-def _tiles(plan: _Plan, others: np.ndarray, tile_tokens: int, query: torch.Tensor) -> torch.Tensor:
-    """Of all prompts but `others`, made once a step. others: bool, a prompt each; or none at all."""
-    if plan.on_device is not None:
-        return plan.on_device.tiles(tile_tokens, query.shape[0])
-    assert plan.prefills is not None
-    kind = (tile_tokens, others.tobytes())
-    if kind not in plan.tiles:
-        own = plan.prefills[:, ~others] if others.any() else plan.prefills
-        plan.tiles[kind] = _upload(plan_tiles(own, tile_tokens), query.device)
-    return plan.tiles[kind]
-
-
-def _upload(numbers: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Without waiting for the device: from pageable memory a copy would wait for all steps that are queued."""
-    tensor = torch.from_numpy(np.ascontiguousarray(numbers))
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
