@@ -236,10 +236,10 @@ class PackedChooser:
             return run
 
         times = []
-        expected = plan._by_library(x, case.gated, None, None).float()
+        expected = plan._by_library(x, case.gated, None, norm).float()
         for config in candidates:
             try:
-                if not _is_right(plan, config, x, case.gated, expected):
+                if not _is_right(plan, config, x, case.gated, norm, expected):
                     _logger.warning("packed linear %s: %s gives wrong results here", _key(plan, case), _label(config))
                     continue
                 times.append((self._timer(chain(config)), config))
@@ -254,13 +254,18 @@ class PackedChooser:
 
 
 def _is_right(
-    plan: PackedPlan, config: PackedConfig | None, x: torch.Tensor, gated: bool, expected: torch.Tensor
+    plan: PackedPlan,
+    config: PackedConfig | None,
+    x: torch.Tensor,
+    gated: bool,
+    norm: Norm | None,
+    expected: torch.Tensor,
 ) -> bool:
-    """Whether the compiler laid tensors out as the kernel needs, where that matters. expected: by the dequantized
-    weight."""
+    """Whether the compiler laid tensors out as the kernel needs, where that matters: the very kernel that is asked
+    about. expected: by the dequantized weight."""
     if config is None or config.kind != "rows":
         return True
-    found = plan._run(x, config, gated, None, None).float()
+    found = plan._run(x, config, gated, None, norm).float()
     return bool((found - expected).norm() <= 0.05 * expected.norm())
 
 
