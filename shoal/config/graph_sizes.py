@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from shoal.config.model_config import ModelConfig
 
-# Of steps with prompts: padded by a fifth at most, from 512 tokens on.
+# Of steps with prompts: from 512 tokens on a fifth of a graph pads a step at most.
 _TOKEN_SIZES = (
     16, 32, 64, 96, 128, 192, 256, 384, 512, *range(640, 1025, 128), *range(1280, 2049, 256), *range(2560, 4097, 512),
     *range(5120, 8193, 1024),

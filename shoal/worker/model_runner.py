@@ -19,7 +19,7 @@ from shoal.config.graph_sizes import graph_bytes, graph_sizes, token_graph_sizes
 from shoal.distributed.rendezvous import ParallelGroups
 from shoal.kernels.compile_ahead import compile_ahead
 from shoal.kv_transfer.hooks import LayerHooks
-from shoal.messages import BatchResult, ScheduledBatch, SlotResult
+from shoal.messages import BatchResult, ScheduledBatch, SlotResult, SlotWork
 from shoal.models.base import CausalLM
 from shoal.models.pooler import Pooler
 from shoal.sampling.choice import TokenChoice
@@ -40,7 +40,6 @@ from shoal.worker.stage import PipelineStage
 
 # Rows of logits made at once for prompt log-probabilities: 256 x 152,000 fp32 are 150 MB.
 _PROMPT_LOGITS_ROWS = 256
-# Workspaces of kernels and of cuBLAS on the stream of the capture, and the graphs themselves.
 
 
 @dataclasses.dataclass(slots=True)
@@ -165,7 +164,7 @@ class ModelRunner:
             return None
         if len(batch.work) <= graphs.largest and (rows := self.batch.decode_rows(batch)) is not None:
             return self._run_decodes(graphs, batch, rows)
-        if any(self._wants_prompt_logprobs(item.slot) for item in batch.work):
+        if any(self._wants_prompt_logprobs(item) for item in batch.work):
             return None
         tokens = self.batch.token_rows(batch, graphs.most_tokens)
         return None if tokens is None else self._run_tokens(graphs, batch, tokens)
@@ -345,9 +344,12 @@ class ModelRunner:
             results[int(inputs.slots[rows.row])] = entries
         return results
 
-    def _wants_prompt_logprobs(self, slot: int) -> bool:
-        assignment = self.batch.assignments[slot]
-        return assignment is not None and assignment.sampling.prompt_logprobs is not None
+    def _wants_prompt_logprobs(self, item: SlotWork) -> bool:
+        """Whether log-probabilities of prompt tokens come of this piece."""
+        assignment = self.batch.assignments[item.slot]
+        if assignment is None or assignment.sampling.prompt_logprobs is None:
+            return False
+        return item.num_computed_tokens < assignment.num_prompt_tokens - 1
 
     def _prompt_rows(self, inputs: StepInputs) -> list[_PromptRows]:
         rows, first_token = [], 0

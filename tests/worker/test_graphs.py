@@ -12,8 +12,9 @@ from shoal.layers.attention import Attention
 from shoal.messages import ScheduledBatch, SlotAssignment, SlotWork
 from shoal.sampling.choice import TokenChoice
 from shoal.types import SamplingParams
+from shoal.worker import input_batch
 from shoal.worker.graphs import StepGraphs, unpack_rows
-from shoal.worker.input_batch import InputBatch
+from shoal.worker.input_batch import InputBatch, TokenRows
 from tests.checkpoints import make_checkpoint
 from tests.worker.test_pipeline import NUM_SLOTS, Alone, make_config, make_requests, serve
 
@@ -100,6 +101,36 @@ def test_first_token_after_a_whole_prefix_hit_is_given_by_the_host() -> None:
     assert batch.device_table[2].tolist()[:3] == [5, 6, 0]
     assert batch.decode_rows(ScheduledBatch(1, 0, [], [], [SlotWork(2, 5, 2, [], True)])) is None
     assert batch.decode_rows(ScheduledBatch(1, 0, [], [], [SlotWork(2, 5, 1, [], False)])) is None
+
+
+def test_a_long_decode_beside_a_prompt_is_left_to_steps_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a graph for many tokens nobody splits its context."""
+    monkeypatch.setattr(input_batch, "_LONGEST_DECODE", 20)
+    batch = InputBatch(4, 64, 4, CPU, keeps_device_table=True)
+    for slot, length in ((0, 30), (1, 40)):
+        batch.assign(SlotAssignment(slot, f"{slot}", [1] * length, length, SamplingParams()))
+    first, second = [*range(1, 9)], [*range(9, 19)]
+
+    def rows_of(start: int, blocks: list[int]) -> TokenRows | None:
+        prompt = SlotWork(1, 0, 40, second, True)
+        return batch.token_rows(ScheduledBatch(0, 0, [], [], [SlotWork(0, start, 1, blocks, True), prompt]), 64)
+
+    assert rows_of(20, first) is None, "and no block is entered"
+    assert rows_of(19, first) is not None
+
+
+def test_who_has_got_its_prompts_probabilities_decodes_in_graphs(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path, "qwen3", num_hidden_layers=1)
+    laid = Laid(make_config(path, 1, 1, deterministic=False), (32,))
+    runner = laid.worker.runner
+    wants, other = SamplingParams(temperature=0.0, prompt_logprobs=1), SamplingParams(temperature=0.0)
+    assigned = [SlotAssignment(0, "a", [3] * 6, 6, wants), SlotAssignment(1, "b", [4] * 9, 9, other)]
+    runner._change_slots(ScheduledBatch(0, 0, [], assigned, []))
+    first, second = SlotWork(0, 0, 6, [1, 2], True), SlotWork(1, 0, 9, [3, 4, 5], True)
+    assert runner._run_by_graph(ScheduledBatch(1, 0, [], [], [first])) is None
+    decode = SlotWork(0, 6, 1, [1, 2], True)
+    assert runner._run_by_graph(ScheduledBatch(2, 0, [], [], [decode, second])) is not None
+    assert laid.num_laid_tokens == 1
 
 
 @pytest.mark.gpu
