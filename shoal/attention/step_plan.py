@@ -1,7 +1,4 @@
-"""What the backends with kernels make of a step: its sequences on the device, those with one new token apart.
-
-S sequences with one new token, T tokens.
-"""
+"""What the backends with kernels make of a step: its sequences on the device, those with one new token apart."""
 
 from __future__ import annotations
 
@@ -12,16 +9,7 @@ import torch
 
 from shoal.attention.base import AttentionMetadata
 from shoal.attention.sequences import DeviceSequences, plan_tiles
-
-
-@dataclasses.dataclass(slots=True)
-class Decodes:
-    """table_rows, seq_lens [S]: int32, 0 where there is no sequence. tokens [S]: int32, index among the T tokens; None:
-    sequence s has token s."""
-
-    table_rows: torch.Tensor
-    seq_lens: torch.Tensor
-    tokens: torch.Tensor | None
+from shoal.kernels.decode_attention import DecodeRows
 
 
 @dataclasses.dataclass(slots=True)
@@ -29,24 +17,25 @@ class StepPlan:
     """decodes: None where there are none. prompts: the other sequences, numpy [4, n] as `plan_tiles` takes them, or
     None. on_device: has their tiles instead."""
 
-    decodes: Decodes | None
+    decodes: DecodeRows | None
     prompts: np.ndarray | None = None
     on_device: DeviceSequences | None = None
     _tiles: dict[tuple[int, bytes], torch.Tensor] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, metadata: AttentionMetadata) -> StepPlan:
+        tables = metadata.block_tables
         if (rows := metadata.device_rows) is not None:
-            return cls(Decodes(rows.table_rows, rows.seq_lens, None))
+            return cls(DecodeRows(tables, rows.table_rows, rows.seq_lens))
         if (on_device := metadata.device_sequences) is not None:
-            return cls(Decodes(*on_device.decodes(len(metadata.slot_mapping))), on_device=on_device)
+            return cls(DecodeRows(tables, *on_device.decodes(len(metadata.slot_mapping))), on_device=on_device)
         num_new, lengths = np.array(metadata.query_lens), np.array(metadata.seq_lens)
         sequences = np.stack([np.arange(len(num_new)), np.cumsum(num_new) - num_new, num_new, lengths])
         single = num_new == 1
         decodes = None
         if single.any():
-            numbers = _upload(sequences[:, single], metadata.block_tables.device)
-            decodes = Decodes(numbers[0], numbers[3], numbers[1])
+            numbers = _upload(sequences[:, single], tables.device)
+            decodes = DecodeRows(tables, numbers[0], numbers[3], numbers[1])
         return cls(decodes, None if single.all() else sequences[:, ~single])
 
     @property

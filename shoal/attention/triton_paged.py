@@ -16,7 +16,7 @@ from shoal.attention.base import AttentionBackend, AttentionForm, AttentionMetad
 from shoal.attention.cache_dtype import clear_blocks
 from shoal.attention.fresh_prompts import FreshPrompts
 from shoal.attention.step_plan import StepPlan
-from shoal.kernels.decode_attention import DecodeRows, DecodeWorkspace, decode_attention
+from shoal.kernels.decode_attention import DecodeWorkspace, decode_attention
 from shoal.kernels.heads import transform_and_write
 from shoal.kernels.latent_attention import (
     LatentWorkspace,
@@ -111,12 +111,11 @@ class TritonPagedAttention(AttentionBackend):
         output = plan.new_output(query, (num_tokens, num_heads * head_dim))
         if plan.has_prompts:
             self._prefill(query, key, value, kv_cache, output, metadata, form, transform)
-        if (own := plan.decodes) is not None:
+        if plan.decodes is not None:
             assert self._workspace is not None
             early = plan.has_begun and not plan.has_prompts
-            rows = DecodeRows(metadata.block_tables, own.table_rows, own.seq_lens, own.tokens)
             decode_attention(
-                query, key, value, kv_cache, output, rows, self._workspace,
+                query, key, value, kv_cache, output, plan.decodes, self._workspace,
                 early=early, **form.arguments(), **transform,
             )  # fmt: skip
             plan.has_begun = True
@@ -178,7 +177,7 @@ class TritonPagedAttention(AttentionBackend):
             latent_prefill(query, kv_cache, output, metadata.block_tables, tiles, fixed=False, **scales)
         if (rows := plan.decodes) is not None:
             latent_decode(
-                query, kv_cache, output, metadata.block_tables, rows.table_rows, rows.seq_lens, rows.tokens,
+                query, kv_cache, output, rows.block_tables, rows.table_rows, rows.seq_lens, rows.tokens,
                 self._latent_workspace, **scales,
             )  # fmt: skip
         return output

@@ -35,8 +35,8 @@ _PART_SCALE = tl.constexpr(2.0**85)
 class PackedConfig:
     """How a product is cut. kind: "rows" (up to 8 rows, see packed_rows.py; block_n a multiple of 16, num_stages and
     prefetches: what is on its way) or "sum" (one row; block_n a multiple of 8), in both a warp takes every
-    num_warps-th slab; or "dot". takes_norm: a norm before it is part of it ("sum" with one split), rather than a kernel
-    of its own; that before "rows" is one that leaves x as they take it."""
+    num_warps-th slab; or "dot". takes_norm: a norm before it is part of it ("sum" with one split), or leaves x as it
+    is multiplied ("rows"), rather than a kernel of its own."""
 
     kind: str
     block_n: int
@@ -443,7 +443,7 @@ def packed_linear(
         return y
     strides = (x.stride(0), y.stride(0), 0 if residual is None else residual.stride(0))
     if config.kind == "rows":
-        assert num_rows <= MOST_ROWS and takes_rows(weight)
+        assert num_rows <= MOST_ROWS and takes_rows(weight) and (norm is None or config.takes_norm)
         assert num_splits == 1 or Workspace.holds(num_splits, num_rows, weight.num_outputs, num_tiles)
         if dependent and config.prefetches:
             prefetch = max(prefetch, 2 * config.num_warps)

@@ -104,7 +104,7 @@ class PackedPlan:
     def _run(
         self, x: torch.Tensor, config: PackedConfig, gated: bool, residual: torch.Tensor | None, norm: Norm | None
     ) -> torch.Tensor:
-        if norm is not None and not config.takes_norm and config.kind != "rows":
+        if norm is not None and not config.takes_norm:
             x, norm = rms_norm(x, *norm), None
         activates_apart = gated and x.shape[0] > FUSED_ROWS
         output = packed_linear(
@@ -302,7 +302,8 @@ def candidates_for(case: Case, weight: PackedWeight, num_multiprocessors: int) -
             and Workspace.holds(2 * splits[-1], bucket, weight.num_outputs, tiles * row_tiles)
         ):
             splits.append(2 * splits[-1])
-        found += [PackedConfig(kind, block_n, warps, stages, each, prefetches=prefetches) for each in splits[-2:]]
+        takes_norm = kind == "rows" and case.has_norm
+        found += [PackedConfig(kind, block_n, warps, stages, each, takes_norm, prefetches) for each in splits[-2:]]
         if kind == "sum" and case.has_norm:
             found.append(PackedConfig(kind, block_n, warps, stages, takes_norm=True))
     if bucket > 64:

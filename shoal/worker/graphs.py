@@ -138,7 +138,7 @@ class StepGraphs:
                     self._forward[size] = _Graph(None, self._compute_forward(size))
                     if self._choose is not None:
                         self._compute_choice(size)
-            for size in self.token_sizes[:: max(1, len(self.token_sizes) - 1)]:
+            for size in {*self.token_sizes[:1], *self.token_sizes[-1:]}:
                 self._compute_tokens(size)
             also_compile()
         self._batch.last_token.zero_()  # what was chosen there is no token

@@ -19,7 +19,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # The interpreter multiplies no matrices of bf16.
 DTYPES = [torch.bfloat16, torch.float16] if DEVICE == "cuda" else [torch.float16]
 SUM = PackedConfig("sum", block_n=16, num_warps=2, takes_norm=True)
-ROWS = PackedConfig("rows", block_n=32, num_warps=2)
+ROWS = PackedConfig("rows", block_n=32, num_warps=2, takes_norm=True)
 ROWS_SPLIT = PackedConfig("rows", block_n=16, num_warps=1, num_stages=2, num_splits=3)
 DOT = PackedConfig("dot", block_n=32, num_warps=1, num_stages=2)
 SUM_SPLIT = PackedConfig("sum", block_n=16, num_warps=1, num_splits=3)
