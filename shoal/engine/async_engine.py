@@ -504,7 +504,8 @@ class AsyncEngine:
     async def wait_drained(self, timeout: float | None = None) -> bool:
         """Wait until no request runs; False when `timeout` seconds were not enough."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout)
+            async with asyncio.timeout(timeout):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

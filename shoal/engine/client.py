@@ -224,7 +224,8 @@ class SubprocessClient(EngineClient):
             while self._ready is None and self._failure is None:
                 left = self._phase_began + self._startup_timeout - time.monotonic()
                 try:
-                    await asyncio.wait_for(self._wait_for_news(), max(left, 0.0))
+                    async with asyncio.timeout(max(left, 0.0)):
+                        await self._wait_for_news()
                 except TimeoutError:
                     if time.monotonic() >= self._phase_began + self._startup_timeout:
                         self._failure = StartupError(
@@ -400,7 +401,8 @@ class SubprocessClient(EngineClient):
             shutdown = self._encoder.encode(Shutdown(drain_seconds))
             asked: asyncio.Future[Any] = asyncio.ensure_future(self._input.send(shutdown))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._exited.wait(), drain_seconds + _KILL_AFTER_SECONDS)
+                async with asyncio.timeout(drain_seconds + _KILL_AFTER_SECONDS):
+                    await self._exited.wait()
             asked.cancel()  # where it is still not sent, nobody is there to take it
         elif process.poll() is None and self._config.parallel.num_nodes > 1:
             # The other nodes are to hear that it is ended on purpose; it reads no messages while it starts.
@@ -408,7 +410,8 @@ class SubprocessClient(EngineClient):
             with contextlib.suppress(BrokenPipeError, TimeoutError):
                 process.stdin.write(GOODBYE)
                 process.stdin.close()
-                await asyncio.wait_for(self._exited.wait(), LAST_WORDS_SECONDS)
+                async with asyncio.timeout(LAST_WORDS_SECONDS):
+                    await self._exited.wait()
         if process.poll() is None:
             process.kill()
         await self._exited.wait()

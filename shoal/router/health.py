@@ -113,7 +113,8 @@ class _Watch:
                     # A fault of ours must not leave a server unwatched.
                     logger.exception("probing %s failed", self._backend.url)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._wake.wait(), self._monitor._interval)
+                    async with asyncio.timeout(self._monitor._interval):
+                        await self._wake.wait()
         finally:
             if self._asks_golden is not None:
                 await _end([self._asks_golden])

@@ -221,7 +221,8 @@ class _Service:
         """Wait for a signal. Returns the reason when the engine died instead."""
         while engine.alive:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.stop.wait(), _WATCH_SECONDS)
+                async with asyncio.timeout(_WATCH_SECONDS):
+                    await self.stop.wait()
                 return None
         try:
             await engine.stats()

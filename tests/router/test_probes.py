@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 
+import pytest
+
 from shoal.config.router_settings import BackendSpec
 from shoal.router import probes
 from tests.router.scripted import ScriptedServer, served, until
@@ -47,6 +49,20 @@ async def test_servers_that_are_suspected_at_once_are_asked_side_by_side(run_rou
         backend.suspect()
     await until(lambda: not any(backend.health.good for backend in running.router.pool))
     assert time.monotonic() - began < 5
+
+
+@pytest.mark.parametrize("num_turns", range(8))
+async def test_a_watch_ends_though_a_server_is_suspected_at_that_moment(run_router, num_turns):
+    """num_turns: of the event loop, between the one and the other."""
+    running = await run_router(ScriptedServer(), probe_interval=60)
+    backend = running.backend(0)
+    await until(lambda: backend.entered)
+    await asyncio.sleep(0.05)  # it waits for its next probe
+    backend.suspect()
+    for _ in range(num_turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await running.router._monitor.remove([backend])
 
 
 async def test_no_more_probes_at_a_time_than_the_bound(run_router, monkeypatch):
