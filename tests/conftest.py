@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -17,6 +18,9 @@ if not os.path.exists("/dev/nvidiactl"):
 
 import pytest
 from hypothesis import settings
+
+# Under nohup it is ignored, by every process that is started here too: and some are to end by it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Timing is no test on a busy machine: only pytest's own time limit per test stands.
 settings.register_profile("shoal", deadline=None)

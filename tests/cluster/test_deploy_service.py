@@ -103,7 +103,7 @@ def test_it_runs_and_ends_when_it_is_told_to(start):
         0.5,
     )
     assert run.pids() == [report.pid] and report.was_ready and report.started is not None
-    assert (run.service.directory / LOG_NAME).read_text() == "hello\n"
+    wait_until(lambda: (run.service.directory / LOG_NAME).read_text() == "hello\n")
     run.service.stop()
     assert run.service.report().state in ("stopping", "stopped")
     assert run.service.wait_stopped(20)
