@@ -19,8 +19,11 @@ if not os.path.exists("/dev/nvidiactl"):
 import pytest
 from hypothesis import settings
 
-# Under nohup it is ignored, by every process that is started here too: and some are to end by it.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# nohup, and a shell that starts this behind `&`, have them ignored by all processes that are started here too, and some
+# of these are to end by them.
+for number, handler in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # Timing is no test on a busy machine: only pytest's own time limit per test stands.
 settings.register_profile("shoal", deadline=None)
