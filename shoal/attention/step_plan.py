@@ -14,11 +14,11 @@ from shoal.kernels.decode_attention import DecodeRows
 
 @dataclasses.dataclass(slots=True)
 class StepPlan:
-    """decodes: None where there are none. prompts: the other sequences, numpy [4, n] as `plan_tiles` takes them, or
-    None. on_device: has their tiles instead."""
+    """decodes: None where there are none. prompts: the other sequences, numpy [4, n] as `plan_tiles` takes them.
+    on_device: has their tiles, and prompts is empty."""
 
     decodes: DecodeRows | None
-    prompts: np.ndarray | None = None
+    prompts: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((4, 0), np.int64))
     on_device: DeviceSequences | None = None
     _tiles: dict[tuple[int, bytes], torch.Tensor] = dataclasses.field(default_factory=dict)
 
@@ -36,17 +36,16 @@ class StepPlan:
         if single.any():
             numbers = _upload(sequences[:, single], tables.device)
             decodes = DecodeRows(tables, numbers[0], numbers[3], numbers[1])
-        return cls(decodes, None if single.all() else sequences[:, ~single])
+        return cls(decodes, sequences[:, ~single])
 
     @property
     def has_prompts(self) -> bool:
-        return self.prompts is not None or self.on_device is not None
+        return self.prompts.size > 0 or self.on_device is not None
 
     def tiles(self, tile_tokens: int, query: torch.Tensor, others: np.ndarray | None = None) -> torch.Tensor:
         """Of all prompts but `others`, made once a step. query [T, …]; others: bool, a prompt each."""
         if self.on_device is not None:
             return self.on_device.tiles(tile_tokens, query.shape[0])
-        assert self.prompts is not None
         kind = (tile_tokens, b"" if others is None else others.tobytes())
         if kind not in self._tiles:
             own = self.prompts if others is None else self.prompts[:, ~others]

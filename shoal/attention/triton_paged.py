@@ -136,22 +136,18 @@ class TritonPagedAttention(AttentionBackend):
         plan: _Plan = metadata.plan
         assert self._fresh is not None
         num_heads, head_dim = query.shape[1:]
-        fresh = None
-        if plan.prompts is not None:
-            fresh = self._fresh.takes(plan.prompts[2], plan.prompts[3], query.dtype, head_dim, form)
-        keep_keys = fresh is not None and bool(fresh.any())
+        fresh = self._fresh.takes(plan.prompts[2], plan.prompts[3], query.dtype, head_dim, form)
         ready, keys = transform_and_write(
             query, key, value, kv_cache, metadata.slot_mapping,
-            key_scale=form.key_scale, value_scale=form.value_scale, keep_keys=keep_keys, **transform,
+            key_scale=form.key_scale, value_scale=form.value_scale, keep_keys=bool(fresh.any()), **transform,
         )  # fmt: skip
         rows = output.view(-1, num_heads, head_dim)
-        if fresh is not None and plan.prompts is not None:
-            for index in np.flatnonzero(fresh):
-                start, count = plan.prompts[1:3, index].tolist()
-                own = slice(start, start + count)
-                fresh[index] = self._fresh.attend(ready[own], keys[own], value[own], rows[own], form.scale)
-            if fresh.all():
-                return
+        for index in np.flatnonzero(fresh):
+            start, count = plan.prompts[1:3, index].tolist()
+            own = slice(start, start + count)
+            fresh[index] = self._fresh.attend(ready[own], keys[own], value[own], rows[own], form.scale)
+        if fresh.size and fresh.all():
+            return
         group = num_heads // key.shape[1]
         tiles = plan.tiles(tile_rows(group, head_dim, query.dtype, query.device) // group, query, fresh)
         prefill_attention(ready, kv_cache, output, metadata.block_tables, tiles, **form.arguments())
