@@ -79,7 +79,7 @@ def as_numbers(block, FP8_BITS: tl.constexpr):
 
 
 @triton.jit
-def _as_operand(block, like, FP8_BITS: tl.constexpr, ASSEMBLES: tl.constexpr):
+def as_operand(block, like, FP8_BITS: tl.constexpr, ASSEMBLES: tl.constexpr):
     """The same, of the type of `like`, for the matrix units.
 
     From FP8 to bf16 by its bits: moved to their places they are a bf16 of its value by 2^-120. The GPU's own conversion
@@ -217,14 +217,14 @@ def _sum_kernel(
                 inside = (start + k < K) & (m < M)
                 value = tl.load(x + m * x_stride + start + k, mask=inside, other=0.0).to(tl.float32)
             if HAS_NORM:
-                new_squares = new_squares + (squares[m] + _sum_vectors(value * value, VECTOR),)  # type: ignore[assignment]
+                new_squares = new_squares + (squares[m] + sum_vectors(value * value, VECTOR),)  # type: ignore[assignment]
                 value *= scale
-            part = _sum_vectors(as_numbers(tile, FP8_BITS).to(tl.float32) * value, VECTOR)
+            part = sum_vectors(as_numbers(tile, FP8_BITS).to(tl.float32) * value, VECTOR)
             if SCALES == 2:
                 part *= block_scale
             new_totals = new_totals + (totals[m] + part,)  # type: ignore[assignment]
             if GATED:
-                part = _sum_vectors(as_numbers(tile_up, FP8_BITS).to(tl.float32) * value, VECTOR)
+                part = sum_vectors(as_numbers(tile_up, FP8_BITS).to(tl.float32) * value, VECTOR)
                 if SCALES == 2:
                     part *= block_scale_up
                 new_up = new_up + (totals_up[m] + part,)  # type: ignore[assignment]
@@ -255,7 +255,7 @@ def _load_scales(scales, n, k, N, K, SCALE_N: tl.constexpr, SCALE_K: tl.constexp
 
 
 @triton.jit
-def _sum_vectors(products, VECTOR: tl.constexpr):
+def sum_vectors(products, VECTOR: tl.constexpr):
     """[A, B] -> [A, B / VECTOR]: each thread adds what it holds of a vector."""
     A: tl.constexpr = products.shape[0]
     B: tl.constexpr = products.shape[1]
@@ -321,7 +321,7 @@ def _dot_kernel(
         if not WHOLE_K:
             mask = mask & (column[:, None] < end)
         value = tl.load(x + m * x_stride + column[:, None], mask=mask, other=0.0)
-        block = _as_operand(_load(pointer + start, column[None, :], end, WHOLE_K), value, FP8_BITS, ASSEMBLES)
+        block = as_operand(_load(pointer + start, column[None, :], end, WHOLE_K), value, FP8_BITS, ASSEMBLES)
         if SCALES == 2:  # BLOCK_K divides SCALE_K
             part = tl.dot(block, value, input_precision="ieee")
             acc += part * _load_scales(scales, n, start, N * (2 if GATED else 1), K, SCALE_N, SCALE_K)
@@ -329,7 +329,7 @@ def _dot_kernel(
             acc = tl.dot(block, value, acc, input_precision="ieee")
         if GATED:
             block_up = _load(pointer + other_half + start, column[None, :], end, WHOLE_K)
-            block_up = _as_operand(block_up, value, FP8_BITS, ASSEMBLES)
+            block_up = as_operand(block_up, value, FP8_BITS, ASSEMBLES)
             if SCALES == 2:
                 part = tl.dot(block_up, value, input_precision="ieee")
                 up += part * _load_scales(scales, N + n, start, 2 * N, K, SCALE_N, SCALE_K)

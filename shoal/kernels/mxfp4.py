@@ -13,42 +13,39 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from shoal.kernels.expert_weights import ExpertRows, GroupedTiles, Tiles
 from shoal.kernels.launch import has_dependent_launch, launch_options
-from shoal.kernels.moe import _activate
+from shoal.kernels.moe import activate, finish_block, pairs_of_block
 from shoal.kernels.moe_routing import PairOrder
 
 # Outputs of a program for few tokens, inputs at once.
 _FEW_CUT = (4, 1024)
 
 
-@dataclasses.dataclass(frozen=True)
-class Mxfp4Weight:
-    """blocks uint8 [E, rows, K / 2], scales uint8 [E, rows, K / 32], bias [E, rows] or None; kind, interleaved, alpha,
-    limit as of `moe.ExpertWeight`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mxfp4Weight(ExpertRows):
+    """blocks uint8 [E, rows, K / 2], scales uint8 [E, rows, K / 32]."""
 
     blocks: torch.Tensor
     scales: torch.Tensor
-    bias: torch.Tensor | None
-    kind: int = 0
-    interleaved: bool = False
-    alpha: float = 1.0
-    limit: float = float("inf")
 
     @property
     def num_inputs(self) -> int:
         return 2 * self.blocks.shape[2]
 
     @property
-    def num_outputs(self) -> int:
-        return self.blocks.shape[1] // (1 if self.kind == 0 else 2)
+    def num_experts(self) -> int:
+        return self.blocks.shape[0]
 
     @property
-    def row_step(self) -> int:
-        return 2 if self.interleaved and self.kind != 0 else 1
+    def num_rows(self) -> int:
+        return self.blocks.shape[1]
 
-    @property
-    def up_offset(self) -> int:
-        return 1 if self.interleaved else self.num_outputs
+    def tiles(self, dtype: torch.dtype) -> Tiles:
+        # So much of a weight in fp32 is what registers hold.
+        size = 32 if dtype is torch.float32 else 64
+        cuts = ((12, 16), (24, 32), (float("inf"), 64))
+        return tuple((most, GroupedTiles(block_m, size, size, num_warps=4, num_stages=2)) for most, block_m in cuts)
 
 
 @triton.jit
@@ -115,7 +112,7 @@ def _few_up_kernel(
         if HAS_BIAS:
             gate += tl.load(bias + row).to(tl.float32)
             up += tl.load(bias + row + up_offset).to(tl.float32)
-        gated = _activate(gate, up, alpha, limit, KIND)
+        gated = activate(gate, up, alpha, limit, KIND)
         tl.store(output + pair.to(tl.int64) * N + n, gated.to(output.dtype.element_ty), mask=n < N)
 
 
@@ -173,9 +170,7 @@ def _grouped_kernel(
         gdc_wait()
     expert = tl.load(experts + block).to(tl.int64)
     if expert >= 0:
-        m = tl.arange(0, BLOCK_M)
-        inside = m < tl.load(counts + block)
-        pair = tl.load(pairs + tl.load(starts + block) + m, mask=inside, other=0).to(tl.int64)
+        inside, pair = pairs_of_block(pairs, starts, counts, block, BLOCK_M)
         n = tl.program_id(0) % num_tiles * BLOCK_N + tl.arange(0, BLOCK_N)
         row = expert * rows + tl.minimum(n, N - 1).to(tl.int64) * row_step
         x_rows = x + (pair // DIVISOR)[:, None] * x_stride
@@ -189,14 +184,9 @@ def _grouped_kernel(
             if KIND != 0:
                 right = _tile(blocks, scales, row + up_offset, start, K, x.dtype.element_ty, BLOCK_K)
                 total_up = tl.dot(left, right.T, total_up, input_precision="ieee")
-        if HAS_BIAS:
-            total += tl.load(bias + row).to(tl.float32)[None, :]
-            if KIND != 0:
-                total_up += tl.load(bias + row + up_offset).to(tl.float32)[None, :]
-        if KIND != 0:
-            total = _activate(total, total_up, alpha, limit, KIND)
-        outputs = output + pair[:, None] * N + n[None, :]
-        tl.store(outputs, total.to(output.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
+        finish_block(
+            output, bias + row, total, total_up, pair, inside, n, N, up_offset, alpha, limit, KIND, False, HAS_BIAS
+        )
 
 
 def few_up(x: torch.Tensor, matrix: Mxfp4Weight, ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -231,27 +221,26 @@ def few_down(hidden: torch.Tensor, matrix: Mxfp4Weight, ids: torch.Tensor, weigh
     return output
 
 
-def block_rows(num_pairs: int, num_experts: int) -> int:
-    """Pairs of a block of `grouped_matmul`, by how many an expert gets if all get as many."""
-    each = num_pairs / num_experts
-    return 16 if each <= 12 else 32 if each <= 24 else 64
-
-
 def grouped_matmul(
-    x: torch.Tensor, matrix: Mxfp4Weight, order: PairOrder, num_pairs: int, divisor: int, block_m: int
+    x: torch.Tensor,
+    matrix: Mxfp4Weight,
+    order: PairOrder,
+    num_pairs: int,
+    divisor: int,
+    tiles: GroupedTiles,
+    *,
+    output_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """x [rows, K], of pair p the row p // divisor -> [P, N]; rows of pairs without an expert here stay as they are
-    found. order: of blocks of block_m."""
+    found. order: of blocks of tiles.block_m."""
     size, inputs = matrix.num_outputs, matrix.num_inputs
-    output = torch.empty(num_pairs, size, dtype=x.dtype, device=x.device)
-    # So much of a weight in fp32 is what registers hold.
-    block_n, block_k = (32, 32) if x.dtype is torch.float32 else (64, 64)
-    _grouped_kernel[(len(order.experts) * triton.cdiv(size, block_n),)](
+    output = torch.empty(num_pairs, size, dtype=output_dtype or x.dtype, device=x.device)
+    _grouped_kernel[(len(order.experts) * triton.cdiv(size, tiles.block_n),)](
         x, matrix.blocks, matrix.scales, x if matrix.bias is None else matrix.bias, output, order.pairs,
         order.experts, order.starts, order.counts, size, inputs, x.stride(0), matrix.blocks.shape[1], matrix.row_step,
         matrix.up_offset, matrix.alpha, matrix.limit,
-        DIVISOR=divisor, BLOCK_M=block_m, BLOCK_N=block_n, BLOCK_K=block_k, KIND=matrix.kind,
-        HAS_BIAS=matrix.bias is not None, DEPENDENT=has_dependent_launch(x.device), num_warps=4, num_stages=2,
-        **launch_options(x.device),
+        DIVISOR=divisor, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k, KIND=matrix.kind,
+        HAS_BIAS=matrix.bias is not None, DEPENDENT=has_dependent_launch(x.device), num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages, **launch_options(x.device),
     )  # fmt: skip
     return output

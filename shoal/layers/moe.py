@@ -138,7 +138,7 @@ class RoutedExperts(nn.Module):
         self.first_expert = self.own.start
         self.leaves_sum = self.is_split and not self.deterministic
         spec = self._spec(context, activation, bias)
-        self.method = context.quantization.experts(spec) or LoopedExperts(spec, context.quantization)
+        self.method = context.quantization.experts(spec) or LoopedExperts.of(spec, context.quantization)
         # What the checkpoint has and another rank reads: modules and tensors.
         self.elsewhere = frozenset(self._elsewhere(bias and not spec.down_bias))
 
@@ -164,6 +164,7 @@ class RoutedExperts(nn.Module):
         experts = range(self.own.start, self.own.stop)
         return ExpertsSpec(
             num_experts=len(experts),
+            all_experts=self.num_experts,
             hidden_size=self.hidden_size,
             intermediate_size=self.width.stop - self.width.start,
             all_intermediate_size=self.intermediate_size,
@@ -281,6 +282,7 @@ class RoutedExperts(nn.Module):
                 yield f"{self.names.module(self.prefix, expert, self.names.down)}{joint}bias"
 
     def process_after_load(self) -> None:
+        self.method = self.method.as_loaded()
         self.method.process_after_load()
 
     def weight_bytes(self) -> int:

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 
 from shoal.config.quantization import QuantizationConfig
-from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
+from shoal.quantization.base import (
+    ExpertsMethod,
+    ExpertsSpec,
+    LinearMethod,
+    LinearSpec,
+    LinearTensor,
+    QuantizationScheme,
+)
+from shoal.quantization.experts import grouped_experts
 from shoal.quantization.fp8 import is_kept
 from shoal.quantization.packed_int import (
     IntegerMatrix,
     PackedIntLinear,
     cuts_a_group,
+    regular_group,
     repeated,
     scale_of_random,
     unpack,
@@ -39,8 +48,13 @@ class Awq(QuantizationScheme):
             return Unquantized().linear(spec, weight)
         return AwqLinear(spec, self.config)
 
+    def experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
+        return grouped_experts(spec, self)
+
 
 class AwqLinear(PackedIntLinear):
+    bits = _BITS
+
     def __init__(self, spec: LinearSpec, config: QuantizationConfig) -> None:
         super().__init__(spec)
         outputs, inputs, device = spec.out_features, spec.in_features, spec.device
@@ -74,6 +88,10 @@ class AwqLinear(PackedIntLinear):
             ),
             *self.bias_tensors(),
         ]  # fmt: skip
+
+    @property
+    def regular_group(self) -> int | None:
+        return regular_group(self.spec, self.group_size, self.has_all_groups)
 
     def matrices(self) -> list[IntegerMatrix]:
         spec, qweight = self.spec, self.qweight

@@ -134,11 +134,11 @@ class ExpertActivation:
 class ExpertsSpec:
     """The experts of one layer on this rank, each down(activation(gate_up(x))). Sizes in elements, of this rank.
 
-    num_experts: that are here. intermediate_size: of one expert here, from `intermediate_start` on of
-    all_intermediate_size in the checkpoint; 0: the same. interleaved: gate_up gives gate and up by turns,
-    else all gates first. gate_up_bias, down_bias: whether there are such here (of split experts one rank adds down's).
-    num_input_shards, is_summand: of the down products, as in LinearSpec. gate_up_names: by expert, the matrices that
-    are stacked; down_names: by expert. Experts that the checkpoint holds in one tensor all have its name.
+    num_experts: that are here, of all_experts of the layer; 0: the same. intermediate_size: of one expert here, from
+    `intermediate_start` on of all_intermediate_size in the checkpoint; 0: the same. interleaved: gate_up gives gate and
+    up by turns, else all gates first. gate_up_bias, down_bias: whether there are such here (of split experts one rank
+    adds down's). num_input_shards, is_summand: of the down products, as in LinearSpec. gate_up_names: by expert, the
+    matrices that are stacked; down_names: by expert. Experts that the checkpoint holds in one tensor all have its name.
     """
 
     num_experts: int
@@ -147,6 +147,7 @@ class ExpertsSpec:
     activation: ExpertActivation
     dtype: torch.dtype
     device: torch.device
+    all_experts: int = 0
     all_intermediate_size: int = 0
     intermediate_start: int = 0
     interleaved: bool = False
@@ -186,6 +187,11 @@ class ExpertsMethod(abc.ABC):
     @abc.abstractmethod
     def tensors(self) -> list[ExpertTensor]:
         """What the loader fills."""
+
+    def as_loaded(self) -> ExpertsMethod:
+        """When all is loaded, before `process_after_load`: what takes its place from here on, mostly itself. Another
+        one where the checkpoint holds what its config did not tell."""
+        return self
 
     @abc.abstractmethod
     def process_after_load(self) -> None:

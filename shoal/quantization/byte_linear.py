@@ -62,17 +62,24 @@ class ByteMethod(LinearMethod):
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
         self._product: Any = None
+        # Where the numbers are or come to be, [N, K]; None: not yet.
+        self.numbers: torch.Tensor | None = None
         self.bias = torch.empty(spec.out_features, dtype=spec.dtype, device=spec.device) if spec.bias else None
 
     def _bias_tensors(self) -> list[LinearTensor]:
         return [] if self.bias is None else [LinearTensor(suffix="bias", data=self.bias, out_dim=0, in_dim=None)]
 
+    @property
     @abc.abstractmethod
-    def _weight(self) -> ByteWeight:
-        """Raises ModelError for what no weight is."""
+    def held(self) -> tuple[torch.dtype, tuple[int, int] | None]:
+        """Type of the numbers, block of the scales: what `weight` will say of them."""
+
+    @abc.abstractmethod
+    def weight(self) -> ByteWeight:
+        """Called once, when all is loaded. Raises ModelError for what no weight is."""
 
     def process_after_load(self) -> None:
-        weight = self._weight()
+        weight = self.weight()
         self._weight_bytes = weight.numbers.nbytes + weight.scales.nbytes
         name = "byte_cuda" if self.spec.device.type == "cuda" else "byte_cpu"
         module = importlib.import_module(f"shoal.quantization.{name}")
@@ -84,7 +91,7 @@ class ByteMethod(LinearMethod):
         return output
 
     def dense_weight(self) -> torch.Tensor:
-        weight = self._weight()
+        weight = self.weight()
         scales = weight.scales.unsqueeze(1)
         if weight.block is not None:
             outputs, inputs = weight.numbers.shape
@@ -124,8 +131,13 @@ class ByteLinear(ByteMethod):
         if form.activations == "static_tensor":
             self.input_scales = _unread((max(1, len(spec.part_sizes)),), form.input_scale_names, spec)
 
+    @property
+    def held(self) -> tuple[torch.dtype, tuple[int, int] | None]:
+        return self.form.dtype, self.form.block if self.form.scales == "block" else None
+
     def tensors(self) -> list[LinearTensor]:
         form = self.form
+        assert self.numbers is not None
         weight = LinearTensor(suffix="weight", data=self.numbers, out_dim=0, in_dim=1, fill=fill_numbers)
         found = [weight, *self._bias_tensors()]
         units: dict[str, Any] = {"out_dim": 0, "in_dim": None}
@@ -152,9 +164,10 @@ class ByteLinear(ByteMethod):
             )  # fmt: skip
         return found
 
-    def _weight(self) -> ByteWeight:
+    def weight(self) -> ByteWeight:
         numbers, form = self.numbers, self.form
-        del self.numbers
+        assert numbers is not None
+        self.numbers = None
         scales = _read(self.scales, self.spec)
         self.scales = {}
         check_scales(scales, self.spec, "weight_scale", numbers, form.block if form.scales == "block" else None)
@@ -185,6 +198,11 @@ class QuantizedWhileLoading(ByteMethod):
         self.dtype = dtype
         self.plain = torch.empty(spec.out_features, spec.in_features, dtype=spec.dtype, device="cpu")
 
+    @property
+    def held(self) -> tuple[torch.dtype, tuple[int, int] | None]:
+        shards = self.spec.num_input_shards
+        return self.dtype, (1, self.spec.in_features // shards) if shards > 1 else None
+
     def tensors(self) -> list[LinearTensor]:
         weight = LinearTensor(suffix="weight", data=self.plain, out_dim=0, in_dim=1, fill=self._fill)
         return [weight, *self._bias_tensors()]
@@ -198,11 +216,13 @@ class QuantizedWhileLoading(ByteMethod):
             made = torch.empty(rows.shape, dtype=rows.dtype, device=self.spec.device)
             rows.copy_(made.uniform_(-bound, bound, generator=own))
 
-    def _weight(self) -> ByteWeight:
-        spec, plain = self.spec, self.plain
+    def weight(self) -> ByteWeight:
+        spec, plain, numbers = self.spec, self.plain, self.numbers
         del self.plain
         num_shards = spec.num_input_shards
-        numbers = torch.empty(plain.shape, dtype=self.dtype, device=spec.device)
+        if numbers is None:
+            numbers = torch.empty(plain.shape, dtype=self.dtype, device=spec.device)
+        self.numbers = None
         scales = torch.empty(spec.out_features, num_shards, device=spec.device)
         start = 0
         for piece in _pieces(plain):
@@ -212,7 +232,7 @@ class QuantizedWhileLoading(ByteMethod):
         if not bool(scales.isfinite().all()):
             raise ModelError(f"{_names(spec)}: the weight that is to be quantized holds numbers that are not finite")
         if num_shards > 1:
-            return ByteWeight(numbers, scales, (1, spec.in_features // num_shards), "none")
+            return ByteWeight(numbers, scales, self.held[1], "none")
         return ByteWeight(numbers, scales.view(-1), None, "dynamic_token")
 
 
@@ -220,8 +240,9 @@ def quantize(plain: torch.Tensor, numbers: torch.Tensor, num_shards: int = 1) ->
     """plain [N, K] -> numbers [N, K], and returns scales fp32 [N, num_shards]: the largest of a shard becomes MOST."""
     most = MOST[numbers.dtype]
     values = plain.float().view(plain.shape[0], num_shards, -1)
-    # A row of zeros has a scale too.
-    scales = values.abs().amax(dim=2).clamp_(min=torch.finfo(torch.float32).tiny * most) / most
+    # A row of zeros has a scale too. Divided by a tensor, a GPU gives a CPU's bits; by a number it multiplies.
+    scales = values.abs().amax(dim=2).clamp_(min=torch.finfo(torch.float32).tiny * most)
+    scales /= torch.tensor(float(most), device=plain.device)
     quantized = (values / scales.unsqueeze(2)).view(plain.shape)
     if numbers.dtype is torch.int8:
         quantized = quantized.round_()

@@ -16,10 +16,18 @@ import torch
 
 from shoal.config.quantization import QuantizationConfig
 from shoal.errors import ModelError
-from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
+from shoal.quantization.base import (
+    ExpertsMethod,
+    ExpertsSpec,
+    LinearMethod,
+    LinearSpec,
+    LinearTensor,
+    QuantizationScheme,
+)
 from shoal.quantization.byte_linear import ByteFormat, ByteLinear, check_scales
+from shoal.quantization.experts import grouped_experts
 from shoal.quantization.fp8 import is_kept
-from shoal.quantization.packed_int import IntegerMatrix, PackedIntLinear, cuts_a_group, unpack
+from shoal.quantization.packed_int import IntegerMatrix, PackedIntLinear, cuts_a_group, regular_group, unpack
 from shoal.quantization.unquantized import Unquantized
 
 
@@ -65,6 +73,9 @@ class CompressedTensors(QuantizationScheme):
         if scheme.packed:
             return PackedLinear(spec, scheme.config, scheme.form)
         return ByteLinear(spec, scheme.form)
+
+    def experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
+        return grouped_experts(spec, self)
 
     def _scheme_of(self, spec: LinearSpec) -> CompressedTensors:
         """Raises ModelError where the matrices of a layer are of several groups."""
@@ -145,6 +156,12 @@ class PackedLinear(PackedIntLinear):
                 )
             )  # fmt: skip
         return found
+
+    @property
+    def regular_group(self) -> int | None:
+        if self.group_of is not None:
+            return None
+        return regular_group(self.spec, self.group or self.spec.in_features, self.has_all_groups)
 
     def matrices(self) -> list[IntegerMatrix]:
         spec = self.spec

@@ -10,8 +10,9 @@ import torch
 
 from shoal.config.quantization import QuantizationConfig
 from shoal.errors import ModelError
-from shoal.quantization.base import LinearMethod, LinearSpec, QuantizationScheme
+from shoal.quantization.base import ExpertsMethod, ExpertsSpec, LinearMethod, LinearSpec, QuantizationScheme
 from shoal.quantization.byte_linear import ByteFormat, ByteLinear, QuantizedWhileLoading
+from shoal.quantization.experts import grouped_experts
 from shoal.quantization.unquantized import Unquantized
 
 
@@ -36,6 +37,9 @@ class Fp8(QuantizationScheme):
         if self.config.on_the_fly:
             return QuantizedWhileLoading(spec, self.form.dtype)
         return ByteLinear(spec, self.form)
+
+    def experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
+        return grouped_experts(spec, self)
 
 
 def is_kept(config: QuantizationConfig, spec: LinearSpec) -> bool:

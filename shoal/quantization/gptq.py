@@ -8,6 +8,7 @@ scales [groups, N]; g_idx int32 [K], the group of each input, which older ones l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from fractions import Fraction
 from typing import Any
@@ -16,11 +17,20 @@ import torch
 
 from shoal.config.quantization import QuantizationConfig, check_expression, read_quantization
 from shoal.errors import ModelError
-from shoal.quantization.base import LinearMethod, LinearSpec, LinearTensor, QuantizationScheme
+from shoal.quantization.base import (
+    ExpertsMethod,
+    ExpertsSpec,
+    LinearMethod,
+    LinearSpec,
+    LinearTensor,
+    QuantizationScheme,
+)
+from shoal.quantization.experts import grouped_experts
 from shoal.quantization.packed_int import (
     IntegerMatrix,
     PackedIntLinear,
     cuts_a_group,
+    regular_group,
     repeated,
     scale_of_random,
     unpack,
@@ -43,6 +53,9 @@ class Gptq(QuantizationScheme):
             return Unquantized().linear(spec, weight)
         config = self._config_of(spec)
         return Unquantized().linear(spec) if config is None else GptqLinear(spec, config)
+
+    def experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
+        return grouped_experts(spec, self)
 
     def _config_of(self, spec: LinearSpec) -> QuantizationConfig | None:
         """None: plain. Raises ModelError where the matrices of a layer are held in different ways."""
@@ -139,9 +152,17 @@ class GptqLinear(PackedIntLinear):
             *self.bias_tensors(),
         ]  # fmt: skip
 
+    @property
+    def regular_group(self) -> int | None:
+        return None if self.config.desc_act else regular_group(self.spec, self.group_size, self.has_all_groups)
+
+    def is_in_order(self) -> bool:
+        return self._groups is None
+
     def matrices(self) -> list[IntegerMatrix]:
         spec, config = self.spec, self.config
-        groups = self._groups()
+        groups = self._groups
+        del self._groups
         qweight, qzeros, scales = self.qweight, self.qzeros, self.scales
         del self.qweight, self.qzeros, self.scales, self.g_idx
         most, inputs, bits = (1 << self.bits) - 1, spec.in_features, config.bits
@@ -166,6 +187,7 @@ class GptqLinear(PackedIntLinear):
             start += size
         return found
 
+    @functools.cached_property
     def _groups(self) -> torch.Tensor | None:
         """int64 [parts, K], the group of each input among those that are here; None where they stand in order."""
         spec, num_groups = self.spec, self.scales.shape[0]

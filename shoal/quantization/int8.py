@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from shoal.config.quantization import QuantizationConfig
-from shoal.quantization.base import LinearMethod, LinearSpec, QuantizationScheme
+from shoal.quantization.base import ExpertsMethod, ExpertsSpec, LinearMethod, LinearSpec, QuantizationScheme
 from shoal.quantization.byte_linear import ByteFormat, ByteLinear, QuantizedWhileLoading
+from shoal.quantization.experts import grouped_experts
 from shoal.quantization.fp8 import is_kept
 from shoal.quantization.unquantized import Unquantized
 
@@ -24,3 +25,6 @@ class Int8(QuantizationScheme):
         if self.config.on_the_fly:
             return QuantizedWhileLoading(spec, self.form.dtype)
         return ByteLinear(spec, self.form)
+
+    def experts(self, spec: ExpertsSpec) -> ExpertsMethod | None:
+        return grouped_experts(spec, self)

@@ -1,10 +1,14 @@
-"""Experts as linear layers, two each, of whatever scheme the checkpoint has: on a CPU, and where the scheme has no
-product for several experts. The host sorts tokens by expert, so a GPU waits for it and a CUDA graph cannot hold it.
+"""Experts as linear layers, two each, of whatever scheme the checkpoint has: on a CPU, and where there is no product
+for several experts (see experts.py). The host sorts tokens by expert, so a GPU waits for it and a CUDA graph cannot
+hold it.
 
 T rows, k experts a row, H hidden size, F width of an expert.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 
@@ -18,56 +22,65 @@ from shoal.quantization.base import (
 )
 
 
+def gate_up_spec(spec: ExpertsSpec, expert: int) -> LinearSpec:
+    """An expert's first product as a linear layer."""
+    names = spec.gate_up_names[expert] if spec.gate_up_names else ()
+    width = 2 * spec.intermediate_size
+    return LinearSpec(
+        in_features=spec.hidden_size,
+        out_features=width,
+        bias=spec.gate_up_bias,
+        dtype=spec.dtype,
+        device=spec.device,
+        deterministic=spec.deterministic,
+        names=names,
+        part_sizes=(width // len(names),) * len(names) if names else (),
+    )
+
+
+def down_spec(spec: ExpertsSpec, expert: int) -> LinearSpec:
+    """Its second one."""
+    return LinearSpec(
+        in_features=spec.intermediate_size,
+        out_features=spec.hidden_size,
+        bias=spec.down_bias,
+        dtype=spec.dtype,
+        device=spec.device,
+        deterministic=spec.deterministic,
+        num_input_shards=spec.num_input_shards,
+        is_summand=spec.is_summand,
+        all_in_features=spec.all_intermediate_size,
+        in_start=spec.intermediate_start,
+        names=(spec.down_names[expert],) if spec.down_names else (),
+        part_sizes=(spec.hidden_size,) if spec.down_names else (),
+    )
+
+
+def expert_tensors(gate_ups: Sequence[LinearMethod], downs: Sequence[LinearMethod]) -> list[ExpertTensor]:
+    """What the experts' linear layers read, one expert after the other."""
+    found = []
+    for expert, (gate_up, down) in enumerate(zip(gate_ups, downs, strict=True)):
+        found += [ExpertTensor(part="gate_up", tensor=tensor, expert=expert) for tensor in gate_up.tensors()]
+        found += [ExpertTensor(part="down", tensor=tensor, expert=expert) for tensor in down.tensors()]
+    return found
+
+
 class LoopedExperts(ExpertsMethod):
     """Each expert that has tokens multiplies them. Deterministic where the scheme's linear layers are."""
 
-    def __init__(self, spec: ExpertsSpec, scheme: QuantizationScheme) -> None:
+    def __init__(self, spec: ExpertsSpec, gate_ups: Sequence[LinearMethod], downs: Sequence[LinearMethod]) -> None:
         super().__init__(spec)
-        self._gate_ups = [self._gate_up(scheme, expert) for expert in range(spec.num_experts)]
-        self._downs = [self._down(scheme, expert) for expert in range(spec.num_experts)]
+        self._gate_ups, self._downs = gate_ups, downs
 
-    def _gate_up(self, scheme: QuantizationScheme, expert: int) -> LinearMethod:
-        spec = self.spec
-        names = spec.gate_up_names[expert] if spec.gate_up_names else ()
-        width = 2 * spec.intermediate_size
-        return scheme.linear(
-            LinearSpec(
-                in_features=spec.hidden_size,
-                out_features=width,
-                bias=spec.gate_up_bias,
-                dtype=spec.dtype,
-                device=spec.device,
-                deterministic=spec.deterministic,
-                names=names,
-                part_sizes=(width // len(names),) * len(names) if names else (),
-            )
-        )
-
-    def _down(self, scheme: QuantizationScheme, expert: int) -> LinearMethod:
-        spec = self.spec
-        return scheme.linear(
-            LinearSpec(
-                in_features=spec.intermediate_size,
-                out_features=spec.hidden_size,
-                bias=spec.down_bias,
-                dtype=spec.dtype,
-                device=spec.device,
-                deterministic=spec.deterministic,
-                num_input_shards=spec.num_input_shards,
-                is_summand=spec.is_summand,
-                all_in_features=spec.all_intermediate_size,
-                in_start=spec.intermediate_start,
-                names=(spec.down_names[expert],) if spec.down_names else (),
-                part_sizes=(spec.hidden_size,) if spec.down_names else (),
-            )
-        )
+    @classmethod
+    def of(cls, spec: ExpertsSpec, scheme: QuantizationScheme) -> Self:
+        """As the scheme makes them."""
+        experts = range(spec.num_experts)
+        gate_ups = [scheme.linear(gate_up_spec(spec, expert)) for expert in experts]
+        return cls(spec, gate_ups, [scheme.linear(down_spec(spec, expert)) for expert in experts])
 
     def tensors(self) -> list[ExpertTensor]:
-        found = []
-        for expert, (gate_up, down) in enumerate(zip(self._gate_ups, self._downs, strict=True)):
-            found += [ExpertTensor(part="gate_up", tensor=tensor, expert=expert) for tensor in gate_up.tensors()]
-            found += [ExpertTensor(part="down", tensor=tensor, expert=expert) for tensor in down.tensors()]
-        return found
+        return expert_tensors(self._gate_ups, self._downs)
 
     def process_after_load(self) -> None:
         for method in (*self._gate_ups, *self._downs):

@@ -61,7 +61,7 @@ class Mxfp4(QuantizationScheme):
                 "would be one of several"
             )
         if not has_kernels(spec.device):
-            return Mxfp4Experts(spec, self)
+            return Mxfp4Experts.of(spec, self)
         if spec.deterministic:
             raise ConfigError(
                 "deterministic mode does not multiply MXFP4 experts on a GPU; leave it off (--no-deterministic)"
@@ -104,8 +104,8 @@ class Mxfp4Experts(LoopedExperts):
     """On a CPU, and a GPU without the kernels: each expert that has tokens is dequantized for its product. Stacked, as
     the checkpoint has them."""
 
-    def __init__(self, spec: ExpertsSpec, scheme: QuantizationScheme) -> None:
-        super().__init__(spec, scheme)
+    def __init__(self, spec: ExpertsSpec, gate_ups: Sequence[LinearMethod], downs: Sequence[LinearMethod]) -> None:
+        super().__init__(spec, gate_ups, downs)
         self._parts: list[ExpertTensor] = []
         for part, methods in (("gate_up", self._gate_ups), ("down", self._downs)):
             first = methods[0]

@@ -137,7 +137,10 @@ class IntegerMatrix:
 
 
 class PackedIntLinear(LinearMethod):
-    """x W^T + b. A method of this kind lists what it reads, and gives matrices when that is there."""
+    """x W^T + b. A method of this kind lists what it reads, and gives matrices when that is there. bits: of an integer
+    as it is stored."""
+
+    bits: int
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec
@@ -159,12 +162,23 @@ class PackedIntLinear(LinearMethod):
             return [LinearTensor(suffix="bias", data=self.no_bias, out_dim=0, in_dim=None, optional=True)]
         return []
 
+    @property
+    @abc.abstractmethod
+    def regular_group(self) -> int | None:
+        """Inputs of each group that the one matrix will have, all of its inputs, in order; None: what is loaded tells,
+        or a part of a group is here."""
+
+    def is_in_order(self) -> bool:
+        """When all is loaded, where there is a `regular_group`: whether inputs are in order indeed."""
+        return True
+
     @abc.abstractmethod
     def matrices(self) -> list[IntegerMatrix]:
         """One for the whole layer; or one for each part, in their order, where their inputs are ordered differently.
         Called once; what was loaded may go with them. Raises ModelError for what is inconsistent."""
 
-    def process_after_load(self) -> None:
+    def checked_matrices(self) -> list[IntegerMatrix]:
+        """`matrices`, when all is loaded. Raises ModelError."""
         if self.no_bias is not None and bool(self.no_bias.any()):
             raise ModelError(
                 f"{self.name}: the checkpoint has a bias, and the config describes a layer without; "
@@ -174,6 +188,10 @@ class PackedIntLinear(LinearMethod):
         matrices = self.matrices()
         for matrix in matrices:
             check_scales(matrix.scales, self.name)
+        return matrices
+
+    def process_after_load(self) -> None:
+        matrices = self.checked_matrices()
         module = importlib.import_module(
             "shoal.quantization.packed_cuda" if self.spec.device.type == "cuda" else "shoal.quantization.packed_cpu"
         )
@@ -213,6 +231,12 @@ def cuts_a_group(spec: LinearSpec, group_size: int) -> bool:
     """Whether another rank has inputs of the first or last group here."""
     whole, ends = spec.all_in_features or spec.in_features, (spec.in_start, spec.in_start + spec.in_features)
     return any(end % group_size and end != whole for end in ends)
+
+
+def regular_group(spec: LinearSpec, group_size: int, is_cut: bool) -> int | None:
+    """As `PackedIntLinear.regular_group`, of inputs in order; is_cut: `cuts_a_group`, see `from_input`."""
+    size = math.gcd(group_size, spec.in_start, spec.in_features) if is_cut else group_size
+    return None if is_cut and size < _PADDED_GROUP else size
 
 
 def check_scales(scales: torch.Tensor, name: str) -> None:

@@ -7,51 +7,29 @@ from __future__ import annotations
 
 import torch
 
-from shoal.kernels.compile_ahead import is_compiling_ahead
-from shoal.kernels.moe import (
-    KINDS,
-    PLAIN,
-    ExpertWeight,
-    GroupedTiles,
-    choose_tiles,
-    combine,
-    every_tiles,
-    few_down,
-    few_up,
-    grouped_matmul,
-)
-from shoal.kernels.moe_routing import order_pairs
-from shoal.quantization.base import ExpertsMethod, ExpertsSpec, ExpertTensor, LinearTensor
-
-# Up to so many rows each is multiplied for itself.
-FEW_ROWS = 4
+from shoal.kernels import moe
+from shoal.kernels.expert_weights import ExpertWeight
+from shoal.quantization.base import ExpertsSpec, ExpertTensor, LinearTensor
+from shoal.quantization.grouped_experts import GroupedExperts
 
 
-class StackedExperts(ExpertsMethod):
-    """weights [E, 2 F, H] and [E, H, F], as they are in the checkpoint. In deterministic mode always the grouped
-    product, whose bits depend on nothing but the row."""
+class StackedExperts(GroupedExperts):
+    """weights [E, 2 F, H] and [E, H, F], as they are in the checkpoint. In deterministic mode a row's bits depend on
+    nothing but the row."""
 
-    follows_device = True
+    products = moe
 
     def __init__(self, spec: ExpertsSpec) -> None:
         super().__init__(spec)
         E, F, H = spec.num_experts, spec.intermediate_size, spec.hidden_size
-        kind = KINDS.get(spec.activation.kind, PLAIN)
-        # What the kernels do not know stands between the products.
-        self._is_fused = kind != PLAIN
 
         def empty(*shape: int) -> torch.Tensor:
             return torch.empty(shape, dtype=spec.dtype, device=spec.device)
 
         self.gate_up = ExpertWeight(
-            empty(E, 2 * F, H),
-            empty(E, 2 * F) if spec.gate_up_bias else None,
-            kind,
-            spec.interleaved,
-            spec.activation.alpha,
-            spec.activation.limit,
+            weight=empty(E, 2 * F, H), bias=empty(E, 2 * F) if spec.gate_up_bias else None, **self.gating
         )
-        self.down = ExpertWeight(empty(E, H, F), empty(E, H) if spec.down_bias else None)
+        self.down = ExpertWeight(weight=empty(E, H, F), bias=empty(E, H) if spec.down_bias else None)
 
     def tensors(self) -> list[ExpertTensor]:
         found = []
@@ -64,36 +42,6 @@ class StackedExperts(ExpertsMethod):
 
     def process_after_load(self) -> None:
         return None
-
-    def apply(self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        spec = self.spec
-        if x.shape[0] <= FEW_ROWS and self._is_fused and not spec.deterministic:
-            x, ids, weights = x if x.stride(1) == 1 else x.contiguous(), ids.contiguous(), weights.contiguous()
-            return few_down(few_up(x, self.gate_up, ids, self.tokens), self.down, ids, weights)
-        dtype = torch.float32 if spec.deterministic else x.dtype
-        pairs = self._grouped(x, ids, dtype)
-        return combine(pairs, weights.contiguous(), ids.contiguous(), spec.num_experts, x.dtype)
-
-    def apply_pairs(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        pairs = self._grouped(x, ids, torch.float32).view(*ids.shape, -1)
-        return pairs.masked_fill_((ids < 0).unsqueeze(-1), 0.0)
-
-    def _grouped(self, x: torch.Tensor, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """[T * k, H] of `dtype`; of pairs without an expert here anything."""
-        x = x if x.stride(1) == 1 else x.contiguous()
-        num_pairs = ids.numel()
-        if is_compiling_ahead():  # no step is to wait for tiles that no warm-up happens to choose
-            for tiles in every_tiles(x.dtype, x.device):
-                self._multiply(x, ids, tiles, dtype)
-        return self._multiply(x, ids, choose_tiles(num_pairs, self.spec.num_experts, x.dtype, x.device), dtype)
-
-    def _multiply(self, x: torch.Tensor, ids: torch.Tensor, tiles: GroupedTiles, dtype: torch.dtype) -> torch.Tensor:
-        num_chosen, num_pairs = ids.shape[1], ids.numel()
-        order = order_pairs(ids, self.tokens, tiles.block_m)
-        hidden = grouped_matmul(x, self.gate_up, order, num_pairs, num_chosen, tiles)
-        if not self._is_fused:
-            hidden = self.spec.activation.apply(hidden)
-        return grouped_matmul(hidden, self.down, order, num_pairs, 1, tiles, output_dtype=dtype)
 
     def weight_bytes(self) -> int:
         tensors = (self.gate_up.weight, self.gate_up.bias, self.down.weight, self.down.bias)

@@ -94,9 +94,8 @@ class ModelRunner:
         self.hooks = LayerStatus(groups.status, hooks)
         # A connector's hooks act between layers, which a graph knows nothing of.
         self._captures = device.type == "cuda" and not config.enforce_eager and backend.follows_device and hooks is None
-        self._captures &= model.follows_device
-        pooling = config.model.pooling
-        self._captures &= pooling is None  # texts come in steps of many tokens
+        pooling = config.model.pooling  # texts come in steps of many tokens
+        self._captures &= model.follows_device and pooling is None
         self.graphs: StepGraphs | None = None
         self.batch = InputBatch(
             config.max_num_seqs,
@@ -126,6 +125,12 @@ class ModelRunner:
         self.kv_caches: list[torch.Tensor] = []
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._executed: dict[int, _Executed] = {}
+
+    def agree_on_graphs(self, groups: ParallelGroups) -> None:
+        """Capture steps only if every rank of a stage can: their sums are in its graphs. When all have loaded."""
+        if self.config.model.experts is not None and groups.tensor.world_size > 1:
+            total = groups.tensor.all_reduce(torch.full((1,), float(self._captures), device=self.device))
+            self._captures = int(total) == groups.tensor.world_size
 
     def set_kv_caches(self, kv_caches: list[torch.Tensor]) -> None:
         """One tensor a layer, in the attention backend's shape."""

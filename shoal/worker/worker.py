@@ -126,6 +126,7 @@ class Worker:
         self._expert_load = ExpertLoad(model, device)
         # One rank may load for longer than a collective of the step that sizes the cache would wait for it.
         self.groups.meet("loaded")
+        self._runner.agree_on_graphs(self.groups)
         on_progress(StartupProgress("size the KV cache"))
         self.groups.status.update(phase="size")
         num_blocks = self._count_blocks(weight_bytes)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,8 @@ from tests.checkpoints import make_checkpoint
 from tests.engine.local_engine import run_engine
 from tests.engine.simulated_executor import InMemoryChannel
 from tests.engine.test_parallel import VOCAB_SIZE, alone, check_equal, make_config, make_requests
+from tests.quantization.integer_writers import awq, gptq
+from tests.quantization.writers import Writer, fp8_by_block, write_quantized
 
 WAYS = {
     "tp": {"tensor_parallel_size": 2},
@@ -26,6 +30,26 @@ ALL = [
     for family in FAMILIES
     for way in WAYS
 ]
+
+# Of quantized checkpoints config, writer, and what is plain: a GPU quantizes rows for FP8 layers that are no experts.
+QUANTIZED: dict[str, tuple[dict[str, Any], Writer, tuple[str, ...]]] = {
+    "fp8-block": (
+        {
+            "quant_method": "fp8",
+            "activation_scheme": "dynamic",
+            "weight_block_size": [64, 64],
+            "modules_to_not_convert": ["self_attn"],
+        },
+        fp8_by_block(64, 64),
+        ("self_attn",),
+    ),
+    "gptq": (
+        {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
+        gptq(group=128),
+        (),
+    ),
+    "awq": ({"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}, awq(32), ()),
+}
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +137,50 @@ def test_a_gpu_gives_the_tokens_of_a_cpu(models: dict[str, str], family: str) ->
         config = make_config(models[family], device="cuda", enforce_eager=enforce_eager)
         answers, _ = run_engine(config, make_requests(VOCAB_SIZE))
         check_equal(answers, expected, bits=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantization", ["fp8", "int8"])
+def test_so_does_one_that_quantizes_them(models: dict[str, str], quantization: str) -> None:
+    expected = alone(models["qwen3_moe"], quantization=quantization)
+    for enforce_eager in (False, True):
+        config = make_config(models["qwen3_moe"], device="cuda", enforce_eager=enforce_eager, quantization=quantization)
+        answers, _ = run_engine(config, make_requests(VOCAB_SIZE))
+        check_equal(answers, expected, bits=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", QUANTIZED)
+def test_a_gpu_gives_the_probabilities_of_quantized_experts(tmp_path: Path, form: str) -> None:
+    """In half precision, in CUDA graphs and out of them."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "moe_intermediate_size": 128,
+        "vocab_size": VOCAB_SIZE,
+        "tie_word_embeddings": False,
+    }
+    plain = make_checkpoint(tmp_path / "plain", "qwen3_moe", **sizes)
+    config, writer, kept = QUANTIZED[form]
+    path = str(write_quantized(plain, tmp_path, config, writer, ("lm_head", "mlp.gate.", *kept)))
+    parameters = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True, logprobs=1, prompt_logprobs=1)
+    requests = [EngineRequest(f"{index}", list(range(5 + index, 45 + index)), parameters) for index in range(6)]
+    expected, _ = run_engine(make_config(path), requests)
+    for enforce_eager in (False, True):
+        options = {"device": "cuda", "dtype": "float16", "enforce_eager": enforce_eager}
+        answers, _ = run_engine(make_config(path, **options), requests)
+        apart = []
+        for request_id, answer in expected.items():
+            found = answers[request_id]
+            assert answer.prompt_logprobs is not None and found.prompt_logprobs is not None
+            pairs = list(zip(found.prompt_logprobs[1:], answer.prompt_logprobs[1:], strict=True))
+            pairs += zip(found.logprobs, answer.logprobs, strict=True)
+            for mine, theirs in pairs:
+                assert mine is not None and theirs is not None
+                apart.append(abs(mine.logprobs[0] - theirs.logprobs[0]))
+                if mine.token_ids[0] != theirs.token_ids[0]:  # of two that are as likely another one
+                    break
+        # Some tokens go to another expert, of two that score alike.
+        assert sorted(apart)[len(apart) * 9 // 10] < 0.05
 
 
 @pytest.mark.gpu

@@ -13,8 +13,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 from shoal.kernels.moe_routing import order_pairs, softmax_top_k  # noqa: E402
 from shoal.layers.routing import SoftmaxTopK, top_k  # noqa: E402
-from shoal.quantization.base import ExpertActivation, ExpertsSpec  # noqa: E402
-from shoal.quantization.stacked_experts import FEW_ROWS, StackedExperts  # noqa: E402
+from shoal.quantization.base import ExpertActivation, ExpertsMethod, ExpertsSpec  # noqa: E402
+from shoal.quantization.grouped_experts import FEW_ROWS  # noqa: E402
+from shoal.quantization.stacked_experts import StackedExperts  # noqa: E402
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="needs compiled kernels")]
 TYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=ON_GPU)]
@@ -75,7 +76,7 @@ def make_experts(
     return method
 
 
-def inputs(num_rows: int, num_chosen: int, method: StackedExperts, seed: int = 0) -> tuple[torch.Tensor, ...]:
+def inputs(num_rows: int, num_chosen: int, method: ExpertsMethod, seed: int = 0) -> tuple[torch.Tensor, ...]:
     """x, weights, ids; some ids are of other ranks."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(num_rows, method.spec.hidden_size, generator=generator).to(DEVICE, method.spec.dtype)

@@ -14,8 +14,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 from shoal.config.quantization import read_quantization  # noqa: E402
 from shoal.quantization.base import ExpertsMethod, ExpertsSpec, weighted_sum  # noqa: E402
+from shoal.quantization.grouped_experts import FEW_ROWS  # noqa: E402
 from shoal.quantization.mxfp4 import Mxfp4, Mxfp4Experts  # noqa: E402
-from shoal.quantization.mxfp4_cuda import FEW_ROWS, Mxfp4CudaExperts  # noqa: E402
+from shoal.quantization.mxfp4_cuda import Mxfp4CudaExperts  # noqa: E402
 from tests.kernels.test_moe import ACTIVATIONS  # noqa: E402
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(DEVICE.type == "cpu", reason="needs compiled kernels")]
@@ -42,7 +43,8 @@ def make(
     )
     config = read_quantization({"quant_method": "mxfp4"})
     assert config is not None
-    reference = Mxfp4Experts(dataclasses.replace(spec, dtype=torch.float32, device=torch.device("cpu")), Mxfp4(config))
+    on_cpu = dataclasses.replace(spec, dtype=torch.float32, device=torch.device("cpu"))
+    reference = Mxfp4Experts.of(on_cpu, Mxfp4(config))
     found = Mxfp4CudaExperts(spec)
     generator = torch.Generator().manual_seed(1)
     for own, other in zip(found.tensors(), reference.tensors(), strict=True):

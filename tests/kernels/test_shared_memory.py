@@ -1,5 +1,5 @@
-"""The attention kernels fit into the shared memory of each kind of GPU, as the real compiler lays them out. No GPU is
-needed: `pytest -m slow tests/kernels/test_shared_memory.py`."""
+"""The kernels of attention and quantized experts fit into the shared memory of each kind of GPU, as the real compiler
+lays them out. No GPU is needed: `pytest -m slow tests/kernels/test_shared_memory.py`."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def test_kernels_fit(tmp_path: Path, capability: int) -> None:
     found = {name: int(size) for name, size in (line.split(": ") for line in lines)}
     assert len(found) == 28
     assert {name: size for name, size in found.items() if size > MOST[capability]} == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", MOST)
+def test_kernels_of_experts_fit(tmp_path: Path, capability: int) -> None:
+    """Into its registers, too, but for a few."""
+    lines = run_script("tests.kernels.expert_kernels", str(capability), TRITON_CACHE_DIR=str(tmp_path)).splitlines()
+    found = {name: tuple(map(int, sizes.split())) for name, sizes in (line.split(": ") for line in lines)}
+    assert len(found) == 74
+    too_much = {name: sizes for name, sizes in found.items() if sizes[0] > MOST[capability] or sizes[1] > 96}
+    assert too_much == {}

@@ -1,7 +1,7 @@
 """Warm up as `serve --enforce-eager` does, then serve, and print which kernels would be compiled only then, one a line:
 `python -m tests.worker.compiled_variants worker BACKEND DTYPE CHECKPOINT`, or `… sampling DTYPE` for two ranks that
 share a vocabulary, or `… norms DTYPE` for norms alone, which few rows have in the product after them: one number of
-rows stands for all, and `… experts DTYPE`. No GPU is needed: launches note what they would compile; results are
+rows stands for all, and `… experts DTYPE FORM`. No GPU is needed: launches note what they would compile; results are
 whatever was in memory.
 """
 
@@ -17,12 +17,17 @@ import shoal.layers.activation
 import shoal.layers.norm
 import shoal.sampling.plan
 from shoal.attention.registry import create_attention_backend
+from shoal.config.quantization import read_quantization
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.vocabulary import VocabularySlice
 from shoal.kernels.moe_routing import softmax_top_k
 from shoal.kernels.norm import add_rms_norm, rms_norm
-from shoal.quantization import stacked_experts
+from shoal.quantization import grouped_experts
 from shoal.quantization.base import ExpertActivation, ExpertsSpec
+from shoal.quantization.byte_experts import ByteExperts
+from shoal.quantization.grouped_experts import GroupedExperts
+from shoal.quantization.packed_experts import PackedExperts
+from shoal.quantization.registry import create_quantization
 from shoal.quantization.stacked_experts import StackedExperts
 from shoal.sampling.rehearse import rehearse_sampling
 from shoal.sampling.sampler import Sampler
@@ -121,28 +126,35 @@ def normalise(dtype: str) -> None:
     report(warm)
 
 
-def multiply_by_experts(dtype: str) -> None:
-    """One step stands for all, as it is compiled ahead."""
-    activation = ExpertActivation(apply=torch.nn.functional.silu, kind="silu")
-    method = StackedExperts(
-        ExpertsSpec(
-            num_experts=12,
-            hidden_size=256,
-            intermediate_size=128,
-            activation=activation,
-            dtype=getattr(torch, dtype),
-            device=torch.device("cpu"),
-        )
+def multiply_by_experts(dtype: str, form: str) -> None:
+    """One step stands for all, as it is compiled ahead. form: "plain", or a quant_method."""
+    activation = ExpertActivation(
+        apply=lambda gate_up: torch.nn.functional.silu(gate_up[:, :128]) * gate_up[:, 128:], kind="silu"
     )
+    spec = ExpertsSpec(
+        num_experts=12,
+        hidden_size=256,
+        intermediate_size=128,
+        activation=activation,
+        dtype=getattr(torch, dtype),
+        device=torch.device("cpu"),
+    )
+    method: GroupedExperts = StackedExperts(spec)
+    if form != "plain":
+        config = read_quantization({"quant_method": form, "bits": 4, "group_size": 128, "zero_point": True})
+        method = (PackedExperts if form == "awq" else ByteExperts)(spec, create_quantization(config))
+        for found in method.tensors():
+            found.tensor.data.fill_(0 if found.tensor.suffix in ("qweight", "bias") else 1)
+        method.process_after_load()
 
     def run(num_rows: int) -> None:
         x = torch.zeros(num_rows, 256, dtype=method.spec.dtype)
         method.apply(x, *softmax_top_k(torch.zeros(num_rows, 12, dtype=x.dtype), 4, True))
 
-    stacked_experts.is_compiling_ahead = lambda: True
+    grouped_experts.is_compiling_ahead = lambda: True
     for num_rows in (1, 16, 8192):
         run(num_rows)
-    stacked_experts.is_compiling_ahead = lambda: False
+    grouped_experts.is_compiling_ahead = lambda: False
     warm = set(VARIANTS)
     for num_rows in (1, 2, 3, 4, 5, 7, 8, 17, 31, 40, 61, 100, 250, 272, 601, 1000, 2047, 2100, 3000, 8000):
         run(num_rows)

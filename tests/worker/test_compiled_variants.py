@@ -32,6 +32,8 @@ def test_nor_do_norms_of_another_number_of_rows() -> None:
     check("norms", "bfloat16", fewest=2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_nor_do_experts_whatever_the_number_of_tokens(dtype: str) -> None:
-    check("experts", dtype, fewest=8)
+@pytest.mark.parametrize(
+    ("dtype", "form"), [("bfloat16", "plain"), ("float32", "plain"), ("bfloat16", "int8"), ("bfloat16", "awq")]
+)
+def test_nor_do_experts_whatever_the_number_of_tokens(dtype: str, form: str) -> None:
+    check("experts", dtype, form, fewest=8)

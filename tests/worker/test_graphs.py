@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from shoal.attention.registry import create_attention_backend
+from shoal.distributed.group import GroupCoordinator
 from shoal.layers.attention import Attention
 from shoal.messages import ScheduledBatch, SlotAssignment, SlotWork
 from shoal.sampling.choice import TokenChoice
@@ -15,7 +18,9 @@ from shoal.types import SamplingParams
 from shoal.worker import input_batch
 from shoal.worker.graphs import StepGraphs, unpack_rows
 from shoal.worker.input_batch import InputBatch, TokenRows
+from shoal.worker.model_runner import ModelRunner
 from tests.checkpoints import make_checkpoint
+from tests.rank_threads import on_ranks
 from tests.worker.test_pipeline import NUM_SLOTS, Alone, make_config, make_requests, serve
 
 CPU = torch.device("cpu")
@@ -131,6 +136,22 @@ def test_who_has_got_its_prompts_probabilities_decodes_in_graphs(tmp_path: Path)
     decode = SlotWork(0, 6, 1, [1, 2], True)
     assert runner._run_by_graph(ScheduledBatch(2, 0, [], [], [decode, second])) is not None
     assert laid.num_laid_tokens == 1
+
+
+def test_ranks_capture_steps_together_or_not_at_all() -> None:
+    """Ranks may hold experts differently, which the checkpoint alone tells."""
+
+    def agree(group: GroupCoordinator, could: tuple[bool, bool], experts: object) -> bool:
+        model = SimpleNamespace(experts=experts)
+        runner: Any = SimpleNamespace(
+            device=CPU, config=SimpleNamespace(model=model), _captures=could[group.rank_in_group]
+        )
+        ModelRunner.agree_on_graphs(runner, SimpleNamespace(tensor=group))  # type: ignore[arg-type]
+        return bool(runner._captures)
+
+    for could, expected in (((True, True), True), ((True, False), False), ((False, False), False)):
+        assert on_ranks(2, lambda group, each=could: agree(group, each, "some")) == [expected] * 2  # type: ignore[misc]
+    assert on_ranks(2, lambda group: agree(group, (True, True), None)) == [True, True]  # nobody is asked
 
 
 @pytest.mark.gpu
