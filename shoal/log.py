@@ -5,6 +5,7 @@ Every process calls `configure` once at its start; modules take `get_logger(__na
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
 
@@ -49,6 +50,12 @@ class _Formatter(logging.Formatter):
 def get_logger(name: str) -> logging.Logger:
     """The logger of a module of Shoal. Before `configure` it shows warnings and errors, by Python's own default."""
     return logging.getLogger(name if name.split(".")[0] == _ROOT else f"{_ROOT}.{name}")
+
+
+@functools.cache
+def warn_once(logger: logging.Logger, message: str) -> None:
+    """For what each of many layers would say: the first one's in this process."""
+    logger.warning("%s", message)
 
 
 def configure(level: str | None = None, *, role: str = "", rank: int | None = None, world_size: int = 1) -> None:

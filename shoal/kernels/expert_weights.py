@@ -18,8 +18,9 @@ KINDS = {None: PLAIN, "silu": SILU, "clamped": CLAMPED}
 
 @dataclasses.dataclass(frozen=True)
 class GroupedTiles:
-    """How a grouped product is cut; but for gates_apart never visible in its bits. weight_left: it is the left operand.
-    gates_apart: what is made of gates and ups is no part of the product, whose sums fill the registers."""
+    """How a grouped product is cut. Visible in its bits are gates_apart, and block_k where scales are of blocks, whose
+    sums it makes. weight_left: it is the left operand. gates_apart: what is made of gates and ups is no part of the
+    product, whose sums fill the registers."""
 
     block_m: int
     block_n: int
@@ -48,6 +49,11 @@ _BYTE_TILES = (
 )
 # A block's sum is one more beside those of gate and up in the registers.
 _BLOCK_TILES = (
+    *_BYTE_TILES[:2],
+    (96, GroupedTiles(64, 64, 64, 4, 4, weight_left=True)),
+    (float("inf"), GroupedTiles(64, 128, 64, 8, 3, weight_left=True)),
+)
+_WGMMA_BLOCK_TILES = (
     *_BYTE_TILES[:3],
     (float("inf"), GroupedTiles(128, 128, 64, 8, 3, weight_left=True, gates_apart=True)),
 )
@@ -127,7 +133,8 @@ class ExpertWeight(ExpertRows):
         """With as many stages as this GPU's shared memory holds."""
         tables = (_TILES, _FP32_TILES)
         if self.scales is not None:
-            tables = (_BYTE_TILES if self.block is None else _BLOCK_TILES, _FP32_BYTE_TILES)
+            by_block = _WGMMA_BLOCK_TILES if has_wgmma(self.weight.device) else _BLOCK_TILES
+            tables = (_BYTE_TILES if self.block is None else by_block, _FP32_BYTE_TILES)
         return _fitting(tables[dtype is torch.float32], dtype.itemsize, self.weight.itemsize, self.weight.device)
 
     @property
@@ -140,8 +147,9 @@ class ExpertWeight(ExpertRows):
 
 
 def has_wgmma(device: torch.device) -> bool:
-    """Matrix units read their operands from shared memory (Hopper): larger blocks are worth their registers."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether it is a Hopper, whose matrix units read operands from shared memory: larger blocks are worth their
+    registers. None before or after has these instructions."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
 @functools.cache

@@ -1,5 +1,5 @@
 """Routing of tokens to experts, and their order for the grouped product. Called by layers/routing.py and
-quantization/stacked_experts.py. Nothing here waits for the host.
+quantization/grouped_experts.py. Nothing here waits for the host.
 
 T tokens, E experts, k experts a token; a pair is a token with one of its experts: pair t * k + j.
 """

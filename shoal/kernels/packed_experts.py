@@ -52,13 +52,18 @@ class PackedExpertWeight(ExpertRows):
         """Slabs, groups and rows of an expert."""
         return self.words.shape[1], self.scales.shape[1], self.words.shape[2]
 
+    @property
+    def has_whole_slabs(self) -> bool:
+        """Whether no slab has inputs of two groups."""
+        return self.group_size >= slab_inputs(self.bits)
+
     def tiles(self, dtype: torch.dtype) -> Tiles:
         slab = slab_inputs(self.bits)
         few = (
             (12, GroupedTiles(16, 64, slab, 4, 3, weight_left=True)),
             (24, GroupedTiles(32, 64, slab, 4, 3, weight_left=True)),
         )
-        if self.group_size < slab:
+        if not self.has_whole_slabs:
             return (*few, (float("inf"), GroupedTiles(64, 64, slab, 4, 2, weight_left=True, gates_apart=True)))
         if has_wgmma(self.words.device):
             some = GroupedTiles(64, 64, slab, 4, 3, weight_left=True)
@@ -378,7 +383,7 @@ def grouped_matmul(
     size, inputs = matrix.num_outputs, matrix.num_inputs
     output = torch.empty(num_pairs, size, dtype=output_dtype or x.dtype, device=x.device)
     slab = slab_inputs(matrix.bits)
-    assert tiles.weight_left or matrix.group_size >= slab, "of smaller groups the weight is left"
+    assert tiles.weight_left or matrix.has_whole_slabs, "of smaller groups the weight is left"
     _grouped_kernel[(len(order.experts) * triton.cdiv(size, tiles.block_n),)](
         x, *_held(matrix, x), output, order.pairs, order.experts, order.starts, order.counts, size, inputs,
         *matrix.sizes, x.stride(0), matrix.row_step, matrix.up_offset, matrix.alpha, matrix.limit,

@@ -8,7 +8,6 @@ the weight is dequantized for each product. T rows, N outputs, K inputs.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from shoal.kernels.support import has_kernels
-from shoal.log import get_logger
+from shoal.log import get_logger, warn_once
 from shoal.quantization.base import LinearSpec, NormWeights
 from shoal.quantization.byte_linear import ByteWeight
 
@@ -106,9 +105,10 @@ class ByteProduct(DequantizingProduct):
             return super().apply
         if weight.numbers.dtype is torch.float8_e4m3fn:
             if self._numbers.dtype is torch.uint8:
-                _say_once(
+                warn_once(
+                    _logger,
                     f"{torch.cuda.get_device_name(self.spec.device)} has no matrix units for FP8 (from sm_89 on): "
-                    "products are those of the dequantized weights, which saves memory, and time with few rows"
+                    "products are those of the dequantized weights, which saves memory, and time with few rows",
                 )
                 return super().apply
             if weight.block is None:
@@ -142,11 +142,6 @@ class ByteProduct(DequantizingProduct):
             q, scales, weight.numbers, self._scales, self.bias, self.spec.dtype
         )
         return output
-
-
-@functools.cache
-def _say_once(what: str) -> None:
-    _logger.warning("%s", what)
 
 
 def create_product(spec: LinearSpec, weight: ByteWeight, bias: torch.Tensor | None) -> PlainProduct:

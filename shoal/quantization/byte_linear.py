@@ -57,7 +57,7 @@ class ByteWeight:
 
 
 class ByteMethod(LinearMethod):
-    """What is the same however the weight is loaded: `_weight` gives it."""
+    """What is the same however the weight is loaded: `weight` gives it."""
 
     def __init__(self, spec: LinearSpec) -> None:
         self.spec = spec

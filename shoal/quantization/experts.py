@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from shoal.kernels.support import has_kernels
+from shoal.log import get_logger, warn_once
 from shoal.quantization.base import ExpertsMethod, ExpertsSpec, LinearMethod, LinearSpec, QuantizationScheme
 from shoal.quantization.byte_linear import ByteMethod
 from shoal.quantization.looped_experts import down_spec, gate_up_spec
 from shoal.quantization.packed_int import PackedIntLinear
 from shoal.quantization.unquantized import Unquantized, UnquantizedLinear
 
+_logger = get_logger(__name__)
 # Inputs of a block of bytes are a multiple: a product of the matrix units ends with a block.
 _BLOCK_INPUTS = 32
 # Those of a group of integers: groups share no word of an output.
@@ -24,15 +26,16 @@ _GROUP_INPUTS = 16
 
 def grouped_experts(spec: ExpertsSpec, scheme: QuantizationScheme) -> ExpertsMethod | None:
     """All in one launch, where there are kernels for what the scheme makes of each; None: they are multiplied one by
-    one, as in deterministic mode, where only plain ones have a product for all."""
+    one, and where there are kernels for others the log says why."""
     if not has_kernels(spec.device):
         return None
     # As the scheme would make them, without memory. A layer has hundreds of experts: the first one is asked, the others
     # are compared with it when they are made.
     meta = dataclasses.replace(spec, device=torch.device("meta"))
     first = scheme.linear(gate_up_spec(meta, 0)), scheme.linear(down_spec(meta, 0))
-    if not _has_product(spec, first):
-        return None
+    reason = _why_no_product(spec, first)
+    if reason is not None:
+        return _multiplied_one_by_one(reason)
     try:
         if isinstance(first[0], UnquantizedLinear):
             for make in (gate_up_spec, down_spec):
@@ -42,8 +45,15 @@ def grouped_experts(spec: ExpertsSpec, scheme: QuantizationScheme) -> ExpertsMet
         name, kind = ("byte_experts", "ByteExperts") if is_byte else ("packed_experts", "PackedExperts")
         made: ExpertsMethod = getattr(importlib.import_module(f"shoal.quantization.{name}"), kind)(spec, scheme)
     except ExpertsDifferError:
-        return None
+        return _multiplied_one_by_one("the experts of a layer are not held alike")
     return made
+
+
+def _multiplied_one_by_one(reason: str) -> None:
+    warn_once(
+        _logger,
+        f"experts are multiplied one by one, which takes many times longer, and without CUDA graphs: {reason}",
+    )
 
 
 class ExpertsDifferError(Exception):
@@ -65,18 +75,29 @@ def linears_alike(
         yield method
 
 
-def _has_product(spec: ExpertsSpec, methods: tuple[LinearMethod, LinearMethod]) -> bool:
+def _why_no_product(spec: ExpertsSpec, methods: tuple[LinearMethod, LinearMethod]) -> str | None:
     if all(isinstance(method, UnquantizedLinear) for method in methods):
-        return True
+        return None
     if spec.deterministic:
-        return False
+        return "in deterministic mode only plain experts have a product for all; --no-deterministic leaves it off"
     if all(isinstance(method, ByteMethod) for method in methods):
         blocks = [method.held[1] for method in methods if isinstance(method, ByteMethod)]
-        return all(block is None or block[1] % _BLOCK_INPUTS == 0 for block in blocks)
+        odd = next((block for block in blocks if block is not None and block[1] % _BLOCK_INPUTS), None)
+        return None if odd is None else f"a scale is of {odd[1]} inputs, which is no multiple of {_BLOCK_INPUTS}"
+    if not all(isinstance(method, PackedIntLinear) for method in methods):
+        return "gate and up are quantized in another way than down, or only one of them is"
     if spec.dtype is torch.float32:
-        return False
-    groups = [method.regular_group if isinstance(method, PackedIntLinear) else None for method in methods]
-    return all(group is not None and group % _GROUP_INPUTS == 0 for group in groups)
+        return "integers in groups have a product for all experts in float16 and bfloat16 (--dtype), not in float32"
+    groups = [method.regular_group for method in methods if isinstance(method, PackedIntLinear)]
+    for group in groups:
+        if group is None:
+            return (
+                "inputs are ordered by activation (desc_act, actorder), or tensor parallelism cuts their groups to "
+                "fewer than 32, which --enable-expert-parallel does not"
+            )
+        if group % _GROUP_INPUTS:
+            return f"a group has {group} inputs, which is no multiple of {_GROUP_INPUTS}"
+    return None
 
 
 def _form(method: LinearMethod) -> object:

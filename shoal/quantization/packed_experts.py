@@ -63,8 +63,9 @@ class PackedExperts(GroupedExperts):
 
     @property
     def leading(self) -> PackedExpertWeight:
-        """That of smaller groups, which the tiles of larger ones do not suit: ranks may have cut those of `down`."""
-        matrix: PackedExpertWeight = min(self.gate_up, self.down, key=lambda product: product.group_size)
+        """One whose groups are smaller than a slab, if any is: tiles of larger ones do not suit it. Ranks may have cut
+        the groups of `down`, and a slab is of fewer inputs where they have more bits."""
+        matrix: PackedExpertWeight = min(self.gate_up, self.down, key=lambda product: product.has_whole_slabs)
         return matrix
 
     def weight_bytes(self) -> int:

@@ -13,6 +13,7 @@ import torch
 import triton
 from triton.runtime.jit import JITFunction
 
+import shoal.kernels.expert_weights as expert_weights
 import shoal.kernels.moe as moe
 import shoal.kernels.packed_experts as packed_experts
 from shoal.kernels.expert_weights import ExpertWeight
@@ -59,7 +60,7 @@ def main(capability: int) -> None:
         lambda name, kernel: print(f"{label}, {name}: {kernel.metadata.shared} {stack_bytes(kernel)}", flush=True),
     )
     compile_for = JITFunction.run
-    packed_experts.has_wgmma = lambda device: capability >= 90
+    expert_weights.has_wgmma = packed_experts.has_wgmma = lambda device: capability // 10 == 9
 
     def run(kernel: Any, *arguments: Any, **options: Any) -> None:
         """Tensors are on the CPU, kernels those of the GPU."""
@@ -76,22 +77,24 @@ def main(capability: int) -> None:
         (form, moe, byte_weight(capability, form, 2 * F, H, 1), byte_weight(capability, form, H, F, 0))
         for form in ("fp8-channel", "fp8-block", "int8")
     ]
-    # The second product may have smaller groups: ranks cut them.
-    for bits, group, down_group, zeros in (
-        (4, 128, 128, False),
-        (4, 128, 128, True),
-        (4, 128, 32, True),
-        (4, 32, 32, True),
-        (8, 64, 32, True),
+    # The second product may have smaller groups, which ranks cut, and other bits.
+    for bits, group, down_bits, down_group, zeros in (
+        (4, 128, 4, 128, False),
+        (4, 128, 4, 128, True),
+        (4, 128, 4, 32, True),
+        (4, 32, 4, 32, True),
+        (8, 64, 8, 32, True),
+        (8, 64, 4, 64, False),
     ):
-        gate_up, down = packed_weight(bits, group, zeros, 2 * F, H, 1), packed_weight(bits, down_group, zeros, H, F, 0)
-        form = f"{bits} bits by {group} and {down_group}{' with zeros' * zeros}"
+        gate_up = packed_weight(bits, group, zeros, 2 * F, H, 1)
+        down = packed_weight(down_bits, down_group, zeros, H, F, 0)
+        form = f"{bits} and {down_bits} bits by {group} and {down_group}{' with zeros' * zeros}"
         cases.append((form, packed_experts, gate_up, down))
     for form, products, gate_up, down in cases:
         label = f"{form}, few"
         products.few_up(x, gate_up, ids, tokens)
         products.few_down(hidden, down, ids, weights)
-        leading = min(gate_up, down, key=lambda product: getattr(product, "group_size", 0))
+        leading = min(gate_up, down, key=lambda product: getattr(product, "has_whole_slabs", True))
         for tiles in leading.every_tiles(torch.bfloat16):
             label = f"{form}, blocks of {tiles.block_m} by {tiles.block_n}, up"
             products.grouped_matmul(x, gate_up.apart() if tiles.gates_apart else gate_up, order, 16, 8, tiles)

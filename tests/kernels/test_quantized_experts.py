@@ -51,6 +51,8 @@ PACKED: dict[str, tuple[dict[str, Any] | None, str | None]] = {
     "gptq-zeros": (GPTQ | {"sym": False, "group_size": 32}, None),
     "gptq-8": (GPTQ | {"bits": 8}, None),
     "gptq-8-zeros": (GPTQ | {"bits": 8, "group_size": 16, "sym": False}, None),
+    # Of 4 bits a slab has inputs of two groups, of 8 of one.
+    "gptq-8-and-4": (GPTQ | {"group_size": 64, "dynamic": {"+:.*(gate|up)_proj.*": {"bits": 8}}}, None),
     "gptq-3": (GPTQ | {"bits": 3, "group_size": 64}, None),
     "gptq-one-group": (GPTQ | {"group_size": -1}, None),
     "awq": (AWQ, None),
@@ -186,10 +188,13 @@ def test_few_tokens_whose_inputs_are_read_in_pieces(name: str, block_k: int, mon
     check(method, reference, 2)
 
 
-@pytest.mark.parametrize("name", ["fp8-channel", "fp8-block", "int8-channel", "gptq", "gptq-8", "awq", "gptq-zeros"])
+@pytest.mark.parametrize(
+    "name", ["fp8-channel", "fp8-block", "int8-channel", "gptq", "gptq-8", "awq", "gptq-zeros", "gptq-8-and-4"]
+)
 def test_tiles_do_not_matter(name: str) -> None:
     """Half of the tokens go to one expert, none to another."""
-    method, reference = make(name, make_spec(torch.float16 if DEVICE.type == "cpu" else torch.bfloat16))
+    dtype = torch.float16 if DEVICE.type == "cpu" else torch.bfloat16
+    method, reference = make(name, make_spec(dtype, sizes=(128, 128) if name == "gptq-8-and-4" else None))
     x, _, ids = inputs(150, 1, method)
     ids[:75], ids[ids == 4] = 2, -1
     exact = reference.apply_pairs(x.float().cpu(), ids.cpu())[:, 0]

@@ -3,6 +3,7 @@ are multiplied one by one. The kernels are interpreted."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ import tests.kernels.conftest  # noqa: F401  the interpreter, before Triton's ow
 
 pytest.importorskip("triton")
 
+from shoal.config.quantization import read_quantization  # noqa: E402
+from shoal.kernels.activation import silu_and_mul  # noqa: E402
 from shoal.layers.moe import RoutedExperts  # noqa: E402
+from shoal.log import warn_once  # noqa: E402
 from shoal.quantization import experts as choice  # noqa: E402
+from shoal.quantization.base import ExpertActivation, ExpertsSpec  # noqa: E402
 from shoal.quantization.byte_experts import ByteExperts  # noqa: E402
 from shoal.quantization.grouped_experts import GroupedExperts  # noqa: E402
 from shoal.quantization.looped_experts import LoopedExperts  # noqa: E402
 from shoal.quantization.packed_experts import PackedExperts  # noqa: E402
+from shoal.quantization.registry import create_quantization  # noqa: E402
 from tests.checkpoints import make_checkpoint  # noqa: E402
 from tests.models.paged import PagedModel, random_tokens  # noqa: E402
 from tests.quantization.integer_writers import awq, gptq  # noqa: E402
@@ -79,6 +85,53 @@ def test_ranks_share_them(
     for size, expert_parallel in ((1, False), (2, False), (2, True)):
         for found in on_ranks(size, lambda group, way=expert_parallel: run(way, group)):  # type: ignore[misc]
             torch.testing.assert_close(found, expected, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "reason"),
+    [
+        (GPTQ, {"deterministic": True}, "deterministic mode"),
+        (GPTQ, {"dtype": torch.float32}, "not in float32"),
+        (GPTQ | {"desc_act": True}, {}, "ordered by activation"),
+        # The second of eight ranks: its inputs 176 to 352 and groups of 128 end together at each 16.
+        (
+            GPTQ | {"group_size": 128},
+            {"intermediate_size": 176, "all_intermediate_size": 1408, "intermediate_start": 176},
+            "cuts their groups to fewer than 32",
+        ),
+        (GPTQ | {"group_size": -1}, {"intermediate_size": 88}, "a group has 88 inputs"),
+        (GPTQ | {"dynamic": {"-:.*down_proj.*": {}}}, {}, "only one of them"),
+        (GPTQ | {"dynamic": {"+:.*1.gate_proj.*": {"bits": 8}, "+:.*1.up_proj.*": {"bits": 8}}}, {}, "not held alike"),
+        (BLOCKS | {"weight_block_size": [32, 16]}, {}, "a scale is of 16 inputs"),
+        (GPTQ, {}, None),
+        (BLOCKS, {}, None),
+    ],
+)
+def test_why_they_are_multiplied_one_by_one_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, config: Any, changes: Any, reason: str | None
+) -> None:
+    monkeypatch.setattr(choice, "has_kernels", lambda _: True)
+    options: dict[str, Any] = {
+        "num_experts": 2,
+        "hidden_size": 256,
+        "intermediate_size": 128,
+        "activation": ExpertActivation(apply=silu_and_mul, kind="silu"),
+        "dtype": torch.float16,
+        "device": torch.device("cpu"),
+        "gate_up_names": tuple((f"experts.{n}.gate_proj", f"experts.{n}.up_proj") for n in range(2)),
+        "down_names": ("experts.0.down_proj", "experts.1.down_proj"),
+    }
+    spec, scheme = ExpertsSpec(**(options | changes)), create_quantization(read_quantization(config))
+    warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "shoal"):
+        layers = [choice.grouped_experts(spec, scheme) for _ in range(3)]
+    said = [record.getMessage() for record in caplog.records]
+    if reason is None:
+        assert all(isinstance(layer, GroupedExperts) for layer in layers) and not said
+    else:
+        assert layers == [None] * 3
+        (message,) = said
+        assert reason in message and "without CUDA graphs" in message
 
 
 def _methods(model: PagedModel) -> list[Any]:

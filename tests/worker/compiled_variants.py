@@ -127,7 +127,8 @@ def normalise(dtype: str) -> None:
 
 
 def multiply_by_experts(dtype: str, form: str) -> None:
-    """One step stands for all, as it is compiled ahead. form: "plain", or a quant_method."""
+    """One step stands for all, as it is compiled ahead. form: "plain", or a quant_method, with "fp8-block" for scales
+    of blocks and "awq-32" for groups of which several are in a slab."""
     activation = ExpertActivation(
         apply=lambda gate_up: torch.nn.functional.silu(gate_up[:, :128]) * gate_up[:, 128:], kind="silu"
     )
@@ -141,8 +142,13 @@ def multiply_by_experts(dtype: str, form: str) -> None:
     )
     method: GroupedExperts = StackedExperts(spec)
     if form != "plain":
-        config = read_quantization({"quant_method": form, "bits": 4, "group_size": 128, "zero_point": True})
-        method = (PackedExperts if form == "awq" else ByteExperts)(spec, create_quantization(config))
+        quant_method, _, more = form.partition("-")
+        group_size = int(more) if more.isdigit() else 128
+        config = read_quantization(
+            {"quant_method": quant_method, "bits": 4, "group_size": group_size, "zero_point": True}
+            | ({"weight_block_size": [128, 128], "activation_scheme": "dynamic"} if more == "block" else {})
+        )
+        method = (PackedExperts if quant_method == "awq" else ByteExperts)(spec, create_quantization(config))
         for found in method.tensors():
             found.tensor.data.fill_(0 if found.tensor.suffix in ("qweight", "bias") else 1)
         method.process_after_load()

@@ -33,7 +33,15 @@ def test_nor_do_norms_of_another_number_of_rows() -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "form"), [("bfloat16", "plain"), ("float32", "plain"), ("bfloat16", "int8"), ("bfloat16", "awq")]
+    ("dtype", "form"),
+    [
+        ("bfloat16", "plain"),
+        ("float32", "plain"),
+        ("bfloat16", "int8"),
+        ("bfloat16", "fp8-block"),
+        ("bfloat16", "awq"),
+        ("bfloat16", "awq-32"),
+    ],
 )
 def test_nor_do_experts_whatever_the_number_of_tokens(dtype: str, form: str) -> None:
     check("experts", dtype, form, fewest=8)
