@@ -29,48 +29,49 @@ def grouped_experts(spec: ExpertsSpec, scheme: QuantizationScheme) -> ExpertsMet
     one, and where there are kernels for others the log says why."""
     if not has_kernels(spec.device):
         return None
+    try:
+        return _make_product(spec, scheme)
+    except NoProductError as error:
+        warn_once(
+            _logger,
+            f"experts are multiplied one by one, which takes many times longer, and without CUDA graphs: {error}",
+        )
+        return None
+
+
+class NoProductError(Exception):
+    """No product is for all experts of a layer; says why."""
+
+
+def _make_product(spec: ExpertsSpec, scheme: QuantizationScheme) -> ExpertsMethod | None:
     # As the scheme would make them, without memory. A layer has hundreds of experts: the first one is asked, the others
     # are compared with it when they are made.
     meta = dataclasses.replace(spec, device=torch.device("meta"))
     first = scheme.linear(gate_up_spec(meta, 0)), scheme.linear(down_spec(meta, 0))
     reason = _why_no_product(spec, first)
     if reason is not None:
-        return _multiplied_one_by_one(reason)
-    try:
-        if isinstance(first[0], UnquantizedLinear):
-            for make in (gate_up_spec, down_spec):
-                collections.deque(linears_alike(meta, scheme, make), maxlen=0)
-            return Unquantized().experts(spec)
-        is_byte = isinstance(first[0], ByteMethod)
-        name, kind = ("byte_experts", "ByteExperts") if is_byte else ("packed_experts", "PackedExperts")
-        made: ExpertsMethod = getattr(importlib.import_module(f"shoal.quantization.{name}"), kind)(spec, scheme)
-    except ExpertsDifferError:
-        return _multiplied_one_by_one("the experts of a layer are not held alike")
+        raise NoProductError(reason)
+    if isinstance(first[0], UnquantizedLinear):
+        for make in (gate_up_spec, down_spec):
+            collections.deque(linears_alike(meta, scheme, make), maxlen=0)
+        return Unquantized().experts(spec)
+    is_byte = isinstance(first[0], ByteMethod)
+    name, kind = ("byte_experts", "ByteExperts") if is_byte else ("packed_experts", "PackedExperts")
+    made: ExpertsMethod = getattr(importlib.import_module(f"shoal.quantization.{name}"), kind)(spec, scheme)
     return made
-
-
-def _multiplied_one_by_one(reason: str) -> None:
-    warn_once(
-        _logger,
-        f"experts are multiplied one by one, which takes many times longer, and without CUDA graphs: {reason}",
-    )
-
-
-class ExpertsDifferError(Exception):
-    """The experts of a layer are not held alike: no product is for all of them."""
 
 
 def linears_alike(
     spec: ExpertsSpec, scheme: QuantizationScheme, make: Callable[[ExpertsSpec, int], LinearSpec]
 ) -> Iterator[LinearMethod]:
-    """Of each expert in turn the linear layer of a product, as the scheme makes it. Raises ExpertsDifferError at one
-    that is not held like the first."""
+    """Of each expert in turn the linear layer of a product, as the scheme makes it. Raises NoProductError at one that
+    is not held like the first."""
     first: object = None
     for expert in range(spec.num_experts):
         method = scheme.linear(make(spec, expert))
         form = _form(method)
         if expert and form != first:
-            raise ExpertsDifferError
+            raise NoProductError("the experts of a layer are not held alike")
         first = form
         yield method
 
