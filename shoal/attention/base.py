@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import itertools
 from typing import Any
 
 import torch
@@ -117,6 +118,32 @@ class AttentionMetadata:
     device_sequences: DeviceSequences | None = None
     plan: Any = None
 
+    def split(self, num_tokens: int) -> tuple[AttentionMetadata, AttentionMetadata]:
+        """The first `num_tokens` tokens and the rest, each as a step of its own, neither prepared nor empty. A sequence
+        that is cut goes on in the second: for causal attention, of a step whose sequences the host knows."""
+        ends = list(itertools.accumulate(self.query_lens))
+        assert 0 < num_tokens < ends[-1] == len(self.slot_mapping)
+        last = next(index for index, end in enumerate(ends) if end >= num_tokens)
+        left = ends[last] - num_tokens
+        following = last if left else last + 1
+        first = dataclasses.replace(
+            self,
+            query_lens=[*self.query_lens[:last], self.query_lens[last] - left],
+            seq_lens=[*self.seq_lens[:last], self.seq_lens[last] - left],
+            block_tables=self.block_tables[: last + 1],
+            slot_mapping=self.slot_mapping[:num_tokens],
+            plan=None,
+        )
+        second = dataclasses.replace(
+            self,
+            query_lens=[left or self.query_lens[following], *self.query_lens[following + 1 :]],
+            seq_lens=self.seq_lens[following:],
+            block_tables=self.block_tables[following:],
+            slot_mapping=self.slot_mapping[num_tokens:],
+            plan=None,
+        )
+        return first, second
+
 
 class AttentionBackend(abc.ABC):
     """Causal attention over a paged KV cache. One object serves all layers of a rank.
@@ -128,6 +155,8 @@ class AttentionBackend(abc.ABC):
     # Whether cells behind a sequence's end are read and then masked: what is not a number there would spread, so the
     # runner clears blocks before their first use.
     reads_past_end: bool = True
+    # Whether a token sees those behind it, too.
+    sees_both_ways: bool = False
     # Whether it takes `AttentionMetadata.device_rows` and `device_sequences`, so that its steps can be captured in
     # CUDA graphs.
     follows_device: bool = False

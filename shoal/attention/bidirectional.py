@@ -28,6 +28,7 @@ class _Group:
 
 class BidirectionalAttention(AttentionBackend):
     name = "bidirectional"
+    sees_both_ways = True
     reads_past_end = False
 
     def kv_cache_shape(self, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:

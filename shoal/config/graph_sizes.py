@@ -1,4 +1,5 @@
-"""Which steps an engine on CUDA captures as graphs, and what these take. For the engine itself and the planner."""
+"""Which steps an engine on CUDA captures as graphs, what these take, and from where on launching kernels one by one is
+quick enough. For the engine itself and the planner."""
 
 from __future__ import annotations
 
@@ -9,6 +10,8 @@ _TOKEN_SIZES = (
     16, 32, 64, 96, 128, 192, 256, 384, 512, *range(640, 1025, 128), *range(1280, 2049, 256), *range(2560, 4097, 512),
     *range(5120, 8193, 1024),
 )  # fmt: skip
+# Tokens of a step from which ranks sum one half of them while they compute the other, where sums are slow.
+OVERLAP_TOKENS = 4096
 # Up to these steps are captured whatever the model. On several ranks these are all: no graph has held sums of more
 # tokens over ranks yet.
 _FEW_TOKENS = 512
@@ -31,6 +34,20 @@ def token_graph_sizes(config: ModelConfig, tensor_size: int, max_num_batched_tok
     if tensor_size == 1:
         most = max(most, int(_LAUNCH_SECONDS * _FLOPS / (2 * _layer_weights(config))))
     return [size for size in _TOKEN_SIZES if size <= min(most, max_num_batched_tokens)]
+
+
+def large_sum_bytes(config: ModelConfig, tensor_size: int, max_num_batched_tokens: int, itemsize: int) -> int:
+    """Memory through which copy engines sum halves (`kernels/copied_sum.py`): for two, what comes of the ranks and the
+    result."""
+    fewest = max(OVERLAP_TOKENS, tokens_in_halves(config, tensor_size))
+    if tensor_size == 1 or max_num_batched_tokens < fewest:
+        return 0
+    return 2 * max_num_batched_tokens * config.hidden_size * itemsize
+
+
+def tokens_in_halves(config: ModelConfig, tensor_size: int) -> int:
+    """Tokens of a step from which its ranks compute a layer, in two halves, for as long as Python launches these."""
+    return int(2 * _LAUNCH_SECONDS * _FLOPS * tensor_size / (2 * _layer_weights(config)))
 
 
 def graph_bytes(config: ModelConfig, tensor_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:

@@ -37,6 +37,11 @@ class PendingSum:
         self._result = result
         self._finish = finish
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has been waited for."""
+        return self._finish is None
+
     def wait(self) -> torch.Tensor:
         """The sum. On a GPU the current stream waits for it, not the host."""
         if self._finish is not None:
@@ -141,6 +146,41 @@ class SmallReducer(abc.ABC):
     @abc.abstractmethod
     def describe(self) -> str:
         """What is summed how, and why, in one line."""
+
+
+class LargeReducer(abc.ABC):
+    """Sums large tensors over the ranks of one host while these compute something else, better than the communicator;
+    see `GroupCoordinator.attach_large`. As of SmallReducer: shapes and types decide, all ranks get the same bits.
+    """
+
+    @abc.abstractmethod
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `start` serves for x."""
+
+    @abc.abstractmethod
+    def start(self, x: torch.Tensor) -> PendingSum:
+        """The sum over the ranks, added in fp32 and rounded once; x stays as it is, to be left alone until `wait`.
+
+        It lies in memory of the reducer's own: use it before the next but one is begun.
+        """
+
+    @abc.abstractmethod
+    def takes_rows(self, x: torch.Tensor) -> bool:
+        """Whether `start_add_norm` serves for x [T, H]."""
+
+    @abc.abstractmethod
+    def own_rows(self, num_rows: int) -> slice:
+        """Those of which this rank makes the totals."""
+
+    @abc.abstractmethod
+    def start_add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+    ) -> PendingSum:
+        """As `start`, of RMSNorm(total) [T, H] of total = the ranks' x [T, H] + residual; weight [H] of x's type.
+
+        residual: its `own_rows` alone, in which those of the total come to stand. Without a weight the total itself is
+        the result, and the residual stays.
+        """
 
 
 def tree_sum(parts: Sequence[torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:

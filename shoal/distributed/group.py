@@ -11,7 +11,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from shoal.distributed.communicator import DeviceCommunicator, PendingSum, SmallReducer, Transfer, tree_sum
+from shoal.distributed.communicator import (
+    DeviceCommunicator,
+    LargeReducer,
+    PendingSum,
+    SmallReducer,
+    Transfer,
+    tree_sum,
+)
 from shoal.distributed.status import GROUPS, OPERATIONS, StatusBoard, StatusRecord, describe_stall
 from shoal.distributed.symmetric_memory import PeerMemory
 from shoal.distributed.tensor_dict import FIRST_BYTES, DictSpec, describe, pack, rest_bytes, unpack
@@ -67,6 +74,7 @@ class GroupCoordinator:
         self.communicator = communicator
         self.memory = memory
         self.reducer: SmallReducer | None = None
+        self.large_reducer: LargeReducer | None = None
         # Set by whoever measured it: a sum takes less than computing in two halves to hide it would cost.
         self.sums_are_quick = False
         self._host = host or (communicator if communicator is None or communicator.device.type == "cpu" else None)
@@ -100,6 +108,10 @@ class GroupCoordinator:
         """Sum and gather what `reducer` takes through it from now on. All ranks do so at the same point, or none."""
         self.reducer = reducer
 
+    def attach_large(self, reducer: LargeReducer) -> None:
+        """Let `start_all_reduce` sum what `reducer` takes through it from now on. All ranks do so at the same point."""
+        self.large_reducer = reducer
+
     # --- collectives of tensors --------------------------------------------------------------------------------
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
@@ -119,22 +131,43 @@ class GroupCoordinator:
             raise self._explained(error) from error
         return self._leave(x)
 
-    @property
-    def overlaps(self) -> bool:
-        """Whether a sum that `start_all_reduce` began goes on while this rank computes, and that is worth the while."""
+    def overlaps(self, x: torch.Tensor) -> bool:
+        """Whether a sum of x that `start_all_reduce` began goes on while this rank computes, and is worth the while.
+        All ranks answer alike."""
+        if self.large_reducer is not None and self.large_reducer.takes(x):
+            return True
         return self.communicator is not None and self.communicator.overlaps and not self.sums_are_quick
 
     def start_all_reduce(self, x: torch.Tensor) -> PendingSum:
-        """As `all_reduce`, by the communicator and beside what this rank does next: leave x alone until `wait` of what
-        is returned. Sums are waited for in the order in which they were begun."""
+        """As `all_reduce`, but beside what this rank does next: leave x alone until `wait` of what is returned.
+
+        Sums are waited for in the order in which they were begun, and used before the next but one is begun: its memory
+        may be the same.
+        """
         if self.communicator is None:
             return PendingSum(x)
         self._enter(_ALL_REDUCE)
+        if self.large_reducer is not None and self.large_reducer.takes(x):
+            return self._leave(self.large_reducer.start(x))
         try:
             pending = self.communicator.start_all_reduce(x)
         except CollectiveError as error:
             raise self._explained(error) from error
         return self._leave(pending)
+
+    def rows_of_stream(self, summand: torch.Tensor) -> slice | None:
+        """Which rows of a residual stream `start_all_reduce_add_norm` needs of this rank beside a summand [T, H]; None
+        where it does not serve."""
+        reducer = self.large_reducer
+        return reducer.own_rows(summand.shape[0]) if reducer is not None and reducer.takes_rows(summand) else None
+
+    def start_all_reduce_add_norm(
+        self, summand: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor | None, eps: float
+    ) -> PendingSum:
+        """As `start_all_reduce`, of RMSNorm(total), total = the ranks' summands [T, H] + residual; see LargeReducer."""
+        assert self.large_reducer is not None
+        self._enter(_ALL_REDUCE)
+        return self._leave(self.large_reducer.start_add_norm(summand, residual, weight, eps))
 
     def all_reduce_add_norm(
         self,
@@ -158,6 +191,13 @@ class GroupCoordinator:
             return add_norm(total, residual)
         total = total if residual is None else total + residual
         return F.rms_norm(total, (total.shape[-1],), weight, eps), total
+
+    def agree(self, mine: bool) -> bool:
+        """Whether it is so on all ranks; all have come then."""
+        if self.communicator is None:
+            return mine
+        votes = self.all_reduce(torch.tensor([int(mine)], dtype=torch.int64, device=self.communicator.device))
+        return int(votes.item()) == self.world_size
 
     def all_reduce_tree(self, partials: torch.Tensor) -> torch.Tensor:
         """partials [shards, ...] -> the sum over the shards of all ranks [...], as one tree of neighbours.

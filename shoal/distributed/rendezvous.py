@@ -70,6 +70,17 @@ class ParallelGroups:
         if self._meeting is not None:
             self._meeting.exchange(phase, "")
 
+    def share_memory(self, num_bytes: int) -> PeerMemory | None:
+        """More memory that the ranks of the tensor group have mapped, like `tensor.memory`: num_bytes, zeros.
+
+        All of them call it; None on all of them where that does not work.
+        """
+        group = self.tensor
+        if self._meeting is None or group.memory is None:
+            return None
+        label, device = f"large-tensor-{group.ranks[0]}", group.memory.device
+        return share_memory(self._meeting, label, group.ranks, group.rank, device, num_bytes=num_bytes, word=0)
+
     def close(self) -> None:
         """End the groups on this rank, without asking the others. May be called twice."""
         groups = (self.world, self.tensor, self.pipeline, self.data)

@@ -1,5 +1,5 @@
 """Memory of every GPU of a group that all its ranks write: exchange of the handles, and a check that it works.
-`rendezvous` makes it; `kernels/all_reduce.py` says what lies in it.
+`rendezvous` makes it; `kernels/all_reduce.py` and `kernels/copied_sum.py` say what lies in it.
 
 Through CUDA IPC and the driver's own interface: torch's symmetric memory would set up NVLink multicast, and its
 allocator may hold memory that cannot be shared so.
@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
+import numpy as np
 import torch
 
 from shoal import log
@@ -48,6 +50,28 @@ class PeerMemory:
 
 class _Handle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_char * _HANDLE_BYTES)]
+
+
+class FlagRound:
+    """Flags, words of 32 bits in any rank's memory, that a stream raises, and those that it waits for then."""
+
+    # CUstreamBatchMemOpParams, of cuda.h.
+    _TYPE = np.dtype(
+        {
+            "names": ["operation", "address", "value"],
+            "formats": ["<u4", "<u8", "<u4"],
+            "offsets": [0, 8, 16],
+            "itemsize": 48,
+        }
+    )
+    _WAIT, _WRITE = 1, 2
+
+    def __init__(self, raised: Sequence[int], awaited: Sequence[int]) -> None:
+        """raised, awaited: addresses."""
+        self.operations = np.zeros(len(raised) + len(awaited), self._TYPE)
+        self.operations["operation"] = [self._WRITE] * len(raised) + [self._WAIT] * len(awaited)
+        self.operations["address"] = [*raised, *awaited]
+        self.address = self.operations.ctypes.data
 
 
 class CudaDriver:
@@ -90,12 +114,41 @@ class CudaDriver:
         self._call("cuMemsetD32_v2", ctypes.c_uint64(address), ctypes.c_uint(word), ctypes.c_size_t(num_bytes // 4))
         self._call("cuCtxSynchronize")
 
+    # Queued on a stream, by its number. Called often: with as little Python as there can be.
+
+    def copy(self, destination: int, source: int, num_bytes: int, stream: int) -> None:
+        """Between GPUs by a copy engine."""
+        if status := self._copy(destination, source, num_bytes, stream):
+            self._fail("cuMemcpyDtoDAsync_v2", status)
+
+    def exchange(self, flags: FlagRound, value: int, stream: int) -> None:
+        """Once all before it in the stream is done, write value to the flags that are raised; then wait until those
+        that are awaited hold no less, in a circle: it may overflow."""
+        flags.operations["value"] = value & 0xFFFFFFFF
+        if status := self._batch(stream, len(flags.operations), flags.address, 0):
+            self._fail("cuStreamBatchMemOp_v2", status)
+
+    @functools.cached_property
+    def _copy(self) -> Any:
+        return self._bound("cuMemcpyDtoDAsync_v2", ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+
+    @functools.cached_property
+    def _batch(self) -> Any:
+        return self._bound("cuStreamBatchMemOp_v2", ctypes.c_void_p, ctypes.c_uint, ctypes.c_void_p, ctypes.c_uint)
+
+    def _bound(self, name: str, *types: Any) -> Any:
+        function = getattr(self._library, name)
+        function.argtypes = types
+        return function
+
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._library, name)(*arguments)
-        if status:
-            text = ctypes.c_char_p()
-            self._library.cuGetErrorName(status, ctypes.byref(text))
-            raise OSError(f"{name}: {(text.value or str(status).encode()).decode()}")
+        if status := getattr(self._library, name)(*arguments):
+            self._fail(name, status)
+
+    def _fail(self, name: str, status: int) -> None:
+        text = ctypes.c_char_p()
+        self._library.cuGetErrorName(status, ctypes.byref(text))
+        raise OSError(f"{name}: {(text.value or str(status).encode()).decode()}")
 
 
 class _Attempt(msgspec.Struct, frozen=True):
@@ -112,13 +165,17 @@ def share_memory(
     rank: int,
     device: torch.device,
     driver: CudaDriver | None = None,
+    *,
+    num_bytes: int = NUM_SLOTS * SLOT_BYTES,
+    word: int = EMPTY_WORD,
 ) -> PeerMemory | None:
     """Map the memory of all `ranks` (global, on one host) in each of them, or None on all of them where one cannot.
 
-    driver: None for the real one. Every rank goes through the same phases, whatever fails on it.
+    num_bytes of each, a multiple of NUM_SLOTS words, full of `word`. driver: None for the real one. Every rank goes
+    through the same phases, whatever fails on it.
     Raises StartupError for a rank that does not come.
     """
-    sharing = _Sharing(meeting, label, list(ranks), rank, device, driver)
+    sharing = _Sharing(meeting, label, list(ranks), rank, device, driver, num_bytes, word)
     # The driver's calls mean the context that is current in this thread: torch's, of this device.
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         return sharing.run()
@@ -133,7 +190,10 @@ class _Sharing:
         rank: int,
         device: torch.device,
         driver: CudaDriver | None,
+        num_bytes: int,
+        word: int,
     ) -> None:
+        self._num_bytes, self._word = num_bytes, word
         self._meeting, self._label, self._ranks, self._device, self._driver = meeting, label, ranks, device, driver
         self._index = ranks.index(rank)
         self._own = 0
@@ -148,14 +208,14 @@ class _Sharing:
             ("map", lambda: self._open(handles)),
             ("mark", self._mark),
             ("check", self._check),
-            ("empty", lambda: self._cuda().fill(self._own, EMPTY_WORD, NUM_SLOTS * SLOT_BYTES)),
+            ("empty", lambda: self._cuda().fill(self._own, self._word, self._num_bytes)),
         ]
         for name, step in steps:
             if self._together(name, step) is None:
                 self._give_back()
                 return None
         addresses = tuple(self._addresses[index] for index in range(len(self._ranks)))
-        return PeerMemory(addresses, self._index, self._device)
+        return PeerMemory(addresses, self._index, self._device, self._num_bytes // NUM_SLOTS)
 
     def _together(self, phase: str, step: Callable[[], object]) -> list[bytes] | None:
         """Do a step on all ranks: what each returned, or None on all when one of them failed."""
@@ -170,8 +230,8 @@ class _Sharing:
         for rank, each in attempts.items():
             if each.failure:
                 _logger.info(
-                    "GPUs cannot write each other's memory, so NCCL sums small tensors too: %s could not %s: %s",
-                    self._meeting.name(rank), phase, each.failure,
+                    "GPUs cannot write each other's memory (%s), so NCCL sums what lies there: %s could not %s: %s",
+                    self._label, self._meeting.name(rank), phase, each.failure,
                 )  # fmt: skip
                 return None
         return [each.handle for each in attempts.values()]
@@ -184,7 +244,7 @@ class _Sharing:
     def _allocate(self) -> bytes:
         if self._device.type == "cuda":
             torch.zeros(1, device=self._device)  # so that there is a context
-        self._own = self._cuda().allocate(NUM_SLOTS * SLOT_BYTES)
+        self._own = self._cuda().allocate(self._num_bytes)
         self._addresses[self._index] = self._own
         return self._cuda().export(self._own)
 

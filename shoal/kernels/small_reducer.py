@@ -31,9 +31,10 @@ _CALLS = 20
 _REPLAYS = 3
 # NCCL serves larger ones; being a little slower at one size may be noise.
 _TOLERANCE = 1.03
-# NCCL's time for the largest size below which ranks do not compute in halves to hide sums. Between two H100s on NVLink
-# (56 µs) a layer of 8192 tokens took 3.42 ms in halves and 3.47 whole, and a run of batches was 3 % slower in halves:
-# NCCL's kernels and the products take multiprocessors from each other.
+# NCCL's time for the largest size below which ranks do not compute in halves to hide its sums. Between two H100s on
+# NVLink (56 µs) a layer of 8192 tokens took 3.42 ms in halves and 3.47 whole, and a run of batches was 3 % slower in
+# halves: NCCL's kernels and the products take multiprocessors from each other. Sums by copies (`large_reducer.py`) do
+# not.
 _QUICK_MICROSECONDS = 100.0
 _CHECK_BYTES = (1 << 10, 96 << 10, 1536 << 10)
 
@@ -99,7 +100,7 @@ def attach_small_reducer(group: GroupCoordinator) -> str:
     kernels = _prepare(group)
     if kernels is None:
         return f"{kind}: the kernels for small sums do not run on all ranks"
-    if not _agree(group, _is_right(kernels, group)):
+    if not group.agree(_is_right(kernels, group)):
         _logger.warning("small sums through the GPUs' shared memory came out wrong, so they are left to %s", kind)
         return f"{kind}: small sums through shared memory came out wrong"
     times = _measure(kernels, group)
@@ -150,14 +151,7 @@ def _prepare(group: GroupCoordinator) -> PeerKernels | None:
         except Exception as error:  # Triton's compiler, its C compiler, the driver
             _logger.info("the kernels for small sums do not run here: %s", str(error).split("\n")[0])
             kernels = None
-    return kernels if _agree(group, kernels is not None) else None
-
-
-def _agree(group: GroupCoordinator, mine: bool) -> bool:
-    """Whether it is so on all ranks; all have come then. Integers always go by the communicator."""
-    assert group.memory is not None
-    votes = group.all_reduce(torch.tensor([int(mine)], dtype=torch.int64, device=group.memory.device))
-    return int(votes.item()) == group.world_size
+    return kernels if group.agree(kernels is not None) else None
 
 
 def _is_right(kernels: PeerKernels, group: GroupCoordinator) -> bool:

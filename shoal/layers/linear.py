@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from shoal.config.parallel import virtual_shards
-from shoal.distributed.communicator import PendingSum
 from shoal.errors import ConfigError
 from shoal.layers.activation import GatedActivation
 from shoal.layers.checkpoint import CheckpointTensor, whole
@@ -310,14 +309,10 @@ class RowLinear(Linear):
 
     @property
     def can_start_sum(self) -> bool:
-        """Whether `start_sum` gives the sum, and other work can be done meanwhile."""
+        """Whether what `forward` gives may be summed while other tokens are computed."""
         # Adapters know the step's tokens as they lie, not a half of them.
         alone = self.deterministic or self.is_adapted
-        return self.leaves_sum and self.is_split and not alone and self.group.overlaps
-
-    def start_sum(self, x: torch.Tensor) -> PendingSum:
-        """As `forward`, where `can_start_sum`: the sum over the ranks, under way."""
-        return self.group.start_all_reduce(self.method.apply(x))
+        return self.leaves_sum and self.is_split and not alone
 
     def sum_ranks(self, summand: torch.Tensor) -> torch.Tensor:
         """What is left to do with what `forward` gave [T, all outputs]: the sum, of a layer that `leaves_sum`."""

@@ -26,7 +26,6 @@ import torch
 from torch import nn
 
 from shoal.config.parallel import virtual_shards
-from shoal.distributed.communicator import PendingSum
 from shoal.errors import ConfigError
 from shoal.layers.activation import GatedActivation, activation
 from shoal.layers.checkpoint import CheckpointTensor
@@ -362,11 +361,7 @@ class MixtureOfExperts(nn.Module):
     @property
     def can_start_sum(self) -> bool:
         """As of a RowLinear."""
-        return self.leaves_sum and self.experts.group.overlaps
-
-    def start_sum(self, hidden: torch.Tensor) -> PendingSum:
-        """As `forward`, where `can_start_sum`: the sum over the ranks, under way."""
-        return self.experts.group.start_all_reduce(self(hidden))
+        return self.leaves_sum
 
     def sum_ranks(self, summand: torch.Tensor) -> torch.Tensor:
         """What is left to do with what `forward` gave [T, H]."""

@@ -103,6 +103,11 @@ class CausalLM(nn.Module, abc.ABC):
         return not (self.is_first_stage and self.is_last_stage)
 
     @functools.cached_property
+    def takes_halves(self) -> bool:
+        """Whether ranks may compute one half of a step's tokens while they sum the other."""
+        return False
+
+    @functools.cached_property
     def _of_other_ranks(self) -> frozenset[str]:
         """Modules and tensors of this stage's layers that other tensor ranks have: experts that are shared whole."""
         return frozenset().union(*(layer.elsewhere for layer in self.modules() if isinstance(layer, RoutedExperts)))

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from shoal.attention.base import AttentionMetadata
+from shoal.config.graph_sizes import OVERLAP_TOKENS
 from shoal.config.model_config import ModelConfig
-from shoal.distributed.communicator import PendingSum
 from shoal.layers.activation import GatedActivation
 from shoal.layers.attention import RotaryAttention
 from shoal.layers.context import BuildContext
@@ -23,13 +23,7 @@ from shoal.layers.moe import MixtureOfExperts
 from shoal.layers.norm import RMSNorm
 from shoal.layers.rotary import Angles, RotaryEmbedding
 from shoal.models.base import CausalLM, LayerObserver
-
-# Tokens of a step from which ranks sum one half of them while they compute the other.
-OVERLAP_TOKENS = 4096
-
-# One half of a step's tokens between layers: the sum that is still to be added to its residual stream, and that.
-# Without a stream the sum is the stream.
-_Half = tuple[PendingSum, torch.Tensor | None]
+from shoal.models.halves import Half
 
 
 class LlamaAttention(nn.Module):
@@ -158,10 +152,6 @@ class LlamaMLP(nn.Module):
     def can_start_sum(self) -> bool:
         return self.down_proj.can_start_sum
 
-    def start_sum(self, hidden: torch.Tensor) -> PendingSum:
-        """As `forward`, where `can_start_sum`: the sum over the ranks, under way."""
-        return self.down_proj.start_sum(self.gate_up_proj.gated(hidden, self.activation))
-
     def forward_few(self, stream: torch.Tensor, norm: RMSNorm) -> torch.Tensor:
         """stream [T, H], T up to `few_rows` -> the stream after norm and MLP."""
         return self.down_proj.fused(self.gate_up_proj.gated(stream, self.activation, norm=norm), residual=stream)
@@ -213,30 +203,24 @@ class LlamaLayer(nn.Module):
         hidden, residual = self.post_attention_layernorm.add_and_norm(hidden, residual)
         return self.mlp(hidden), residual
 
-    def forward_halves(
-        self, halves: Sequence[_Half], angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
-    ) -> list[_Half]:
+    def forward_halves(self, halves: Sequence[Half], kv_cache: torch.Tensor, next_norm: RMSNorm | None) -> None:
         """The same for a step of many tokens on several ranks, in two halves: while the ranks sum one of them, they
-        compute the other. Attention takes both at once, since tokens of one see keys of the other."""
-        attention, mlp = self.self_attn, self.mlp
-        residuals, projected = [], []
-        for pending, residual in halves:
-            hidden, residual = self.input_layernorm.add_and_norm(pending.wait(), residual, is_summed=True)
-            projected.append(attention.qkv_proj(hidden))
-            residuals.append(residual)
-        heads = attention.attend(torch.cat(projected), angles, kv_cache, metadata)
-        sizes = [part.shape[0] for part in projected]
-        pendings = [attention.o_proj.start_sum(part) for part in heads.split(sizes)]
-        result: list[_Half] = []
-        for pending, residual in zip(pendings, residuals, strict=True):
-            hidden, residual = self.post_attention_layernorm.add_and_norm(pending.wait(), residual, is_summed=True)
-            result.append((mlp.start_sum(hidden), residual))
-        return result
+        compute the other. Tokens of the second see keys of the first, not the other way round.
+
+        next_norm: what takes the stream after this layer; None where this stage has no more of them.
+        """
+        for half in halves:
+            hidden = half.take(self.input_layernorm)
+            angles = half.angles[self.self_attn.attention.rotary]
+            half.start_sum(self.self_attn(hidden, angles, kv_cache, half.metadata), self.post_attention_layernorm)
+        for half in halves:
+            half.start_sum(self.mlp(half.take(self.post_attention_layernorm)), next_norm)
 
     @property
     def takes_halves(self) -> bool:
-        """Whether the ranks can sum and compute at the same time."""
-        return self.self_attn.o_proj.can_start_sum and self.mlp.can_start_sum
+        """Whether there is such a form of the layer."""
+        causal = not self.self_attn.attention.backend.sees_both_ways
+        return causal and self.self_attn.o_proj.can_start_sum and self.mlp.can_start_sum
 
     def forward_few(
         self, stream: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
@@ -318,9 +302,12 @@ class LlamaForCausalLM(CausalLM):
         residual = None
         lookups = {rotary: rotary.lookup(positions) for rotary in self.rotaries}
         few = hidden.shape[0] <= self.few_rows
-        halves: list[_Half] = []
-        if hidden.shape[0] >= OVERLAP_TOKENS and self.takes_halves:
-            halves = [(PendingSum(half), None) for half in hidden.chunk(2)]
+        halves: list[Half] = []
+        # A step whose sequences only the device knows is a CUDA graph.
+        if hidden.shape[0] >= OVERLAP_TOKENS and self.takes_halves and metadata.query_lens:
+            parts = hidden.chunk(2)
+            if self.layers[0].self_attn.o_proj.group.overlaps(parts[0]):
+                halves = self._halves(parts, positions, metadata)
         for index, layer, kv_cache in zip(self.layer_range, self.layers, kv_caches, strict=True):
             if hooks is not None:
                 hooks.before_layer(index, kv_cache, metadata)
@@ -328,13 +315,13 @@ class LlamaForCausalLM(CausalLM):
             if few:
                 hidden = layer.forward_few(hidden, angles, kv_cache, metadata)
             elif halves:
-                halves = layer.forward_halves(halves, angles, kv_cache, metadata)
+                layer.forward_halves(halves, kv_cache, self._norm_behind(index))
             else:
                 hidden, residual = layer(hidden, residual, angles, kv_cache, metadata)
             if hooks is not None:
                 hooks.after_layer(index, kv_cache, metadata)
         if halves:
-            return self._join(halves)
+            return torch.cat([half.take(self.norm) if self.is_last_stage else half.take_stream() for half in halves])
         if not self.is_last_stage:
             return hidden if few else self.layers[-1].mlp.sum_ranks(hidden) + residual
         return self.norm.add_and_norm(hidden, residual)[0]
@@ -347,17 +334,24 @@ class LlamaForCausalLM(CausalLM):
     def takes_halves(self) -> bool:
         return all(layer.takes_halves for layer in self.layers)
 
-    def _join(self, halves: Sequence[_Half]) -> torch.Tensor:
-        """[T, H], as `forward` returns it."""
-        rows = []
-        for pending, residual in halves:
-            hidden = pending.wait()
-            assert residual is not None, "a layer leaves a residual stream"
-            if self.is_last_stage:
-                rows.append(self.norm.add_and_norm(hidden, residual, is_summed=True)[0])
-            else:
-                rows.append(hidden + residual)
-        return torch.cat(rows)
+    def _halves(
+        self, parts: Sequence[torch.Tensor], positions: torch.Tensor, metadata: AttentionMetadata
+    ) -> list[Half]:
+        """parts of the stream [T / 2, H]."""
+        attention = self.layers[0].self_attn
+        halves = []
+        first = parts[0].shape[0]
+        for part, own, places in zip(parts, metadata.split(first), positions.split(first), strict=True):
+            attention.attention.backend.prepare(own)
+            lookups = {rotary: rotary.lookup(places) for rotary in self.rotaries}
+            halves.append(Half(part, attention.o_proj.group, own, lookups))
+        return halves
+
+    def _norm_behind(self, index: int) -> RMSNorm | None:
+        """What follows layer `index` on this stage."""
+        if index + 1 in self.layer_range:
+            return self.layers[index + 1 - self.layer_range[0]].input_layernorm
+        return self.norm if self.is_last_stage else None
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.lm_head(hidden)

@@ -14,10 +14,12 @@ from shoal.attention.base import AttentionBackend
 from shoal.attention.cache_dtype import cache_dtype
 from shoal.attention.registry import build_with_backend, create_attention_backend
 from shoal.config.engine_config import EngineConfig
+from shoal.config.graph_sizes import OVERLAP_TOKENS, tokens_in_halves
 from shoal.config.parallel import balance_layers
 from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
 from shoal.kernels.compile_ahead import CompileWatch, compile_ahead
 from shoal.kernels.disk_cache import find_compiler_cache
+from shoal.kernels.large_reducer import attach_large_reducer
 from shoal.kernels.small_reducer import attach_small_reducer
 from shoal.layers.context import BuildContext
 from shoal.layers.lora import AdapterSlots
@@ -126,6 +128,13 @@ class Worker:
         self._expert_load = ExpertLoad(model, device)
         # One rank may load for longer than a collective of the step that sizes the cache would wait for it.
         self.groups.meet("loaded")
+        if device.type == "cuda" and model.takes_halves and config.max_num_batched_tokens >= OVERLAP_TOKENS:
+            half = (-(-config.max_num_batched_tokens // 2), config.model.hidden_size)
+            dtype = getattr(torch, config.dtype)
+            fewest = -(-tokens_in_halves(config.model, self.groups.dims.tensor_size) // 2)
+            large_sums = attach_large_reducer(self.groups.tensor, fewest, half, dtype, self.groups.share_memory)
+            if large_sums is not None:
+                facts["all_reduce"] += f"; {large_sums}"
         self._runner.agree_on_graphs(self.groups)
         on_progress(StartupProgress("size the KV cache"))
         self.groups.status.update(phase="size")

@@ -143,10 +143,12 @@ def test_what_msgspec_cannot_write_is_refused() -> None:
 def test_where_sums_are_quick_nothing_is_done_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ThreadCommunicator, "overlaps", True)
 
+    x = torch.zeros(4)
+
     def work(group: GroupCoordinator) -> list[bool]:
-        answers = [group.overlaps]
+        answers = [group.overlaps(x)]
         group.sums_are_quick = True
-        return [*answers, group.overlaps]
+        return [*answers, group.overlaps(x)]
 
     assert on_ranks(2, work) == [[True, False]] * 2
-    assert not GroupCoordinator([0], 0, name="tensor").overlaps
+    assert not GroupCoordinator([0], 0, name="tensor").overlaps(x)

@@ -5,16 +5,21 @@ from __future__ import annotations
 import faulthandler
 import os
 import sys
+import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
+from shoal.distributed.communicator import LargeReducer
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.meeting import Meeting, file_store
 from shoal.distributed.parallel_dims import ParallelDims
 from shoal.distributed.rendezvous import form_groups
-from shoal.distributed.symmetric_memory import share_memory
+from shoal.distributed.symmetric_memory import NUM_SLOTS, CudaDriver, PeerMemory, share_memory
 from shoal.kernels.all_reduce import PeerKernels
+from shoal.kernels.copied_sum import CopyLane, CopyReducer, memory_bytes
+from shoal.kernels.large_reducer import MIN_BYTES, attach_large_reducer
 from shoal.kernels.small_reducer import attach_small_reducer
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -56,7 +61,102 @@ def one_gpu(rank: int, size: int, store: str) -> None:
         check_sum(x, parts, f"sum {seed}")
         digest = str(x.view(torch.int16).long().mul(torch.arange(x.numel(), device=device).view_as(x)).sum().item())
         assert len(set(meeting.exchange(f"sum {seed}", digest).values())) == 1
+    check_copies(meeting, rank, size, device)
     meeting.exchange("end", "")
+
+
+def check_copies(meeting: Meeting, rank: int, size: int, device: torch.device) -> None:
+    """Large sums: the engines copy within the one GPU here, but streams, flags and mappings are as between several."""
+    max_bytes = 1 << 20
+    memory = share_memory(meeting, "large", range(size), rank, device, num_bytes=memory_bytes(size, max_bytes), word=0)
+    assert memory is not None
+    driver = CudaDriver()
+    reducer = CopyReducer(memory, 0, max_bytes, [CopyLane(device, driver) for _ in range(NUM_SLOTS)])
+    reducer.try_alone(512, torch.bfloat16)
+    torch.cuda.synchronize()
+    meeting.exchange("tried", "")
+    check_large(reducer, rank, size, [(64, 48 * size), (1, 8 * size), (500, 40 * size)])
+
+
+def check_large(reducer: LargeReducer, rank: int, size: int, shapes: list[tuple[int, int]]) -> None:
+    """Two at a time, as layers in halves have them, and what is computed meanwhile comes before them or after."""
+    for dtype in DTYPES:
+        for index, shape in enumerate(shapes * 2):
+            both = [parts_of(size, shape, dtype, 2 * index + half) for half in range(2)]
+            mine = [parts[rank].clone() for parts in both]
+            pending = [reducer.start(each.mul_(2)) for each in mine]
+            for parts, each, summand in zip(both, pending, mine, strict=True):
+                result = each.wait()
+                summand.zero_()  # it is no longer needed
+                check_sum(result, [part * 2 for part in parts], f"large {dtype} {shape}")
+
+
+def check_attached(group: GroupCoordinator, share: Callable[[int], PeerMemory | None]) -> None:
+    size, rank = group.world_size, group.rank_in_group
+    print(attach_large_reducer(group, 1, (5 * MIN_BYTES // 2 // 4096, 4096), torch.bfloat16, share))
+    assert group.large_reducer is not None
+    rows = MIN_BYTES // 2 // 4096 + 5
+    check_large(group.large_reducer, rank, size, [(rows, 4096), (rows // 2, 16384)])
+    parts = parts_of(size, (rows, 4096), torch.bfloat16, 7)
+    assert group.overlaps(parts[rank])
+    result = group.start_all_reduce(parts[rank]).wait()
+    check_same_bits(group, result, "large")
+    # Ranks that are late at another time each, and no time for the host to look. Small integers: exact.
+    totals = []
+    for turn in range(40):
+        if turn % 7 == rank:
+            torch.cuda._sleep(2_000_000)
+        numbers = [
+            torch.full((rows, 4096), sign * turn + rank, dtype=torch.bfloat16, device="cuda") for sign in (1, -1)
+        ]
+        totals += [torch.stack(each.wait().aminmax()) for each in [group.start_all_reduce(x) for x in numbers]]
+    expected = [[size * sign * turn + sum(range(size))] * 2 for turn in range(40) for sign in (1, -1)]
+    assert torch.stack(totals).tolist() == expected
+
+
+def check_stream(group: GroupCoordinator) -> None:
+    """Layers in a row, in two halves, each rank with the stream of its own rows, against the whole in fp32."""
+    size, rank, shape = group.world_size, group.rank_in_group, (2049, 4096)
+    weight = parts_of(1, (4096,), torch.bfloat16, 1)[0]
+    streams = parts_of(2, shape, torch.bfloat16, 2)
+    totals = [stream.float() for stream in streams]
+    owns = []
+    for stream in streams:
+        rows = group.rows_of_stream(stream)
+        assert rows is not None
+        owns.append(stream[rows].clone())
+    for layer in range(6):
+        both = [parts_of(size, shape, torch.bfloat16, 10 + 2 * layer + half) for half in range(2)]
+        norm = None if layer == 5 else weight
+        pending = [
+            group.start_all_reduce_add_norm(parts[rank], own, norm, 1e-5) for parts, own in zip(both, owns, strict=True)
+        ]
+        for half, parts in enumerate(both):
+            totals[half] = (totals[half] + sum(part.float() for part in parts)).bfloat16().float()
+            expected = totals[half] if norm is None else F.rms_norm(totals[half], (4096,), weight.float(), 1e-5)
+            result = pending[half].wait()
+            # The order of additions may round a total of the stream the other way, now and then.
+            error = (result.float() - expected).abs() > expected.abs() * 2**-7 + 2**-7
+            assert error.float().mean() < 1e-3, (layer, half)
+            check_same_bits(group, result, f"layer {layer}")
+
+
+def lost(rank: int, size: int, store: str) -> None:
+    """A rank that never comes: the others' streams wait, and their processes end all the same."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dims = ParallelDims(tensor_size=size, rank=rank)
+    groups = form_groups(dims, device=device, address="127.0.0.1", store_file=store, startup_timeout=60.0)
+    print(attach_large_reducer(groups.tensor, 1, (MIN_BYTES // 4096, 4096), torch.bfloat16, groups.share_memory))
+    assert groups.tensor.large_reducer is not None
+    if rank:
+        done = groups.tensor.start_all_reduce(torch.ones(MIN_BYTES, dtype=torch.bfloat16, device=device)).wait()
+        event = torch.cuda.Event()
+        event.record()
+        time.sleep(1.0)
+        assert not event.query() and done.shape, "nothing has come"
+    print("ok", flush=True)
+    os._exit(0)
 
 
 def many_gpus(rank: int, size: int, store: str) -> None:
@@ -71,6 +171,16 @@ def many_gpus(rank: int, size: int, store: str) -> None:
     check_sizes(group)
     check_rows(group)
     check_replays(group)
+    groups.close()
+
+
+def large(rank: int, size: int, store: str) -> None:
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dims = ParallelDims(tensor_size=size, rank=rank)
+    groups = form_groups(dims, device=device, address="127.0.0.1", store_file=store, startup_timeout=60.0)
+    check_attached(groups.tensor, groups.share_memory)
+    check_stream(groups.tensor)
     groups.close()
 
 
@@ -166,7 +276,7 @@ def check_replays(group: GroupCoordinator) -> None:
 def main() -> None:
     scenario, rank, size, store = sys.argv[1:]
     faulthandler.dump_traceback_later(80, exit=True)
-    {"one_gpu": one_gpu, "many_gpus": many_gpus}[scenario](int(rank), int(size), store)
+    {"one_gpu": one_gpu, "many_gpus": many_gpus, "large": large, "lost": lost}[scenario](int(rank), int(size), store)
     torch.cuda.synchronize()
     print("ok", flush=True)
     os._exit(0)

@@ -296,7 +296,14 @@ def test_processes_of_one_gpu(tmp_path: Path) -> None:
 
 @pytest.mark.multigpu
 @pytest.mark.parametrize("size", [2, 4, 8])
-def test_ranks_on_gpus(size: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scenario", ["many_gpus", "large"])
+def test_ranks_on_gpus(scenario: str, size: int, tmp_path: Path) -> None:
     if torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} CUDA GPUs")
-    run_ranks("many_gpus", size, tmp_path)
+    run_ranks(scenario, size, tmp_path)
+
+
+@pytest.mark.multigpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_processes_end_where_a_rank_never_comes(tmp_path: Path) -> None:
+    run_ranks("lost", min(4, torch.cuda.device_count()), tmp_path)

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from shoal.config.model_path import embedded_model_path
+from shoal.distributed.communicator import LargeReducer, PendingSum
 from shoal.distributed.group import GroupCoordinator
 from tests.checkpoints import VARIANTS, make_checkpoint, make_variant
 from tests.models.paged import PagedModel, Sequence, random_tokens
@@ -75,6 +77,76 @@ def test_halves_that_are_summed_while_the_others_are_computed(
     for rank in logits_at(path, 2, "torch_paged"):
         torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
     assert {22, 21} <= set(started), "the first step has 43 tokens"
+
+
+class StreamReducer(LargeReducer):
+    """Sums with the norm in them: each rank has the stream of its own rows alone, as copy engines leave it."""
+
+    def __init__(self, group: GroupCoordinator) -> None:
+        self._group = group
+        self.calls: list[tuple[int, bool]] = []
+
+    def takes(self, x: torch.Tensor) -> bool:
+        return x.shape[0] > 1
+
+    takes_rows = takes
+
+    def start(self, x: torch.Tensor) -> PendingSum:
+        raise AssertionError("all norms are of the summands' type here")
+
+    def own_rows(self, num_rows: int) -> slice:
+        rank, size = self._group.rank_in_group, self._group.world_size
+        return slice(rank * num_rows // size, (rank + 1) * num_rows // size)
+
+    def start_add_norm(self, x, residual, weight, eps):
+        self.calls.append((x.shape[0], weight is None))
+        rows = self.own_rows(x.shape[0])
+        assert residual.shape == x[rows].shape
+        communicator = self._group.communicator
+        total = communicator.all_reduce(x)[rows] + residual
+        if weight is not None:
+            residual.copy_(total)
+            total = F.rms_norm(total, (x.shape[1],), weight, eps)
+        whole = torch.zeros_like(x)
+        whole[rows] = total
+        return PendingSum(communicator.all_reduce(whole))
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen3", "qwen3-moe"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_halves_whose_sums_take_the_norm_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, size: int
+) -> None:
+    path = make_variant(tmp_path, variant)
+    (expected,) = logits_at(path, 1, "torch_paged")
+    monkeypatch.setattr("shoal.models.llama.OVERLAP_TOKENS", 4)
+
+    def work(group: GroupCoordinator) -> tuple[torch.Tensor, list[tuple[int, bool]]]:
+        reducer = StreamReducer(group)
+        group.attach_large(reducer)
+        return run(PagedModel(path, group=group)), reducer.calls
+
+    for logits, calls in on_ranks(size, work):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+        # The first step has 43 tokens, the second 61, the third 22; two sums a layer.
+        assert [count for count, _ in calls[:4]] == [22, 21, 22, 21] and {31, 30, 11} <= {count for count, _ in calls}
+        assert not any(is_last for _, is_last in calls), "a single stage ends with a norm"
+
+
+def test_a_stage_hands_on_a_stream_that_ranks_had_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_checkpoint(tmp_path, "llama", num_hidden_layers=3)
+    tokens = random_tokens(50, seed=1)
+    expected = PagedModel(path).logits(tokens, 50)
+    monkeypatch.setattr("shoal.models.llama.OVERLAP_TOKENS", 4)
+
+    def work(group: GroupCoordinator) -> tuple[torch.Tensor, list[tuple[int, bool]]]:
+        reducer = StreamReducer(group)
+        group.attach_large(reducer)
+        return through_stages(path, group, tokens), reducer.calls
+
+    for logits, calls in on_ranks(2, work):
+        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+        assert [is_last for _, is_last in calls] == [False] * 6 + [True] * 2 + [False] * 4
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen3"])

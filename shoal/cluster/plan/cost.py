@@ -14,6 +14,7 @@ from shoal.cluster.plan.links import Link, Links
 from shoal.cluster.plan.memory import Load, part_bytes, stage_layers
 from shoal.cluster.plan.placement import Layout
 from shoal.cluster.plan.shape import Layer, Matrix, ModelShape
+from shoal.config.graph_sizes import OVERLAP_TOKENS, tokens_in_halves
 
 # Shares of the vendor's figure that are reached: by copies and products of few rows; by decode attention (88 % of
 # that); by products of many rows; by attention over prompts.
@@ -25,8 +26,8 @@ UNPACK_SHARE = 0.75
 # (router, sorting), of a step (choosing tokens), of a request's way to its first token.
 LAYER_SECONDS, EXPERT_SECONDS, STEP_SECONDS, REQUEST_SECONDS = 15e-6, 15e-6, 20e-6, 3.2e-3
 CPU_LAYER_SECONDS, CPU_REQUEST_SECONDS = 250e-6, 5e-3
-# From so many tokens on, sums over slow links are hidden behind the other half's products, about half of them.
-_OVERLAP_TOKENS = 4096
+# Of sums that are hidden behind the other half's products what is left to see (70B on four GPUs with NVLink: 40 %).
+_SEEN_SHARE = 0.5
 # fp32 has no matrix units of its own on a GPU.
 _FP32_SHARE = 1 / 16
 
@@ -162,8 +163,8 @@ class CostModel:
             read = self._head_bytes(layout)
             extra += math.hypot(read / speeds.bandwidth, rows * read / self._load.itemsize * 2 / speeds.rate)
             extra += self._sum(layout, 1)
-        if is_prompt and tokens >= _OVERLAP_TOKENS and self._hides_sums(layout):
-            return max(computing, talking) + 0.5 * min(computing, talking) + extra
+        if is_prompt and self._hides_sums(layout, tokens):
+            return max(computing, talking) + _SEEN_SHARE * min(computing, talking) + extra
         return computing + talking + extra
 
     def _work(self, layer: Layer, layout: Layout, *, unpacks: bool = True) -> _Work:
@@ -208,8 +209,11 @@ class CostModel:
     def _link(self, crosses: bool) -> Link:
         return self._links.between if crosses else self._links.inside
 
-    def _hides_sums(self, layout: Layout) -> bool:
-        return layout.tensor_nodes > 1 or self._links.inside.name != "NVLink"
+    def _hides_sums(self, layout: Layout, tokens: int) -> bool:
+        fewest = OVERLAP_TOKENS
+        if layout.tensor_nodes == 1 and self._links.inside.name == "NVLink":
+            fewest = max(fewest, tokens_in_halves(self._shape.config, layout.tensor_size))
+        return tokens >= fewest
 
     def _state_bytes(self, tokens: int) -> float:
         return float(tokens * self._shape.config.hidden_size * self._load.itemsize)

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from shoal.cluster.plan.devices import Device
 from shoal.cluster.plan.shape import Layer, Matrix, ModelShape, Part
 from shoal.config.cache_dtypes import ROUNDED
-from shoal.config.graph_sizes import graph_bytes
+from shoal.config.graph_sizes import graph_bytes, large_sum_bytes
 
 ITEMSIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # What a process on a GPU takes besides: CUDA's context and kernels; NCCL's buffers where there are several ranks.
@@ -179,12 +179,13 @@ def rank_memory(shape: ModelShape, cut: Cut, stage: int, device: Device, load: L
         # Below the weights' own size nothing is clipped: the shortfall is what shall be seen.
         budget = weights + activations + (min(cache, free) if free > 0 else free)
         return RankMemory(budget=budget, weights=weights, activations=activations, graphs=0, overhead=0)
+    sums = large_sum_bytes(shape.config, cut.tensor_size, load.num_batched_tokens, load.itemsize)
     return RankMemory(
         budget=int(device.memory_bytes * load.utilization),
         weights=weights,
         activations=activations,
         graphs=graph_bytes(shape.config, cut.tensor_size, load.num_seqs, load.num_batched_tokens),
-        overhead=CUDA_CONTEXT_BYTES + (NCCL_BYTES if num_ranks > 1 else 0),
+        overhead=CUDA_CONTEXT_BYTES + (NCCL_BYTES if num_ranks > 1 else 0) + sums,
     )
 
 
