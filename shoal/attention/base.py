@@ -106,6 +106,7 @@ class AttentionMetadata:
     device_rows: a step of one token a sequence whose lengths the device alone knows; device_sequences: one of any
     sequences, likewise, whose tokens behind the last sequence's pad it. query_lens and seq_lens are empty then, and
     block_tables is the table of all slots. Only backends with `follows_device` take these.
+    goes_on: the first sequence has keys that each layer writes just before, in the first half of a step.
     plan: what the backend's `prepare` made of it.
     """
 
@@ -116,6 +117,7 @@ class AttentionMetadata:
     block_size: int
     device_rows: DeviceRows | None = None
     device_sequences: DeviceSequences | None = None
+    goes_on: bool = False
     plan: Any = None
 
     def split(self, num_tokens: int) -> tuple[AttentionMetadata, AttentionMetadata]:
@@ -140,6 +142,7 @@ class AttentionMetadata:
             seq_lens=self.seq_lens[following:],
             block_tables=self.block_tables[following:],
             slot_mapping=self.slot_mapping[num_tokens:],
+            goes_on=left > 0,
             plan=None,
         )
         return first, second

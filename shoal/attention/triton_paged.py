@@ -113,7 +113,7 @@ class TritonPagedAttention(AttentionBackend):
             self._prefill(query, key, value, kv_cache, output, metadata, form, transform)
         if plan.decodes is not None:
             assert self._workspace is not None
-            early = plan.has_begun and not plan.has_prompts
+            early = plan.has_begun and not plan.has_prompts and not metadata.goes_on
             decode_attention(
                 query, key, value, kv_cache, output, plan.decodes, self._workspace,
                 early=early, **form.arguments(), **transform,

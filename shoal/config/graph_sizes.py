@@ -3,6 +3,8 @@ quick enough. For the engine itself and the planner."""
 
 from __future__ import annotations
 
+import math
+
 from shoal.config.model_config import ModelConfig
 
 # Of steps with prompts: from 512 tokens on a fifth of a graph pads a step at most.
@@ -10,6 +12,9 @@ _TOKEN_SIZES = (
     16, 32, 64, 96, 128, 192, 256, 384, 512, *range(640, 1025, 128), *range(1280, 2049, 256), *range(2560, 4097, 512),
     *range(5120, 8193, 1024),
 )  # fmt: skip
+# Bytes of the smallest half that copy engines sum, and what they may take for all.
+_SMALLEST_HALF = 16 << 20
+LARGE_SUM_BYTES = 1 << 30
 # Tokens of a step from which ranks sum one half of them while they compute the other, where sums are slow.
 OVERLAP_TOKENS = 4096
 # Up to these steps are captured whatever the model. On several ranks these are all: no graph has held sums of more
@@ -39,15 +44,17 @@ def token_graph_sizes(config: ModelConfig, tensor_size: int, max_num_batched_tok
 def large_sum_bytes(config: ModelConfig, tensor_size: int, max_num_batched_tokens: int, itemsize: int) -> int:
     """Memory through which copy engines sum halves (`kernels/copied_sum.py`): for two, what comes of the ranks and the
     result."""
-    fewest = max(OVERLAP_TOKENS, tokens_in_halves(config, tensor_size))
+    fewest = max(OVERLAP_TOKENS, tokens_in_halves(config, tensor_size, itemsize))
     if tensor_size == 1 or max_num_batched_tokens < fewest:
         return 0
-    return 2 * max_num_batched_tokens * config.hidden_size * itemsize
+    return min(2 * max_num_batched_tokens * config.hidden_size * itemsize, LARGE_SUM_BYTES)
 
 
-def tokens_in_halves(config: ModelConfig, tensor_size: int) -> int:
-    """Tokens of a step from which its ranks compute a layer, in two halves, for as long as Python launches these."""
-    return int(2 * _LAUNCH_SECONDS * _FLOPS * tensor_size / (2 * _layer_weights(config)))
+def tokens_in_halves(config: ModelConfig, tensor_size: int, itemsize: int) -> int:
+    """Tokens of a step, an even number, from which its ranks compute a layer in two halves for as long as Python
+    launches these, and whose halves are large enough for copies to be about as quick as NCCL's sums."""
+    launching = _LAUNCH_SECONDS * _FLOPS * tensor_size / (2 * _layer_weights(config))
+    return 2 * max(math.ceil(launching), -(-_SMALLEST_HALF // (config.hidden_size * itemsize)))
 
 
 def graph_bytes(config: ModelConfig, tensor_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:

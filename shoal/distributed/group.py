@@ -134,7 +134,7 @@ class GroupCoordinator:
     def overlaps(self, x: torch.Tensor) -> bool:
         """Whether a sum of x that `start_all_reduce` began goes on while this rank computes, and is worth the while.
         All ranks answer alike."""
-        if self.large_reducer is not None and self.large_reducer.takes(x):
+        if (large := self.large_reducer) is not None and (large.takes(x) or large.takes_rows(x)):
             return True
         return self.communicator is not None and self.communicator.overlaps and not self.sums_are_quick
 

@@ -78,7 +78,7 @@ class ParallelGroups:
         group = self.tensor
         if self._meeting is None or group.memory is None:
             return None
-        label, device = f"large-tensor-{group.ranks[0]}", group.memory.device
+        label, device = f"tensor-{group.ranks[0]} for large sums", group.memory.device
         return share_memory(self._meeting, label, group.ranks, group.rank, device, num_bytes=num_bytes, word=0)
 
     def close(self) -> None:

@@ -230,7 +230,7 @@ class _Sharing:
         for rank, each in attempts.items():
             if each.failure:
                 _logger.info(
-                    "GPUs cannot write each other's memory (%s), so NCCL sums what lies there: %s could not %s: %s",
+                    "the GPUs of %s share no memory, so NCCL sums what would lie there: %s could not %s: %s",
                     self._label, self._meeting.name(rank), phase, each.failure,
                 )  # fmt: skip
                 return None

@@ -5,16 +5,20 @@ measurement on these very links. The worker calls `attach_large_reducer` on all 
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from shoal import log
-from shoal.distributed.communicator import PendingSum
+from shoal.config.graph_sizes import LARGE_SUM_BYTES
+from shoal.distributed.communicator import LargeReducer, PendingSum
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.symmetric_memory import NUM_SLOTS, CudaDriver, PeerMemory
+from shoal.errors import StartupError
 from shoal.kernels.support import has_kernels
 
 if TYPE_CHECKING:
@@ -22,66 +26,74 @@ if TYPE_CHECKING:
 
 _logger = log.get_logger(__name__)
 
-# From which size of a half on a layer in halves is faster than one whose ranks sum in between; and what memory it may
-# take, which grows with the tokens of a step.
-MIN_BYTES = 16 << 20
-_MAX_MEMORY = 1 << 30
+# Of a half; larger steps are computed whole. The memory for both takes four times as much.
+_MAX_BYTES = LARGE_SUM_BYTES // 4
 # Of the communicator's time alone: that a copied sum takes no multiprocessor is worth some patience.
 _PATIENCE = 2.0
 _CALLS = 4
 _REPEATS = 5
+# That one sum of the check may take.
+_SECONDS = 60.0
 
 
 def attach_large_reducer(
     group: GroupCoordinator,
-    min_rows: int,
-    shape: tuple[int, int],
+    rows: tuple[int, int],
+    row_size: int,
     dtype: torch.dtype,
     share: Callable[[int], PeerMemory | None],
 ) -> str | None:
     """Attach a LargeReducer to the group on all its ranks, or on none. Returns what sums its tensors, and why; None
-    where no sum would be large enough.
+    where no step has halves that are worth the while, or the group shares no memory.
 
-    shape, dtype: of the largest tensor [T, H]; min_rows: T of the smallest for which it is worth the while. share:
-    makes so many bytes of memory that all ranks have mapped, zeros; None where that does not work. All ranks call this
-    with the device of the group current.
+    rows, row_size, dtype: of the smallest and the largest half [T, H]. share: makes so many bytes of memory that all
+    ranks have mapped, zeros; None where that does not work. All ranks call this with the device of the group current.
+    Raises StartupError where what one rank sends never comes.
     """
-    num_rows, row_size = shape
     row_bytes = row_size * dtype.itemsize
     # Every rank sums as many rows.
-    max_bytes = -(-num_rows // group.world_size) * group.world_size * row_bytes
-    min_bytes = max(MIN_BYTES, min_rows * row_bytes)
+    most = -(-rows[1] // group.world_size) * group.world_size * row_bytes
+    min_bytes, max_bytes = rows[0] * row_bytes, min(most, _MAX_BYTES)
     if group.world_size == 1 or max_bytes < min_bytes or group.memory is None:
         return None
-    assert group.communicator is not None
-    kind, device = group.communicator.kind, group.memory.device
+    communicator = group.communicator
+    assert communicator is not None
+    kind, device = communicator.kind, group.memory.device
     module = importlib.import_module("shoal.kernels.copied_sum") if has_kernels(device) else None
     if not group.agree(module is not None):
         return f"{kind}: the kernels for large sums do not run on all ranks"
     assert module is not None
+    # What loading left in torch's cache is nobody's else.
+    torch.cuda.empty_cache()
     num_bytes = module.memory_bytes(group.world_size, max_bytes)
-    if num_bytes > _MAX_MEMORY:
-        return f"{kind}: large sums beside other work would take {num_bytes >> 20} MB of memory"
     memory = share(num_bytes)
     if memory is None:
-        return f"{kind}: the ranks do not share so much memory"
+        return f"{kind}: the ranks cannot share {num_bytes >> 20} MB for large sums"
     reducer = _prepare(module, memory, (min_bytes, max_bytes), row_size, dtype, group)
+    # The memory stays taken: graphs of other sums may run on the device that unmapping would wait for.
+    lost = f"; {num_bytes >> 20} MB stay taken"
     if reducer is None:
-        return f"{kind}: copies between GPUs and flags do not work on all ranks"
-    rows = -(-min_bytes // (2 * row_size))
-    is_right = group.agree(_is_right(reducer, group, rows, row_size, device))
-    x = torch.zeros(rows, row_size, dtype=torch.bfloat16, device=device)
-    times = [_time(reducer.start, x), _time(group.communicator.start_all_reduce, x)] if is_right else [0.0, 0.0]
+        return f"{kind}: copies between GPUs and flags do not work on all ranks{lost}"
+    is_right = group.agree(is_right_on(reducer, group, (rows[0], max_bytes // row_bytes), row_size, dtype, device))
+    times = [0.0, 0.0]
+    if is_right:
+        x = torch.zeros(rows[0] // group.world_size * group.world_size, row_size, dtype=dtype, device=device)
+        own = torch.zeros_like(x[reducer.own_rows(x.shape[0])])
+        times = [
+            _time(lambda: reducer.start_add_norm(x, own, None, 0.0)),
+            _time(lambda: communicator.start_all_reduce(x)),
+        ]
+        del x, own
     copied, other = group.broadcast(torch.tensor(times, dtype=torch.float64, device=device)).tolist()
-    del x
-    # What the check and the measurement took is the cache's now.
+    # Nobody is to take what the check took for what a step takes.
     torch.cuda.empty_cache()
-    figures = f"{min_bytes >> 20} MB: {copied:.0f} µs, {kind} {other:.0f}"
+    torch.cuda.reset_peak_memory_stats(device)
     if not is_right:
-        _logger.warning("large sums by copies between GPUs came out wrong, so they are left to %s", kind)
-        return f"{kind}: large sums by copies came out wrong"
+        _logger.warning("large sums by copies between GPUs came out wrong, so they are left to %s%s", kind, lost)
+        return f"{kind}: large sums by copies came out wrong{lost}"
+    figures = f"{min_bytes >> 20} MB: {copied:.0f} µs, {kind} {other:.0f}"
     if copied > other * _PATIENCE:
-        return f"{kind}: it is faster ({figures})"
+        return f"{kind}: it is faster ({figures}){lost}"
     group.attach_large(reducer)
     return f"halves of {min_bytes >> 20} MB and more by copy engines, while the other is computed ({figures})"
 
@@ -108,34 +120,112 @@ def _prepare(
     return reducer if group.agree(reducer is not None) else None
 
 
-def _is_right(
-    reducer: CopyReducer, group: GroupCoordinator, num_rows: int, row_size: int, device: torch.device
+def is_right_on(
+    reducer: LargeReducer,
+    group: GroupCoordinator,
+    rows: tuple[int, int],
+    row_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> bool:
-    """Two calls at a time, of numbers that every rank knows of all ranks, whose sums are exact in bf16."""
-    size, rank = group.world_size, group.rank_in_group
-    indices = torch.arange(num_rows * row_size, dtype=torch.int32, device=device).view(num_rows, row_size)
+    """Two calls at a time, of the fewest and the most rows, of numbers that every rank knows of all ranks: small
+    integers, so that sums are exact. StartupError where one does not come."""
     right = True
-    for turn in range(2 * NUM_SLOTS):
-        parts = [((indices * (each + 3) + each + turn) % 17 - 8).bfloat16() for each in range(size)]
-        expected = torch.stack(parts).float().sum(0).bfloat16()
-        stream = torch.full_like(parts[0], turn - 3)
-        pending = [reducer.start(parts[rank].clone())]
-        pending.append(reducer.start_add_norm(-parts[rank], stream[reducer.own_rows(num_rows)], None, 0.0))
-        right = right and torch.equal(pending[0].wait(), expected)
-        right = right and torch.equal(pending[1].wait(), stream - expected)
+    for turn in range(4):
+        shape = (rows[1] if turn == 0 else rows[0], row_size)
+        # Each way through each slot.
+        calls = [_check_rows, _check_sum] if turn % 2 else [_check_sum, _check_rows]
+        checks = [call(reducer, group, shape, turn, dtype, device) for call in calls]
+        right = all([check() for check in checks]) and right
     return right
 
 
-def _time(start: Callable[[torch.Tensor], PendingSum], x: torch.Tensor) -> float:
+def _check_sum(
+    reducer: LargeReducer,
+    group: GroupCoordinator,
+    shape: tuple[int, int],
+    turn: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[], bool]:
+    """Begin a sum; what is returned waits for it and looks at it."""
+    x = _numbers(shape, group.rank_in_group, turn, dtype, device)
+    if not reducer.takes(x):  # parts that are no whole vectors
+        return lambda: True
+    pending = reducer.start(x)
+    return lambda: torch.equal(_come(pending, group, device), _total(shape, group, turn, dtype, device).to(dtype))
+
+
+def _check_rows(
+    reducer: LargeReducer,
+    group: GroupCoordinator,
+    shape: tuple[int, int],
+    turn: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Callable[[], bool]:
+    x = _numbers(shape, group.rank_in_group, turn, dtype, device)
+    if not reducer.takes_rows(x):  # a rank more rows than there is room for
+        return lambda: True
+    rows = reducer.own_rows(shape[0])
+    residual = torch.full((rows.stop - rows.start, row_size := shape[1]), 3.0, dtype=dtype, device=device)
+    weight = torch.ones(row_size, dtype=dtype, device=device) if turn // 2 else None
+    pending = reducer.start_add_norm(x, residual, weight, 1e-5)
+
+    def check() -> bool:
+        result = _come(pending, group, device)
+        total = _total(shape, group, turn, dtype, device).add_(3.0)
+        if weight is None:
+            return torch.equal(result, total.to(dtype))
+        expected = F.rms_norm(total, (row_size,), None, 1e-5)
+        is_kept = torch.equal(residual, total[rows].to(dtype))
+        return is_kept and torch.allclose(result.float(), expected, rtol=2**-6, atol=2**-6)
+
+    return check
+
+
+def _numbers(shape: tuple[int, int], rank: int, turn: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    numbers = torch.arange(shape[0] * shape[1], dtype=torch.int32, device=device).mul_(rank + 3).add_(rank + turn)
+    return numbers.remainder_(17).sub_(8).to(dtype).view(shape)
+
+
+def _total(
+    shape: tuple[int, int], group: GroupCoordinator, turn: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    """Of all ranks' numbers, fp32."""
+    total = torch.zeros(shape, device=device)
+    for rank in range(group.world_size):
+        total += _numbers(shape, rank, turn, dtype, device)
+    return total
+
+
+def _come(pending: PendingSum, group: GroupCoordinator, device: torch.device) -> torch.Tensor:
+    """The sum, once it is there. A stream would wait for it for ever."""
+    result = pending.wait()
+    if device.type == "cuda":
+        event = torch.cuda.Event()
+        event.record()
+        deadline = time.monotonic() + _SECONDS
+        while not event.query():
+            if time.monotonic() > deadline:
+                raise StartupError(
+                    f"rank {group.rank} waited {_SECONDS:.0f} s for a sum by copies between the GPUs of this host: "
+                    "what one of them writes into another's memory does not arrive, or a rank has stopped"
+                )
+            time.sleep(1e-4)
+    return result
+
+
+def _time(start: Callable[[], PendingSum]) -> float:
     """Microseconds of one of several calls in a row: the best of some repeats."""
     best = float("inf")
     for _ in range(_REPEATS):
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         # The ranks wait for each other in the first.
-        start(x).wait()
+        start().wait()
         begin.record()
         for _ in range(_CALLS):
-            start(x).wait()
+            start().wait()
         end.record()
         end.synchronize()
         best = min(best, begin.elapsed_time(end) * 1e3 / _CALLS)

@@ -50,7 +50,7 @@ class Half:
         self._pending, self._is_whole = self._group.start_all_reduce_add_norm(summand, self._own, weight, eps), True
 
     def take(self, norm: RMSNorm) -> torch.Tensor:
-        """The stream [T, H] with the last sum in it, normalised. To be used before the next sum of this half begins."""
+        """The stream [T, H] with the last sum in it, normalised. To be used before the next but one sum begins."""
         hidden = self._pending.wait()
         if self._is_whole:
             return hidden

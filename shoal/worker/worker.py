@@ -129,10 +129,14 @@ class Worker:
         # One rank may load for longer than a collective of the step that sizes the cache would wait for it.
         self.groups.meet("loaded")
         if device.type == "cuda" and model.takes_halves and config.max_num_batched_tokens >= OVERLAP_TOKENS:
-            half = (-(-config.max_num_batched_tokens // 2), config.model.hidden_size)
-            dtype = getattr(torch, config.dtype)
-            fewest = -(-tokens_in_halves(config.model, self.groups.dims.tensor_size) // 2)
-            large_sums = attach_large_reducer(self.groups.tensor, fewest, half, dtype, self.groups.share_memory)
+            rows = (self._fewest_in_halves // 2, -(-config.max_num_batched_tokens // 2))
+            large_sums = attach_large_reducer(
+                self.groups.tensor,
+                rows,
+                config.model.hidden_size,
+                getattr(torch, config.dtype),
+                self.groups.share_memory,
+            )
             if large_sums is not None:
                 facts["all_reduce"] += f"; {large_sums}"
         self._runner.agree_on_graphs(self.groups)
@@ -178,6 +182,13 @@ class Worker:
             return build(create_attention_backend("bidirectional"))
         return build_with_backend(config.deterministic, device, build)
 
+    @property
+    def _fewest_in_halves(self) -> int:
+        """Tokens of a step from which a large reducer sums its halves."""
+        config = self.config
+        fewest = tokens_in_halves(config.model, self.groups.dims.tensor_size, getattr(torch, config.dtype).itemsize)
+        return max(OVERLAP_TOKENS, fewest)
+
     def _count_blocks(self, weight_bytes: int) -> int:
         """On CUDA a step of full size first shows how much memory activations take."""
         runner = self.runner
@@ -186,6 +197,9 @@ class Worker:
             with compile_ahead(self._local_size):
                 runner.warm_up(self.config.max_num_batched_tokens)
             runner.warm_up(self.config.max_num_batched_tokens)  # libraries set themselves up
+            if self.groups.tensor.large_reducer is not None:
+                # The largest step that is computed whole may take more than the largest in halves.
+                runner.warm_up(min(self._fewest_in_halves - 2, self.config.max_num_batched_tokens))
             torch.cuda.synchronize(runner.device)
             started = time.monotonic()
             runner.warm_up(self.config.max_num_batched_tokens)

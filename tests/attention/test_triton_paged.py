@@ -192,3 +192,24 @@ def test_projected_heads(case: str, norm: bool, dtype: torch.dtype, follow: bool
         found = unpadded(found, step)
         cache[:, :, 0] = float("nan")  # what pads the step went there
         compare(found, expected, cache, plain)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+@pytest.mark.parametrize("case", [case for case in CASES if case != "one decode"])
+def test_a_step_in_two_halves(case: str, window: int | None) -> None:
+    """Layers in halves attend to the first tokens, then to the rest, whose prompt may have begun in the first."""
+    step = make_step(*STEPS[case], (4, 2, 16), 16, torch.float32)
+    num_tokens = step.query.shape[0]
+    form = AttentionForm(0.3, window)
+    for cut in {num_tokens // 2, num_tokens - 1}:
+        plain, cache = fill_caches(step)
+        expected = ReferenceAttention().forward(step.query, step.key, step.value, plain, step.metadata, form)
+        backend = TritonPagedAttention()
+        halves = on_device(step.metadata).split(cut)
+        for metadata in halves:
+            backend.prepare(metadata)
+        parts = [
+            backend.forward(*(each[rows].to(DEVICE) for each in (step.query, step.key, step.value)), cache, half, form)
+            for half, rows in zip(halves, (slice(cut), slice(cut, None)), strict=True)
+        ]
+        compare(torch.cat(parts), expected, cache, plain)

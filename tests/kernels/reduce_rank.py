@@ -19,9 +19,10 @@ from shoal.distributed.rendezvous import form_groups
 from shoal.distributed.symmetric_memory import NUM_SLOTS, CudaDriver, PeerMemory, share_memory
 from shoal.kernels.all_reduce import PeerKernels
 from shoal.kernels.copied_sum import CopyLane, CopyReducer, memory_bytes
-from shoal.kernels.large_reducer import MIN_BYTES, attach_large_reducer
+from shoal.kernels.large_reducer import attach_large_reducer
 from shoal.kernels.small_reducer import attach_small_reducer
 
+MIN_BYTES = 16 << 20  # of large sums
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ULP = {torch.bfloat16: 2**-7, torch.float16: 2**-10, torch.float32: 2**-23}
 
@@ -93,7 +94,7 @@ def check_large(reducer: LargeReducer, rank: int, size: int, shapes: list[tuple[
 
 def check_attached(group: GroupCoordinator, share: Callable[[int], PeerMemory | None]) -> None:
     size, rank = group.world_size, group.rank_in_group
-    print(attach_large_reducer(group, 1, (5 * MIN_BYTES // 2 // 4096, 4096), torch.bfloat16, share))
+    print(attach_large_reducer(group, (MIN_BYTES // 8192, 5 * MIN_BYTES // 8192), 4096, torch.bfloat16, share))
     assert group.large_reducer is not None
     rows = MIN_BYTES // 2 // 4096 + 5
     check_large(group.large_reducer, rank, size, [(rows, 4096), (rows // 2, 16384)])
@@ -147,7 +148,11 @@ def lost(rank: int, size: int, store: str) -> None:
     torch.cuda.set_device(device)
     dims = ParallelDims(tensor_size=size, rank=rank)
     groups = form_groups(dims, device=device, address="127.0.0.1", store_file=store, startup_timeout=60.0)
-    print(attach_large_reducer(groups.tensor, 1, (MIN_BYTES // 4096, 4096), torch.bfloat16, groups.share_memory))
+    print(
+        attach_large_reducer(
+            groups.tensor, (MIN_BYTES // 8192, MIN_BYTES // 4096), 4096, torch.bfloat16, groups.share_memory
+        )
+    )
     assert groups.tensor.large_reducer is not None
     if rank:
         done = groups.tensor.start_all_reduce(torch.ones(MIN_BYTES, dtype=torch.bfloat16, device=device)).wait()

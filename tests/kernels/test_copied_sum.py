@@ -20,8 +20,8 @@ from shoal.distributed.communicator import PendingSum
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.symmetric_memory import NUM_SLOTS, FlagRound, PeerMemory
 from shoal.kernels.copied_sum import CopyReducer, memory_bytes
-from shoal.kernels.large_reducer import attach_large_reducer
-from tests.rank_threads import on_ranks
+from shoal.kernels.large_reducer import attach_large_reducer, is_right_on
+from tests.rank_threads import ThreadCommunicator, _Exchange, on_ranks
 
 SECONDS = 30.0
 CPU = torch.device("cpu")
@@ -246,10 +246,28 @@ def test_groups_that_have_no_use_for_it_stay_as_they_are() -> None:
         raise AssertionError("no memory is asked for")
 
     def work(group: GroupCoordinator) -> str | None:
-        return attach_large_reducer(group, 1, (1 << 12, 1 << 12), torch.bfloat16, refuse)
+        return attach_large_reducer(group, (1 << 11, 1 << 12), 1 << 12, torch.bfloat16, refuse)
 
     assert on_ranks(2, work) == [None, None], "the ranks share no GPU's memory"
-    assert (
-        attach_large_reducer(GroupCoordinator([0], 0, name="tensor"), 1, (1 << 12, 1 << 12), torch.bfloat16, refuse)
-        is None
-    )
+    assert attach_large_reducer(GroupCoordinator([0], 0, name="tensor"), (1, 2), 8, torch.bfloat16, refuse) is None
+
+
+@pytest.mark.parametrize("lost", [None, 0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_the_check_at_the_start_finds_what_is_lost(lost: int | None, dtype: torch.dtype) -> None:
+    """lost: the slot in which copies of rank 1 do not arrive."""
+    ranks = Ranks(3, 24 * 96 * 4)
+    if lost is not None:
+        ranks.reducers[1]._lanes[lost].copy = lambda *_: None
+
+    def work(reducer: CopyReducer, rank: int) -> bool:
+        group = GroupCoordinator([0, 1, 2], rank, on_no_wire(rank), name="tensor")
+        return is_right_on(reducer, group, (9, 24), 96, dtype, CPU)
+
+    found = ranks.run(work)
+    assert found == [True] * 3 if lost is None else not all(found)
+
+
+def on_no_wire(rank: int) -> ThreadCommunicator:
+    """A communicator that nothing goes through."""
+    return ThreadCommunicator(_Exchange(3), rank)
