@@ -20,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from shoal.kernels.cache_format import cache_cells, cache_format, decode, encode
 from shoal.kernels.launch import has_dependent_launch, launch_options
 from shoal.kernels.scores import score_factors
+from shoal.kernels.support import has_large_tiles
 
 # Keys of a split in fixed order, and programs that fill a GPU then.
 FIXED_SPLIT, _ENOUGH_PROGRAMS = 512, 264
@@ -232,10 +233,10 @@ class Shape:
 
 
 def latent_shape(dtype: torch.dtype, device: torch.device, *, fixed: bool) -> Shape:
-    """What registers and shared memory hold for rows of 576 numbers. GPUs before sm_90 have 99 KiB of the latter."""
+    """What registers and shared memory hold for rows of 576 numbers. Some GPUs have 99 KiB of the latter."""
     if dtype is torch.float32:
         return Shape(16, 16, 4, 1)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+    if not has_large_tiles(device):
         return Shape(16, 32, 4, 2)
     return Shape(16, 32, 4, 3) if fixed else Shape(64, 32, 8, 2)
 

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from shoal.kernels.cache_format import cache_cells, cache_format, decode
 from shoal.kernels.scores import LOG2_E, capped, score_factors
+from shoal.kernels.support import has_large_tiles
 
 
 @triton.jit
@@ -136,7 +137,7 @@ def tile_shape(head_dim: int, dtype: torch.dtype, device: torch.device) -> Shape
     only). Older GPUs have no asynchronous products, and some have less shared memory."""
     if dtype is torch.float32:
         return Shape(32, 32 if head_dim <= 128 else 16, 4, 1)
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
+    if not has_large_tiles(device):
         return Shape(128, 32, 8, 2) if head_dim <= 128 else Shape(64, 32, 8, 1)
     return Shape(128, 32, 4, 3) if head_dim <= 128 else Shape(128, 32, 8, 2)
 

@@ -33,6 +33,11 @@ def has_kernels(device: torch.device) -> bool:
     )
 
 
+def has_large_tiles(device: torch.device) -> bool:
+    """Whether a program may have 227 KiB of shared memory: sm_90 and sm_100. Others have 163 or, sm_120 too, 99."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
 @functools.cache
 def _launches() -> bool:
     """Whether a trivial kernel compiles and runs on the current device; if not, one warning says why."""

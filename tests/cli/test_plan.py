@@ -48,7 +48,7 @@ def test_nothing_fits(capsys):
     code, out, err = run(capsys, path_of("Llama-3.1-405B"), "--gpus", "8xH100-80")
     assert code == 1
     assert "811,706," in out.replace("\n", "")
-    assert "shoal: error: nothing fits" in err and "8 × H200 (116 such requests)" in err
+    assert "shoal: error: nothing fits" in err and "8 × H200 (114 such requests)" in err
     code, out, err = run(capsys, path_of("Llama-3.1-405B"), "--gpus", "8xH100-80", "--json")
     assert code == 1 and json.loads(out)["refusal"]["smallest_machines"][0]["devices_per_node"] == 8
 
