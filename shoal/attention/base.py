@@ -106,7 +106,7 @@ class AttentionMetadata:
     device_rows: a step of one token a sequence whose lengths the device alone knows; device_sequences: one of any
     sequences, likewise, whose tokens behind the last sequence's pad it. query_lens and seq_lens are empty then, and
     block_tables is the table of all slots. Only backends with `follows_device` take these.
-    goes_on: the first sequence has keys that each layer writes just before, in the first half of a step.
+    goes_on: its sequences may have keys that each layer writes just before, in the first half of a step.
     plan: what the backend's `prepare` made of it.
     """
 
@@ -122,7 +122,8 @@ class AttentionMetadata:
 
     def split(self, num_tokens: int) -> tuple[AttentionMetadata, AttentionMetadata]:
         """The first `num_tokens` tokens and the rest, each as a step of its own, neither prepared nor empty. A sequence
-        that is cut goes on in the second: for causal attention, of a step whose sequences the host knows."""
+        that is cut goes on in the second: for causal attention, of a step whose sequences the host knows, and in which
+        none reads what one behind it writes (`longest_first`)."""
         ends = list(itertools.accumulate(self.query_lens))
         assert 0 < num_tokens < ends[-1] == len(self.slot_mapping)
         last = next(index for index, end in enumerate(ends) if end >= num_tokens)
@@ -142,7 +143,7 @@ class AttentionMetadata:
             seq_lens=self.seq_lens[following:],
             block_tables=self.block_tables[following:],
             slot_mapping=self.slot_mapping[num_tokens:],
-            goes_on=left > 0,
+            goes_on=True,
             plan=None,
         )
         return first, second

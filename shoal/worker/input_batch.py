@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 import torch
 
+from shoal.config.graph_sizes import OVERLAP_TOKENS
 from shoal.messages import ScheduledBatch, SlotAssignment
 from shoal.scheduling.block_pool import NULL_BLOCK
 
@@ -110,7 +111,14 @@ class TokenRows:
 def longest_first(batch: ScheduledBatch) -> ScheduledBatch:
     """The same step, its rows by context. Attention begins with the first ones: where short ones come last, all
     processors are done at about the same time. Every rank does so, with graphs or without, as rows of hidden states and
-    tokens pass between them."""
+    tokens pass between them.
+
+    A step that may be computed in halves stays as it is: a request may have found blocks in the prefix cache that
+    another one of the same step writes, which the scheduler has put before it, and the first half does not see the
+    second's.
+    """
+    if sum(item.num_new_tokens for item in batch.work) >= OVERLAP_TOKENS:
+        return batch
     work = sorted(batch.work, key=operator.attrgetter("num_computed_tokens"), reverse=True)
     return msgspec.structs.replace(batch, work=work)
 

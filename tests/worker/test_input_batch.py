@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from shoal.messages import ScheduledBatch, SlotAssignment, SlotWork
-from shoal.types import SamplingParams
+from shoal.scheduling import Scheduler, SchedulerConfig
+from shoal.types import EngineRequest, SamplingParams
 from shoal.worker.input_batch import InputBatch, longest_first
 
 BLOCK = 4
@@ -74,3 +75,17 @@ def test_rows_of_long_contexts_come_first_and_all_else_stays() -> None:
     assert [item.slot for item in batch.work] == [0, 1, 2, 3, 4], "the scheduler's own stays as it is"
     assert (ordered.step_id, ordered.generation, ordered.released_slots) == (7, 3, [5])
     assert sorted(ordered.work, key=lambda item: item.slot) == work
+
+
+def test_who_writes_a_shared_prefix_stays_before_who_reads_it_in_a_step_for_halves() -> None:
+    """The second request finds the first one's blocks in the prefix cache while the same step computes them."""
+    config = SchedulerConfig(
+        num_blocks=2000, block_size=16, max_model_len=8192, max_num_seqs=8, max_num_batched_tokens=8192
+    )
+    scheduler = Scheduler(config)
+    prefix = [index % 97 + 1 for index in range(3008)]
+    for name, count in (("writes", 1200), ("reads", 1300)):
+        own = [len(name) + index % 11 for index in range(count)]
+        scheduler.add(EngineRequest(name, prefix + own, SamplingParams(max_tokens=8)))
+    ordered = longest_first(scheduler.schedule())
+    assert [item.num_computed_tokens for item in ordered.work] == [0, 3008]
