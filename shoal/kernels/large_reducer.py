@@ -74,7 +74,8 @@ def attach_large_reducer(
     lost = f"; {num_bytes >> 20} MB stay taken"
     if reducer is None:
         return f"{kind}: copies between GPUs and flags do not work on all ranks{lost}"
-    is_right = group.agree(is_right_on(reducer, group, (rows[0], max_bytes // row_bytes), row_size, dtype, device))
+    check = StartCheck(reducer, group, row_size, dtype, device)
+    is_right = group.agree(check.is_right(rows[0], max_bytes // row_bytes))
     times = [0.0, 0.0]
     if is_right:
         x = torch.zeros(rows[0] // group.world_size * group.world_size, row_size, dtype=dtype, device=device)
@@ -120,100 +121,79 @@ def _prepare(
     return reducer if group.agree(reducer is not None) else None
 
 
-def is_right_on(
-    reducer: LargeReducer,
-    group: GroupCoordinator,
-    rows: tuple[int, int],
-    row_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> bool:
-    """Two calls at a time, of the fewest and the most rows, of numbers that every rank knows of all ranks: small
-    integers, so that sums are exact. StartupError where one does not come."""
-    right = True
-    for turn in range(4):
-        shape = (rows[1] if turn == 0 else rows[0], row_size)
-        # Each way through each slot.
-        calls = [_check_rows, _check_sum] if turn % 2 else [_check_sum, _check_rows]
-        checks = [call(reducer, group, shape, turn, dtype, device) for call in calls]
-        right = all([check() for check in checks]) and right
-    return right
+class StartCheck:
+    """Sums two at a time, of numbers that every rank knows of all ranks: small integers, so that sums are exact."""
 
+    def __init__(
+        self, reducer: LargeReducer, group: GroupCoordinator, row_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._reducer, self._group, self._row_size, self._dtype, self._device = reducer, group, row_size, dtype, device
 
-def _check_sum(
-    reducer: LargeReducer,
-    group: GroupCoordinator,
-    shape: tuple[int, int],
-    turn: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Callable[[], bool]:
-    """Begin a sum; what is returned waits for it and looks at it."""
-    x = _numbers(shape, group.rank_in_group, turn, dtype, device)
-    if not reducer.takes(x):  # parts that are no whole vectors
-        return lambda: True
-    pending = reducer.start(x)
-    return lambda: torch.equal(_come(pending, group, device), _total(shape, group, turn, dtype, device).to(dtype))
+    def is_right(self, fewest: int, most: int) -> bool:
+        """Of so many rows. StartupError where a sum does not come."""
+        right = True
+        for turn in range(4):
+            num_rows = most if turn == 0 else fewest
+            # Each way through each slot.
+            begin = [self._rows, self._sum] if turn % 2 else [self._sum, self._rows]
+            checks = [each(num_rows, turn) for each in begin]
+            right = all([check() for check in checks]) and right
+        return right
 
+    def _sum(self, num_rows: int, turn: int) -> Callable[[], bool]:
+        """Begin a sum; what is returned waits for it and looks at it."""
+        x = self._numbers(num_rows, self._group.rank_in_group, turn)
+        if not self._reducer.takes(x):  # parts that are no whole vectors
+            return lambda: True
+        pending = self._reducer.start(x)
+        return lambda: torch.equal(self._come(pending), self._total(num_rows, turn).to(self._dtype))
 
-def _check_rows(
-    reducer: LargeReducer,
-    group: GroupCoordinator,
-    shape: tuple[int, int],
-    turn: int,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Callable[[], bool]:
-    x = _numbers(shape, group.rank_in_group, turn, dtype, device)
-    if not reducer.takes_rows(x):  # a rank more rows than there is room for
-        return lambda: True
-    rows = reducer.own_rows(shape[0])
-    residual = torch.full((rows.stop - rows.start, row_size := shape[1]), 3.0, dtype=dtype, device=device)
-    weight = torch.ones(row_size, dtype=dtype, device=device) if turn // 2 else None
-    pending = reducer.start_add_norm(x, residual, weight, 1e-5)
+    def _rows(self, num_rows: int, turn: int) -> Callable[[], bool]:
+        x = self._numbers(num_rows, self._group.rank_in_group, turn)
+        if not self._reducer.takes_rows(x):  # a rank more rows than there is room for
+            return lambda: True
+        rows = self._reducer.own_rows(num_rows)
+        residual = torch.full_like(x[rows], 3.0)
+        weight = torch.ones_like(x[0]) if turn // 2 else None
+        pending = self._reducer.start_add_norm(x, residual, weight, 1e-5)
 
-    def check() -> bool:
-        result = _come(pending, group, device)
-        total = _total(shape, group, turn, dtype, device).add_(3.0)
-        if weight is None:
-            return torch.equal(result, total.to(dtype))
-        expected = F.rms_norm(total, (row_size,), None, 1e-5)
-        is_kept = torch.equal(residual, total[rows].to(dtype))
-        return is_kept and torch.allclose(result.float(), expected, rtol=2**-6, atol=2**-6)
+        def check() -> bool:
+            result, total = self._come(pending), self._total(num_rows, turn).add_(3.0)
+            if weight is None:
+                return torch.equal(result, total.to(self._dtype))
+            expected = F.rms_norm(total, (self._row_size,), None, 1e-5)
+            is_kept = torch.equal(residual, total[rows].to(self._dtype))
+            return is_kept and torch.allclose(result.float(), expected, rtol=2**-6, atol=2**-6)
 
-    return check
+        return check
 
+    def _numbers(self, num_rows: int, rank: int, turn: int) -> torch.Tensor:
+        numbers = torch.arange(num_rows * self._row_size, dtype=torch.int32, device=self._device)
+        numbers.mul_(rank + 3).add_(rank + turn).remainder_(17).sub_(8)
+        return numbers.to(self._dtype).view(num_rows, self._row_size)
 
-def _numbers(shape: tuple[int, int], rank: int, turn: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    numbers = torch.arange(shape[0] * shape[1], dtype=torch.int32, device=device).mul_(rank + 3).add_(rank + turn)
-    return numbers.remainder_(17).sub_(8).to(dtype).view(shape)
+    def _total(self, num_rows: int, turn: int) -> torch.Tensor:
+        """Of all ranks' numbers, fp32."""
+        total = torch.zeros(num_rows, self._row_size, device=self._device)
+        for rank in range(self._group.world_size):
+            total += self._numbers(num_rows, rank, turn)
+        return total
 
-
-def _total(
-    shape: tuple[int, int], group: GroupCoordinator, turn: int, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """Of all ranks' numbers, fp32."""
-    total = torch.zeros(shape, device=device)
-    for rank in range(group.world_size):
-        total += _numbers(shape, rank, turn, dtype, device)
-    return total
-
-
-def _come(pending: PendingSum, group: GroupCoordinator, device: torch.device) -> torch.Tensor:
-    """The sum, once it is there. A stream would wait for it for ever."""
-    result = pending.wait()
-    if device.type == "cuda":
-        event = torch.cuda.Event()
-        event.record()
-        deadline = time.monotonic() + _SECONDS
-        while not event.query():
-            if time.monotonic() > deadline:
-                raise StartupError(
-                    f"rank {group.rank} waited {_SECONDS:.0f} s for a sum by copies between the GPUs of this host: "
-                    "what one of them writes into another's memory does not arrive, or a rank has stopped"
-                )
-            time.sleep(1e-4)
-    return result
+    def _come(self, pending: PendingSum) -> torch.Tensor:
+        """The sum, once it is there. A stream would wait for it for ever."""
+        result = pending.wait()
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+            deadline = time.monotonic() + _SECONDS
+            while not event.query():
+                if time.monotonic() > deadline:
+                    raise StartupError(
+                        f"rank {self._group.rank} waited {_SECONDS:.0f} s for a sum by copies between the GPUs of this "
+                        "host: what one of them writes into another's memory does not arrive, or a rank has stopped"
+                    )
+                time.sleep(1e-4)
+        return result
 
 
 def _time(start: Callable[[], PendingSum]) -> float:

@@ -20,7 +20,7 @@ from shoal.distributed.communicator import PendingSum
 from shoal.distributed.group import GroupCoordinator
 from shoal.distributed.symmetric_memory import NUM_SLOTS, FlagRound, PeerMemory
 from shoal.kernels.copied_sum import CopyReducer, memory_bytes
-from shoal.kernels.large_reducer import attach_large_reducer, is_right_on
+from shoal.kernels.large_reducer import StartCheck, attach_large_reducer
 from tests.rank_threads import ThreadCommunicator, _Exchange, on_ranks
 
 SECONDS = 30.0
@@ -262,7 +262,7 @@ def test_the_check_at_the_start_finds_what_is_lost(lost: int | None, dtype: torc
 
     def work(reducer: CopyReducer, rank: int) -> bool:
         group = GroupCoordinator([0, 1, 2], rank, on_no_wire(rank), name="tensor")
-        return is_right_on(reducer, group, (9, 24), 96, dtype, CPU)
+        return StartCheck(reducer, group, 96, dtype, CPU).is_right(9, 24)
 
     found = ranks.run(work)
     assert found == [True] * 3 if lost is None else not all(found)
