@@ -3,10 +3,11 @@
     python benchmarks/gpu_correctness.py [--families llama,opt] [--settings graphs,eager] [--tp 2]
 
 Random checkpoints of realistic shapes; prompts of 1 to 2,000 tokens in batches of 1 to 64, then prompts that begin as
-earlier ones did. Transformers is asked about our own tokens, in one forward pass over prompt and answer, so that each
-position is judged by itself, whatever came before. Its float32 logits are the truth; how far its bfloat16 ones are from
-them is the rounding noise. A token may differ from the truth's best only where the truth prefers that by no more than
-the noise allows; log-probabilities may be 0.05 away, or as far as the noise. Prints a table; exits with 1 on a failure.
+earlier ones did, and some that begin as others of the same step do. Transformers is asked about our own tokens, in one
+forward pass over prompt and answer, so that each position is judged by itself, whatever came before. Its float32 logits
+are the truth; how far its bfloat16 ones are from them is the rounding noise. A token may differ from the truth's best
+only where the truth prefers that by no more than the noise allows; log-probabilities may be 0.05 away, or as far as the
+noise. Prints a table; exits with 1 on a failure.
 """
 
 from __future__ import annotations
@@ -68,6 +69,13 @@ SHAPES: dict[str, dict[str, Any]] = {
         "intermediate_size": 3072,
     },
     "opt": {"hidden_size": 1024, "num_attention_heads": 16, "ffn_dim": 4096, "word_embed_proj_dim": None},
+    # Layers as large as Llama-3.1-8B's: two GPUs compute steps of many tokens in halves.
+    "llama-large": {
+        "hidden_size": 4096,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+    },
 }
 COMMON = {"num_hidden_layers": 4, "vocab_size": VOCAB_SIZE, "max_position_embeddings": 2560}
 
@@ -130,6 +138,8 @@ def make_waves(with_logprobs: bool) -> list[list[EngineRequest]]:
         first += prompts
         waves.append(prompts)
     waves.append([prompt[: max(1, len(prompt) * 2 // 3)] + tokens(5) for prompt in first[-32:]])
+    shared = tokens(500)
+    waves.append([shared + tokens(min(length, 1000)) for length in LENGTHS])
     return [
         [EngineRequest(f"{wave}-{index}", prompt, params) for index, prompt in enumerate(prompts)]
         for wave, prompts in enumerate(waves)
@@ -241,8 +251,11 @@ def run_family(family: str, names: list[str], arguments: argparse.Namespace) -> 
     shape = {**SHAPES[family], **COMMON}
     if arguments.small:
         shape |= {"hidden_size": 256, "num_attention_heads": 4, "num_hidden_layers": 2}
+        shape |= {"num_key_value_heads": 2} if "num_key_value_heads" in shape else {}
     with tempfile.TemporaryDirectory() as directory:
-        path = make_checkpoint(Path(directory) / family, family, dtype=torch.bfloat16, **shape)
+        path = make_checkpoint(
+            Path(directory) / family, family.split("-")[0], dtype=torch.bfloat16, max_shard_size="100GB", **shape
+        )
         soften(path, is_tied=family in ("qwen2", "opt"))
         reference = Reference(path, arguments.device)
         seen: dict[str, dict[str, Answer]] = {}

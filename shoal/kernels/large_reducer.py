@@ -34,6 +34,8 @@ _CALLS = 4
 _REPEATS = 5
 # That one sum of the check may take.
 _SECONDS = 60.0
+# Of the largest half in fp32: what two sums of the check and what they are compared with take.
+_COPIES = 8
 
 
 def attach_large_reducer(
@@ -75,14 +77,17 @@ def attach_large_reducer(
     if reducer is None:
         return f"{kind}: copies between GPUs and flags do not work on all ranks{lost}"
     check = StartCheck(reducer, group, row_size, dtype, device)
-    is_right = group.agree(check.is_right(rows[0], max_bytes // row_bytes))
+    most_rows = max_bytes // row_bytes
+    if not group.agree(check.has_room(most_rows)):
+        return f"{kind}: a rank has no memory left to check large sums in{lost}"
+    is_right = group.agree(check.is_right(rows[0], most_rows))
     times = [0.0, 0.0]
     if is_right:
         x = torch.zeros(rows[0] // group.world_size * group.world_size, row_size, dtype=dtype, device=device)
         own = torch.zeros_like(x[reducer.own_rows(x.shape[0])])
         times = [
-            _time(lambda: reducer.start_add_norm(x, own, None, 0.0)),
-            _time(lambda: communicator.start_all_reduce(x)),
+            _time(lambda: reducer.start_add_norm(x, own, None, 0.0), group.rank),
+            _time(lambda: communicator.start_all_reduce(x), group.rank),
         ]
         del x, own
     copied, other = group.broadcast(torch.tensor(times, dtype=torch.float64, device=device)).tolist()
@@ -128,6 +133,15 @@ class StartCheck:
         self, reducer: LargeReducer, group: GroupCoordinator, row_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self._reducer, self._group, self._row_size, self._dtype, self._device = reducer, group, row_size, dtype, device
+
+    def has_room(self, most: int) -> bool:
+        """Whether there is memory for a check of so many rows: a rank that ran out of it in the midst of one would keep
+        the others waiting."""
+        try:
+            torch.empty(_COPIES, most, self._row_size, device=self._device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
 
     def is_right(self, fewest: int, most: int) -> bool:
         """Of so many rows. StartupError where a sum does not come."""
@@ -185,18 +199,22 @@ class StartCheck:
         if self._device.type == "cuda":
             event = torch.cuda.Event()
             event.record()
-            deadline = time.monotonic() + _SECONDS
-            while not event.query():
-                if time.monotonic() > deadline:
-                    raise StartupError(
-                        f"rank {self._group.rank} waited {_SECONDS:.0f} s for a sum by copies between the GPUs of this "
-                        "host: what one of them writes into another's memory does not arrive, or a rank has stopped"
-                    )
-                time.sleep(1e-4)
+            _await(event, self._group.rank)
         return result
 
 
-def _time(start: Callable[[], PendingSum]) -> float:
+def _await(event: torch.cuda.Event, rank: int) -> None:
+    deadline = time.monotonic() + _SECONDS
+    while not event.query():
+        if time.monotonic() > deadline:
+            raise StartupError(
+                f"rank {rank} waited {_SECONDS:.0f} s for a sum by copies between the GPUs of this host: what one of "
+                "them writes into another's memory does not arrive, or a rank has stopped"
+            )
+        time.sleep(1e-4)
+
+
+def _time(start: Callable[[], PendingSum], rank: int) -> float:
     """Microseconds of one of several calls in a row: the best of some repeats."""
     best = float("inf")
     for _ in range(_REPEATS):
@@ -207,6 +225,6 @@ def _time(start: Callable[[], PendingSum]) -> float:
         for _ in range(_CALLS):
             start().wait()
         end.record()
-        end.synchronize()
+        _await(end, rank)
         best = min(best, begin.elapsed_time(end) * 1e3 / _CALLS)
     return best

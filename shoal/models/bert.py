@@ -77,6 +77,7 @@ class BertModel(CausalLM):
         metadata: AttentionMetadata,
         hooks: LayerObserver | None = None,
         hidden: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if hidden is None:
             hidden = self.embed(token_ids, positions)
@@ -86,7 +87,7 @@ class BertModel(CausalLM):
             hidden = layer(hidden, kv_cache, metadata)
             if hooks is not None:
                 hooks.after_layer(index, kv_cache, metadata)
-        return hidden
+        return hidden if rows is None else hidden.index_select(0, rows)
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """token_ids, positions [T] -> [T, H]."""

@@ -67,9 +67,14 @@ class DeepseekAttention(nn.Module):
         )
 
     def forward(
-        self, hidden: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
+        self,
+        hidden: torch.Tensor,
+        angles: Angles,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden [T, H] -> [T, H], this rank's summand where o_proj leaves the sum to the norm that follows."""
+        """As of LlamaAttention."""
         sizes = self.sizes
         query, compressed = self._project(hidden)
         query = query.view(hidden.shape[0], -1, sizes.query)
@@ -84,6 +89,8 @@ class DeepseekAttention(nn.Module):
             kv_cache,
             metadata,
         )
+        if rows is not None:
+            attended = attended.index_select(0, rows)
         return self.o_proj(self.kv_b_proj.to_values(attended))
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

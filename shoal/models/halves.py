@@ -36,7 +36,7 @@ class Half:
         self._is_whole = False
 
     def start_sum(self, summand: torch.Tensor, norm: RMSNorm | None) -> None:
-        """summand [T, H] of this rank, to be added to the stream. norm: what takes it next, None: `take_stream`."""
+        """summand [T, H] of this rank, to be added to the stream. norm: what takes it next; None: `take_stream`."""
         assert self._residual is not None or self._own is not None, "the stream is taken before anything is added to it"
         rows = self._group.rows_of_stream(summand)
         if rows is None or (norm is not None and norm.weight.dtype is not summand.dtype):

@@ -95,10 +95,17 @@ class LlamaAttention(nn.Module):
         return {}
 
     def forward(
-        self, hidden: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
+        self,
+        hidden: torch.Tensor,
+        angles: Angles,
+        kv_cache: torch.Tensor,
+        metadata: AttentionMetadata,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """hidden [T, H] -> [T, H], this rank's summand where o_proj leaves the sum to the norm that follows."""
-        return self.o_proj(self.attend(self.qkv_proj(hidden), angles, kv_cache, metadata))
+        """hidden [T, H] -> [T, H], or [R, H] of the tokens `rows`: this rank's summand where o_proj leaves the sum to
+        the norm that follows."""
+        heads = self.attend(self.qkv_proj(hidden), angles, kv_cache, metadata)
+        return self.o_proj(heads if rows is None else heads.index_select(0, rows))
 
     def attend(
         self, projected: torch.Tensor, angles: Angles, kv_cache: torch.Tensor, metadata: AttentionMetadata
@@ -196,10 +203,14 @@ class LlamaLayer(nn.Module):
         angles: Angles,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden: what is still to be added to the residual stream, by whoever takes the two; so what is returned."""
+        """hidden: what is still to be added to the residual stream, by whoever takes the two; so what is returned, of
+        all tokens or of `rows`: others leave their keys and values, and are not computed further."""
         hidden, residual = self.input_layernorm.add_and_norm(hidden, residual)
-        hidden = self.self_attn(hidden, angles, kv_cache, metadata)
+        hidden = self.self_attn(hidden, angles, kv_cache, metadata, rows)
+        if rows is not None:
+            residual = residual.index_select(0, rows)
         hidden, residual = self.post_attention_layernorm.add_and_norm(hidden, residual)
         return self.mlp(hidden), residual
 
@@ -247,6 +258,8 @@ class LlamaForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig, context: BuildContext) -> None:
         super().__init__(config, context)
+        # Adapters go by tokens of the step.
+        self._may_drop_tokens = context.adapters is None
         num_positions = context.max_model_len or config.max_position_embeddings
         self.rotaries = self.make_rotaries(config, num_positions, context.device)
         tied = config.tie_word_embeddings
@@ -296,6 +309,7 @@ class LlamaForCausalLM(CausalLM):
         metadata: AttentionMetadata,
         hooks: LayerObserver | None = None,
         hidden: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if hidden is None:
             hidden = self.embed(token_ids)
@@ -308,23 +322,30 @@ class LlamaForCausalLM(CausalLM):
             parts = hidden.chunk(2)
             if self.layers[0].self_attn.o_proj.group.overlaps(parts[0]):
                 halves = self._halves(parts, positions, metadata)
+        # The layer that goes on with the rows alone.
+        last = self.layers[-1] if rows is not None and self._may_drop_tokens and not few else None
         for index, layer, kv_cache in zip(self.layer_range, self.layers, kv_caches, strict=True):
             if hooks is not None:
                 hooks.before_layer(index, kv_cache, metadata)
             angles = lookups[layer.self_attn.attention.rotary]
             if few:
                 hidden = layer.forward_few(hidden, angles, kv_cache, metadata)
-            elif halves:
-                layer.forward_halves(halves, kv_cache, self._norm_behind(index))
+            elif halves and layer is not last:
+                layer.forward_halves(halves, kv_cache, self._norm_behind(index, last))
             else:
-                hidden, residual = layer(hidden, residual, angles, kv_cache, metadata)
+                if halves:
+                    hidden, halves = torch.cat([half.take_stream() for half in halves]), []
+                wanted = rows if layer is last else None
+                hidden, residual = layer(hidden, residual, angles, kv_cache, metadata, wanted)
             if hooks is not None:
                 hooks.after_layer(index, kv_cache, metadata)
         if halves:
-            return torch.cat([half.take(self.norm) if self.is_last_stage else half.take_stream() for half in halves])
-        if not self.is_last_stage:
-            return hidden if few else self.layers[-1].mlp.sum_ranks(hidden) + residual
-        return self.norm.add_and_norm(hidden, residual)[0]
+            hidden = torch.cat([half.take(self.norm) if self.is_last_stage else half.take_stream() for half in halves])
+        elif self.is_last_stage:
+            hidden = self.norm.add_and_norm(hidden, residual)[0]
+        elif not few:
+            hidden = self.layers[-1].mlp.sum_ranks(hidden) + residual
+        return hidden if rows is None or last is not None else hidden.index_select(0, rows)
 
     @functools.cached_property
     def few_rows(self) -> int:
@@ -347,10 +368,12 @@ class LlamaForCausalLM(CausalLM):
             halves.append(Half(part, attention.o_proj.group, own, lookups))
         return halves
 
-    def _norm_behind(self, index: int) -> RMSNorm | None:
-        """What follows layer `index` on this stage."""
+    def _norm_behind(self, index: int, whole: LlamaLayer | None) -> RMSNorm | None:
+        """What takes the halves after layer `index`; None: their stream is taken, by another stage or the layer `whole`
+        of this one, which is computed for both at once."""
         if index + 1 in self.layer_range:
-            return self.layers[index + 1 - self.layer_range[0]].input_layernorm
+            following = self.layers[index + 1 - self.layer_range[0]]
+            return None if following is whole else following.input_layernorm
         return self.norm if self.is_last_stage else None
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -103,6 +103,7 @@ class OPTForCausalLM(CausalLM):
         metadata: AttentionMetadata,
         hooks: LayerObserver | None = None,
         hidden: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if hidden is None:
             hidden = self.embed(token_ids, positions)
@@ -112,6 +113,8 @@ class OPTForCausalLM(CausalLM):
             hidden = layer(hidden, kv_cache, metadata)
             if hooks is not None:
                 hooks.after_layer(index, kv_cache, metadata)
+        if rows is not None:
+            hidden = hidden.index_select(0, rows)
         if self.final_layer_norm is not None:
             hidden = self.final_layer_norm(hidden)
         return hidden if self.project_out is None else self.project_out(hidden)

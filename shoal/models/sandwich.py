@@ -44,8 +44,11 @@ class SandwichLayer(LlamaLayer):
         angles: Angles,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
+        rows: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         hidden, residual = self.before_attention.add_and_norm(hidden, residual)
-        hidden = self.after_attention(self.self_attn(hidden, angles, kv_cache, metadata))
+        hidden = self.after_attention(self.self_attn(hidden, angles, kv_cache, metadata, rows))
+        if rows is not None:
+            residual = residual.index_select(0, rows)
         hidden, residual = self.before_mlp.add_and_norm(hidden, residual)
         return self.after_mlp(self.mlp(hidden)), residual

@@ -258,6 +258,7 @@ class TransformersForCausalLM(CausalLM):
         metadata: AttentionMetadata,
         hooks: LayerObserver | None = None,
         hidden: torch.Tensor | None = None,
+        rows: torch.Tensor | None = None,
     ) -> torch.Tensor:
         step = self._step
         step.kv_caches, step.metadata, self._hooks = kv_caches, metadata, hooks
@@ -270,7 +271,7 @@ class TransformersForCausalLM(CausalLM):
         output = self.decoder(**inputs) if step.is_checked else self._first_step(inputs)
         result = output[0] if self.is_last_stage else self._leaving()
         self._hidden = self._hooks = None
-        return result[0]
+        return result[0] if rows is None else result[0].index_select(0, rows)
 
     def _first_step(self, inputs: dict[str, Any]) -> Any:
         """As any other, and what the model asks of attention is noted or refused."""

@@ -74,6 +74,8 @@ class StepGraphs:
             )
             for name in names
         }
+        # Of steps with prompts, on the last stage: the tokens whose states are wanted, padded with the first one.
+        self._wanted = torch.zeros(self.largest, dtype=torch.int64, device=device)
         self._sequences = DeviceSequences(batch.padding_slot, max(token_sizes, default=1), device)
         self._hidden_in: torch.Tensor | None = None
         if not model.is_first_stage:
@@ -166,16 +168,30 @@ class StepGraphs:
         return self._replay(self._forward, self._compute_forward, size)[: len(rows.packed)]
 
     def forward_tokens(self, rows: TokenRows, hidden: torch.Tensor | None = None) -> torch.Tensor:
-        """The same for a row a token: hidden and what is returned [T, H]."""
+        """The same for a row a token: hidden [T, H]. Returns [T, H], on the last stage [R, H] of `last_rows`."""
         size = _size_for(rows.num_tokens, self.token_sizes)
         self._sequences.fill(rows.sequences)
         self._upload(rows.packed, size, hidden)
-        return self._replay(self._forward_tokens, self._compute_tokens, size)[: rows.num_tokens]
+        if not self._model.is_last_stage:
+            return self._replay(self._forward_tokens, self._compute_tokens, size)[: rows.num_tokens]
+        num_rows = len(rows.last_rows)
+        self._wanted.copy_(
+            self._to_host_memory(np.pad(rows.last_rows, (0, self.largest - num_rows))), non_blocking=True
+        )
+        hidden = self._replay(self._forward_tokens, self._compute_tokens, size)
+        return hidden[:num_rows] if self._drops(size) else hidden.index_select(0, self._wanted[:num_rows])
+
+    def _drops(self, size: int) -> bool:
+        """Whether the graph of so many tokens gives the states of those alone that are wanted."""
+        return self._model.is_last_stage and size > self.largest
+
+    def _to_host_memory(self, array: np.ndarray) -> torch.Tensor:
+        """From where the device copies it without anybody waiting."""
+        host = torch.from_numpy(array)
+        return host.pin_memory() if self._packed.is_cuda else host
 
     def _upload(self, packed: np.ndarray, size: int, hidden: torch.Tensor | None) -> None:
-        host = torch.from_numpy(np.concatenate([packed, self._padding[: size - len(packed)]]))
-        if self._packed.is_cuda:
-            host = host.pin_memory()
+        host = self._to_host_memory(np.concatenate([packed, self._padding[: size - len(packed)]]))
         self._packed[:size].copy_(host, non_blocking=True)
         if hidden is not None:
             assert self._hidden_in is not None
@@ -215,7 +231,9 @@ class StepGraphs:
         )
         self._prepare(metadata)
         hidden = None if self._hidden_in is None else self._hidden_in[:size]
-        return self._model.forward(rows["token_ids"], rows["positions"], self._kv_caches, metadata, None, hidden)
+        wanted = self._wanted if are_tokens and self._drops(size) else None
+        token_ids, positions = rows["token_ids"], rows["positions"]
+        return self._model.forward(token_ids, positions, self._kv_caches, metadata, None, hidden, wanted)
 
     def _compute_choice(self, size: int) -> torch.Tensor:
         assert self._choose is not None

@@ -91,7 +91,7 @@ class TokenRows:
     [4, n]: as `attention.sequences.plan_tiles` takes them, a request each, by slots.
 
     reading_slots: slots that read the token they sampled last. sample_slots, sample_ends: of the requests that sample,
-    and the positions of their next tokens; last_rows [len(sample_slots)]: their last tokens' rows, int64.
+    and the positions of their next tokens; last_rows [len(sample_slots)]: their last tokens' rows.
     """
 
     step_id: int
@@ -99,7 +99,7 @@ class TokenRows:
     reading_slots: np.ndarray
     sample_slots: np.ndarray
     sample_ends: np.ndarray
-    last_rows: torch.Tensor
+    last_rows: np.ndarray
     packed: np.ndarray
     sequences: np.ndarray
 
@@ -270,7 +270,7 @@ class InputBatch:
             reading_slots=slots[starts + counts > self._num_given[slots]],
             sample_slots=slots[samples],
             sample_ends=(starts + counts)[samples],
-            last_rows=self._to_device(ends[samples] - 1),
+            last_rows=ends[samples] - 1,
             packed=packed,
             sequences=np.stack([slots, ends - counts, counts, starts + counts]),
         )

@@ -19,11 +19,10 @@ from shoal.config.graph_sizes import graph_bytes, graph_sizes, token_graph_sizes
 from shoal.distributed.rendezvous import ParallelGroups
 from shoal.kernels.compile_ahead import compile_ahead
 from shoal.kv_transfer.hooks import LayerHooks
-from shoal.messages import BatchResult, ScheduledBatch, SlotResult, SlotWork
+from shoal.messages import BatchResult, ScheduledBatch, SlotResult
 from shoal.models.base import CausalLM
 from shoal.models.pooler import Pooler
 from shoal.sampling.choice import TokenChoice
-from shoal.sampling.logprobs import prompt_logprobs, to_host
 from shoal.sampling.rehearse import rehearse_sampling
 from shoal.sampling.rows import upload
 from shoal.sampling.sampler import SampledTokens, Sampler
@@ -36,10 +35,8 @@ from shoal.worker.host_copy import HostCopy
 from shoal.worker.input_batch import SLOT_COLUMN, DecodeRows, InputBatch, StepInputs, TokenRows, longest_first
 from shoal.worker.layer_status import LayerStatus
 from shoal.worker.pooling import SequencePooling, mark_segments
+from shoal.worker.prompt_logprobs import PromptLogprobs
 from shoal.worker.stage import PipelineStage
-
-# Rows of logits made at once for prompt log-probabilities: 256 x 152,000 fp32 are 150 MB.
-_PROMPT_LOGITS_ROWS = 256
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,8 +44,8 @@ class _Executed:
     """A step whose forward pass is under way: what sampling it needs.
 
     slots, ends: of the rows that sample, and the positions of their next tokens. hidden [T or R, H]: None before the
-    last stage. last_rows: where in `hidden` their last tokens are; None: row for row. inputs: of a step that ran
-    without a graph. by_graph: its tokens can be chosen by one too.
+    last stage. last_rows: where in `hidden` their last tokens are; None: it has these alone, row for row. inputs: of a
+    step that ran without a graph. by_graph: its tokens can be chosen by one too.
     """
 
     step_id: int
@@ -59,16 +56,6 @@ class _Executed:
     last_rows: torch.Tensor | None = None
     inputs: StepInputs | None = None
     by_graph: bool = False
-
-
-@dataclasses.dataclass(slots=True)
-class _PromptRows:
-    """Prompt positions of one row whose next token's log-probability is wanted."""
-
-    row: int
-    first_token: int
-    targets: list[int]
-    num_top: int
 
 
 class ModelRunner:
@@ -122,8 +109,10 @@ class ModelRunner:
         elif self.stage.is_last:
             self.sampling = SamplingState(config.max_num_seqs, config.model.vocab_size, device, groups.tensor)
         self.sampler = Sampler()
+        self._prompts = PromptLogprobs(model, device)
         self.kv_caches: list[torch.Tensor] = []
         self._no_tokens = torch.empty(0, dtype=torch.int64, device=device)
+        self._first_row = torch.zeros(1, dtype=torch.int64, device=device)
         self._executed: dict[int, _Executed] = {}
 
     def agree_on_graphs(self, groups: ParallelGroups) -> None:
@@ -150,7 +139,8 @@ class ModelRunner:
         inputs = self.batch.prepare(batch)
         if self.backend.reads_past_end:
             self._clear(batch)
-        hidden = self._forward(inputs)
+        wanted = self._wanted_rows(batch, inputs)
+        hidden = self._forward(inputs, wanted)
         self._pass_on(batch.step_id, inputs.sample_slots, hidden)
         return _Executed(
             batch.step_id,
@@ -158,7 +148,7 @@ class ModelRunner:
             inputs.sample_slots.tolist(),
             (inputs.starts + inputs.counts)[inputs.sample_rows].tolist(),
             hidden if self.stage.is_last else None,
-            inputs.last_tokens,
+            inputs.last_tokens if wanted is None else None,
             inputs,
         )
 
@@ -169,7 +159,7 @@ class ModelRunner:
             return None
         if len(batch.work) <= graphs.largest and (rows := self.batch.decode_rows(batch)) is not None:
             return self._run_decodes(graphs, batch, rows)
-        if any(self._wants_prompt_logprobs(item) for item in batch.work):
+        if self._wants_prompt_logprobs(batch):
             return None
         tokens = self.batch.token_rows(batch, graphs.most_tokens)
         return None if tokens is None else self._run_tokens(graphs, batch, tokens)
@@ -191,7 +181,6 @@ class ModelRunner:
             rows.sample_slots.tolist(),
             rows.sample_ends.tolist(),
             hidden if self.stage.is_last else None,
-            rows.last_rows,
         )
 
     def _run_decodes(self, graphs: StepGraphs, batch: ScheduledBatch, rows: DecodeRows) -> _Executed:
@@ -259,7 +248,22 @@ class ModelRunner:
             for kv_cache in self.kv_caches:
                 self.backend.clear_blocks(kv_cache, index)
 
-    def _forward(self, inputs: StepInputs) -> torch.Tensor:
+    def _wants_prompt_logprobs(self, batch: ScheduledBatch) -> bool:
+        return any(self._prompts.wants(item, self.batch.assignments) for item in batch.work)
+
+    def _wanted_rows(self, batch: ScheduledBatch, inputs: StepInputs) -> torch.Tensor | None:
+        """The tokens whose states are asked for, at least one; None: all, or nobody's on this stage."""
+        if not self.stage.is_last or len(inputs.sample_rows) == inputs.num_tokens:
+            return None
+        if self._pooling is not None:
+            if not self._pooling.needs_last_only:
+                return None
+        elif self._wants_prompt_logprobs(batch):
+            return None
+        return inputs.last_tokens if len(inputs.last_tokens) else self._first_row
+
+    def _forward(self, inputs: StepInputs, wanted: torch.Tensor | None) -> torch.Tensor:
+        """[T, H], or [R, H] of the wanted tokens."""
         metadata = AttentionMetadata(
             query_lens=inputs.query_lens,
             seq_lens=inputs.seq_lens,
@@ -272,7 +276,7 @@ class ModelRunner:
         hidden = self.stage.receive(inputs.num_tokens)
         if self._adapters is not None:
             self._put_adapters(inputs.slots[inputs.row_of_token])
-        hidden = self.model.forward(token_ids, inputs.positions, self.kv_caches, metadata, self.hooks, hidden)
+        hidden = self.model.forward(token_ids, inputs.positions, self.kv_caches, metadata, self.hooks, hidden, wanted)
         self._status.enter_layer(-1)
         return hidden
 
@@ -302,7 +306,9 @@ class ModelRunner:
                 self.stage.send_tokens(token_ids)
             collect = self._collector(executed, SampledTokens(token_ids, None), {})
         else:
-            prompts = {} if executed.inputs is None else self._prompt_results(executed.inputs, executed.hidden)
+            prompts: dict[int, list[TokenLogprobs]] = {}
+            if executed.inputs is not None:
+                prompts = self._prompts.results(executed.inputs, executed.hidden, self.batch.assignments)
             sampled = self._sample(executed, executed.hidden, grammar_masks) if executed.slots else None
             collect = self._collector(executed, sampled, prompts)
         self.clock.enter(MESSAGES)
@@ -334,42 +340,6 @@ class ModelRunner:
             if slot in masks:
                 packed[row] = np.frombuffer(masks[slot], "<i4", num_words)
         return upload(packed, self.device)
-
-    def _prompt_results(self, inputs: StepInputs, hidden: torch.Tensor) -> dict[int, list[TokenLogprobs]]:
-        """Log-probabilities of the prompt tokens that follow the positions computed in this step, by slot."""
-        results = {}
-        for rows in self._prompt_rows(inputs):
-            entries: list[TokenLogprobs] = []
-            for start in range(0, len(rows.targets), _PROMPT_LOGITS_ROWS):
-                targets = rows.targets[start : start + _PROMPT_LOGITS_ROWS]
-                first = rows.first_token + start
-                logits = self.model.compute_full_logits(hidden[first : first + len(targets)])
-                tensors = prompt_logprobs(logits, torch.tensor(targets, device=self.device), rows.num_top)
-                entries += [entry for entry in to_host(tensors) if entry is not None]
-            results[int(inputs.slots[rows.row])] = entries
-        return results
-
-    def _wants_prompt_logprobs(self, item: SlotWork) -> bool:
-        """Whether log-probabilities of prompt tokens come of this piece."""
-        assignment = self.batch.assignments[item.slot]
-        if assignment is None or assignment.sampling.prompt_logprobs is None:
-            return False
-        return item.num_computed_tokens < assignment.num_prompt_tokens - 1
-
-    def _prompt_rows(self, inputs: StepInputs) -> list[_PromptRows]:
-        rows, first_token = [], 0
-        for row, slot in enumerate(inputs.slots.tolist()):
-            assignment, count = self.batch.assignments[slot], int(inputs.counts[row])
-            assert assignment is not None, "work for a slot that nobody holds"
-            num_top = assignment.sampling.prompt_logprobs
-            if num_top is not None:
-                start = int(inputs.starts[row])
-                end = min(start + count, assignment.num_prompt_tokens - 1)
-                targets = assignment.token_ids[start + 1 : end + 1] if end > start else []
-                if targets:
-                    rows.append(_PromptRows(row, first_token, targets, num_top))
-            first_token += count
-        return rows
 
     @torch.inference_mode()
     def settle(self) -> None:

@@ -38,11 +38,16 @@ class SequencePooling:
         if config.kind != "last":
             self._kept = torch.zeros((max_num_seqs, hidden_size), dtype=torch.float32, device=device)
 
+    @property
+    def needs_last_only(self) -> bool:
+        """Whether it looks at no token but a text's last."""
+        return self._kept is None
+
     def take(
         self, inputs: StepInputs, hidden: torch.Tensor, assignments: Sequence[SlotAssignment | None]
     ) -> Callable[[], BatchResult]:
-        """hidden [T, H], after the final norm. Returns what waits for the device and reads the results. Steps come in
-        their order, each with all of its rows."""
+        """hidden, after the final norm: [R, H] of the last tokens if `needs_last_only`, else [T, H]. Returns what waits
+        for the device and reads the results. Steps come in their order, each with all of its rows."""
         pooled = self._pool(inputs, hidden)
         slots = inputs.sample_slots.tolist()
         params = []
@@ -72,7 +77,7 @@ class SequencePooling:
     def _pool(self, inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
         """[R, H] of the rows whose prompts end in this step."""
         if self._kept is None:
-            return hidden.index_select(0, inputs.last_tokens)
+            return hidden
         is_mean = self._config.kind == "mean"
         for row, part in enumerate(hidden.split(inputs.query_lens)):
             slot, start = int(inputs.slots[row]), int(inputs.starts[row])

@@ -79,7 +79,8 @@ def test_deterministic_ranks_give_its_bits(models: dict[str, str], family: str) 
 
 
 def test_the_load_of_experts_is_counted(models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every token of a prompt and every one that is generated goes to three experts in each of three layers."""
+    """Every token of a prompt and every one that is generated goes to three experts in each of three layers, but for
+    those whose states nobody asks for: of a prompt the last one alone is computed to the end."""
     monkeypatch.setattr("shoal.worker.worker._USE_SECONDS", 0.0)
     parameters = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     requests = [EngineRequest("a", list(range(5, 35)), parameters)]
@@ -87,7 +88,7 @@ def test_the_load_of_experts_is_counted(models: dict[str, str], monkeypatch: pyt
     # The counts are read before each step: of the second request's four, the last is not in them. One token a request
     # is never computed.
     assert len(stats.expert_tokens_total) == 8
-    assert sum(stats.expert_tokens_total) == (30 + 3 + 1 + 2) * 3 * 3
+    assert sum(stats.expert_tokens_total) == ((30 + 3 + 1 + 2) * 2 + (1 + 3 + 1 + 2)) * 3
 
 
 class _Idle(InMemoryChannel):
@@ -102,13 +103,15 @@ class _Idle(InMemoryChannel):
 
 @pytest.mark.parametrize("way", [None, "tp", "pp", "ep"])
 def test_an_idle_engine_has_told_the_load_of_all_steps(models: dict[str, str], way: str | None) -> None:
-    """Without a step after the last one; one token a request is never computed."""
+    """Without a step after the last one; one token a request is never computed. In the last layer each piece of a
+    prompt has one token."""
     parameters = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     channel = _Idle()
     config = make_config(models["qwen3_moe"], **(WAYS[way] if way else {}))
     run_engine(config, [EngineRequest("a", list(range(5, 35)), parameters)], channel=channel)
     stats = [message.stats for message in channel.sent if isinstance(message, CoreOutputs) and message.stats]
-    assert sum(stats[-1].expert_tokens_total) == (30 + 3) * 3 * 3
+    num_pieces = 4 if way == "pp" else 1
+    assert sum(stats[-1].expert_tokens_total) == ((30 + 3) * 2 + (num_pieces + 3)) * 3
 
 
 @pytest.mark.gpu
@@ -124,7 +127,7 @@ def test_an_idle_gpu_has_told_the_load_of_all_steps(models: dict[str, str]) -> N
         totals = [sum(each.expert_tokens_total) for each in stats]
         assert totals == sorted(totals)
         # The second prompt's first block is in the prefix cache. Rows that pad a graph are counted, too.
-        expected = (30 + 3 + 14 + 3) * 3 * 3
+        expected = ((30 + 3 + 14 + 3) * 2 + (1 + 3 + 1 + 3)) * 3
         assert totals[-1] == expected if enforce_eager else totals[-1] >= expected
 
 

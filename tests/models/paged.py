@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from pathlib import Path
 
@@ -87,9 +88,11 @@ class PagedModel:
         sequence.blocks = []
 
     @torch.inference_mode()
-    def hidden(self, work: list[tuple[Sequence, int]], received: torch.Tensor | None = None) -> torch.Tensor:
-        """One step: each sequence computes so many tokens more. Returns hidden states [T, H]; received: those of the
-        stage before."""
+    def hidden(
+        self, work: list[tuple[Sequence, int]], received: torch.Tensor | None = None, rows: list[int] | None = None
+    ) -> torch.Tensor:
+        """One step: each sequence computes so many tokens more. Returns hidden states [T, H], or [R, H] of the tokens
+        `rows`; received: those of the stage before."""
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
@@ -114,7 +117,13 @@ class PagedModel:
         )
         self.backend.prepare(metadata)
         return self.model(
-            torch.tensor(token_ids), torch.tensor(positions), self.kv_caches, metadata, self.hooks, received
+            torch.tensor(token_ids),
+            torch.tensor(positions),
+            self.kv_caches,
+            metadata,
+            self.hooks,
+            received,
+            None if rows is None else torch.tensor(rows),
         )
 
     @torch.inference_mode()
@@ -122,6 +131,12 @@ class PagedModel:
         """Logits of every new token, [num_new, V] for each sequence."""
         logits = self.model.compute_full_logits(self.hidden(work))
         return list(logits.split([num_new for _, num_new in work]))
+
+    @torch.inference_mode()
+    def last_logits(self, work: list[tuple[Sequence, int]]) -> torch.Tensor:
+        """Logits of each sequence's last token, [len(work), V]: nothing else is asked of the model."""
+        ends = itertools.accumulate(num_new for _, num_new in work)
+        return self.model.compute_full_logits(self.hidden(work, rows=[end - 1 for end in ends]))
 
     def logits(self, token_ids: list[int], chunk: int) -> torch.Tensor:
         """[len(token_ids), V], computed alone, `chunk` tokens at a time."""

@@ -36,6 +36,11 @@ def run(model: PagedModel) -> torch.Tensor:
     return torch.cat([rows for step in STEPS for rows in model.step([(sequences[i], count) for i, count in step])])
 
 
+def assert_same_logits(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """But for roundings, which sums in another order make by the size of the logits (Gemma's reach 37)."""
+    torch.testing.assert_close(found, expected, atol=max(1e-4, 1e-5 * float(expected.abs().max())), rtol=1e-5)
+
+
 def logits_at(path: Path, size: int, backend: str, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
     """What each rank has after gathering."""
     return on_ranks(size, lambda group: run(PagedModel(path, backend, dtype=dtype, group=group)))
@@ -57,7 +62,7 @@ def test_two_and_four_ranks_compute_what_one_does(tmp_path: Path, variant: str) 
     (expected,) = logits_at(path, 1, "torch_paged")
     for size in (2, 4):
         ranks = logits_at(path, size, "torch_paged")
-        torch.testing.assert_close(ranks[0], expected, atol=1e-4, rtol=1e-5)
+        assert_same_logits(ranks[0], expected)
         assert all(torch.equal(rank, ranks[0]) for rank in ranks)
 
 
@@ -75,7 +80,7 @@ def test_halves_that_are_summed_while_the_others_are_computed(
         ThreadCommunicator, "start_all_reduce", lambda self, x: (started.append(len(x)), start(self, x))[1]
     )
     for rank in logits_at(path, 2, "torch_paged"):
-        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
+        assert_same_logits(rank, expected)
     assert {22, 21} <= set(started), "the first step has 43 tokens"
 
 
@@ -142,7 +147,7 @@ def test_halves_whose_sums_take_the_norm_with_them(
         return run(PagedModel(path, group=group)), reducer.calls
 
     for logits, calls in on_ranks(size, work):
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+        assert_same_logits(logits, expected)
         # The first step has 43 tokens, the second 61, the third 22; two sums a layer.
         assert [count for count, _ in calls[:4]] == [22, 21, 22, 21] and {31, 30, 11} <= {count for count, _ in calls}
         assert {kind for _, kind in calls} == {"norm"}, "a single stage ends with a norm"
@@ -176,7 +181,7 @@ def test_a_stage_hands_on_a_stream_that_ranks_had_in_parts(tmp_path: Path, monke
         return through_stages(path, group, tokens), reducer.calls
 
     for logits, calls in on_ranks(2, work):
-        torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-5)
+        assert_same_logits(logits, expected)
         assert [kind for _, kind in calls] == ["norm"] * 6 + ["stream"] * 2 + ["norm"] * 4
 
 
@@ -189,7 +194,7 @@ def test_halves_of_two_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, v
     monkeypatch.setattr("shoal.models.llama.OVERLAP_TOKENS", 2)
     monkeypatch.setattr(ThreadCommunicator, "overlaps", True)
     for rank in on_ranks(2, lambda group: through_stages(path, group, tokens)):
-        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
+        assert_same_logits(rank, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -210,7 +215,7 @@ def test_shoal_tiny_has_the_same_bits_on_all_degrees() -> None:
     (fast,) = logits_at(path, 1, "torch_paged")
     for size in (2, 4):
         assert torch.equal(logits_at(path, size, "deterministic")[0], expected)
-        torch.testing.assert_close(logits_at(path, size, "torch_paged")[0], fast, atol=1e-4, rtol=1e-5)
+        assert_same_logits(logits_at(path, size, "torch_paged")[0], fast)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gemma3", "phi3", "glm", "glm4", "opt"])
@@ -222,7 +227,7 @@ def test_stages_of_two_ranks(tmp_path: Path, family: str, tied: bool) -> None:
     expected = PagedModel(path).logits(tokens, 50)
 
     for rank in on_ranks(2, lambda group: through_stages(path, group, tokens)):
-        torch.testing.assert_close(rank, expected, atol=1e-4, rtol=1e-5)
+        assert_same_logits(rank, expected)
 
 
 def test_ranks_share_the_weights(tmp_path: Path) -> None:
