@@ -1,4 +1,4 @@
-"""Tokens whose states nobody asks for leave keys and values in the last layer and go no further: nothing else changes."""
+"""What nobody asks for leaves keys and values in the last layer and goes no further: nothing else changes."""
 
 from __future__ import annotations
 
