@@ -78,9 +78,8 @@ def attach_large_reducer(
         return f"{kind}: copies between GPUs and flags do not work on all ranks{lost}"
     check = StartCheck(reducer, group, row_size, dtype, device)
     most_rows = max_bytes // row_bytes
-    if not group.agree(check.has_room(most_rows)):
-        return f"{kind}: a rank has no memory left to check large sums in{lost}"
-    is_right = group.agree(check.is_right(rows[0], most_rows))
+    has_room = group.agree(check.has_room(most_rows))
+    is_right = has_room and group.agree(check.is_right(rows[0], most_rows))
     times = [0.0, 0.0]
     if is_right:
         x = torch.zeros(rows[0] // group.world_size * group.world_size, row_size, dtype=dtype, device=device)
@@ -94,6 +93,8 @@ def attach_large_reducer(
     # Nobody is to take what the check took for what a step takes.
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
+    if not has_room:
+        return f"{kind}: a rank has no memory left to check large sums in{lost}"
     if not is_right:
         _logger.warning("large sums by copies between GPUs came out wrong, so they are left to %s%s", kind, lost)
         return f"{kind}: large sums by copies came out wrong{lost}"
@@ -138,7 +139,7 @@ class StartCheck:
         """Whether there is memory for a check of so many rows: a rank that ran out of it in the midst of one would keep
         the others waiting."""
         try:
-            torch.empty(_COPIES, most, self._row_size, device=self._device)
+            torch.empty(_COPIES, most, self._row_size, dtype=torch.float32, device=self._device)
         except torch.OutOfMemoryError:
             return False
         return True

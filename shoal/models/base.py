@@ -57,9 +57,9 @@ class CausalLM(nn.Module, abc.ABC):
     ) -> torch.Tensor:
         """One step. token_ids, positions [T] int64; kv_caches: one per layer of this stage, in the backend's shape.
 
-        hidden [T, H]: what the stage before returned (not on the first stage). rows [R] int64, R at least 1: the
-        tokens whose states are wanted of the last stage; None: all. Returns [T, H], or [R, H] of these: after the final
-        norm on the last stage, else what the next stage takes.
+        hidden [T, H]: what the stage before returned (not on the first stage). rows [R] int64, R at least 1, in any
+        order: the tokens whose states are wanted of the last stage; None: all. Returns [T, H], or [R, H] of these:
+        after the final norm on the last stage, else what the next stage takes.
         """
 
     @abc.abstractmethod

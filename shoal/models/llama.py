@@ -316,27 +316,27 @@ class LlamaForCausalLM(CausalLM):
         residual = None
         lookups = {rotary: rotary.lookup(positions) for rotary in self.rotaries}
         few = hidden.shape[0] <= self.few_rows
+        # The layer that goes on with the rows alone; it is never computed in halves.
+        dropping = self.layers[-1] if rows is not None and self._may_drop_tokens and not few else None
         halves: list[Half] = []
         # A step whose sequences only the device knows is a CUDA graph.
         if hidden.shape[0] >= OVERLAP_TOKENS and self.takes_halves and metadata.query_lens:
             parts = hidden.chunk(2)
-            if self.layers[0].self_attn.o_proj.group.overlaps(parts[0]):
+            if self.layers[0] is not dropping and self.layers[0].self_attn.o_proj.group.overlaps(parts[0]):
                 halves = self._halves(parts, positions, metadata)
-        # The layer that goes on with the rows alone.
-        last = self.layers[-1] if rows is not None and self._may_drop_tokens and not few else None
         for index, layer, kv_cache in zip(self.layer_range, self.layers, kv_caches, strict=True):
             if hooks is not None:
                 hooks.before_layer(index, kv_cache, metadata)
             angles = lookups[layer.self_attn.attention.rotary]
             if few:
                 hidden = layer.forward_few(hidden, angles, kv_cache, metadata)
-            elif halves and layer is not last:
-                layer.forward_halves(halves, kv_cache, self._norm_behind(index, last))
+            elif halves and layer is not dropping:
+                layer.forward_halves(halves, kv_cache, self._norm_behind(index, dropping))
             else:
                 if halves:
                     hidden, halves = torch.cat([half.take_stream() for half in halves]), []
-                wanted = rows if layer is last else None
-                hidden, residual = layer(hidden, residual, angles, kv_cache, metadata, wanted)
+                kept = rows if layer is dropping else None
+                hidden, residual = layer(hidden, residual, angles, kv_cache, metadata, kept)
             if hooks is not None:
                 hooks.after_layer(index, kv_cache, metadata)
         if halves:
@@ -345,7 +345,9 @@ class LlamaForCausalLM(CausalLM):
             hidden = self.norm.add_and_norm(hidden, residual)[0]
         elif not few:
             hidden = self.layers[-1].mlp.sum_ranks(hidden) + residual
-        return hidden if rows is None or last is not None else hidden.index_select(0, rows)
+        if rows is not None and dropping is None:
+            hidden = hidden.index_select(0, rows)
+        return hidden
 
     @functools.cached_property
     def few_rows(self) -> int:
@@ -368,12 +370,12 @@ class LlamaForCausalLM(CausalLM):
             halves.append(Half(part, attention.o_proj.group, own, lookups))
         return halves
 
-    def _norm_behind(self, index: int, whole: LlamaLayer | None) -> RMSNorm | None:
-        """What takes the halves after layer `index`; None: their stream is taken, by another stage or the layer `whole`
-        of this one, which is computed for both at once."""
+    def _norm_behind(self, index: int, dropping: LlamaLayer | None) -> RMSNorm | None:
+        """The norm that takes the halves after layer `index`. None where their stream is taken as it is: at the end of
+        a stage that is not the last, and before the layer `dropping`."""
         if index + 1 in self.layer_range:
             following = self.layers[index + 1 - self.layer_range[0]]
-            return None if following is whole else following.input_layernorm
+            return None if following is dropping else following.input_layernorm
         return self.norm if self.is_last_stage else None
 
     def compute_logits(self, hidden: torch.Tensor) -> torch.Tensor:

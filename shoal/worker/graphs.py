@@ -2,9 +2,10 @@
 
 A step of one token a request is a row a request (`InputBatch.decode_rows`). A step with prompts in it is a row a token
 (`token_rows`) up to a size, so that a short prompt, or a small model, does not wait for Python to launch each kernel.
-Either is padded to the next larger size. What changes between steps comes in one upload, and of prompts where their
-sequences lie (`DeviceSequences`); the forward pass and the choice of tokens are a graph each, since requests that ask
-for more than a draw choose without one, and so do steps with prompts.
+Either is padded to the next larger size; of more tokens than there may be requests, the last layer goes on with as many
+rows as there may be. What changes between steps comes in one upload, and of prompts where their sequences lie
+(`DeviceSequences`); the forward pass and the choice of tokens are a graph each, since requests that ask for more than a
+draw choose without one, and so do steps with prompts.
 All graphs share one pool of memory: only what is kept here outlives the next replay of another graph.
 
 R rows of a step, S rows of the graph that serves it, H hidden size, W width of this rank's slice of the vocabulary.
@@ -74,7 +75,7 @@ class StepGraphs:
             )
             for name in names
         }
-        # Of steps with prompts, on the last stage: the tokens whose states are wanted, padded with the first one.
+        # Of steps with prompts, on the last stage: the tokens whose states are wanted, padded with others.
         self._wanted = torch.zeros(self.largest, dtype=torch.int64, device=device)
         self._sequences = DeviceSequences(batch.padding_slot, max(token_sizes, default=1), device)
         self._hidden_in: torch.Tensor | None = None
@@ -175,9 +176,9 @@ class StepGraphs:
         if not self._model.is_last_stage:
             return self._replay(self._forward_tokens, self._compute_tokens, size)[: rows.num_tokens]
         num_rows = len(rows.last_rows)
-        self._wanted.copy_(
-            self._to_host_memory(np.pad(rows.last_rows, (0, self.largest - num_rows))), non_blocking=True
-        )
+        # Copies of one token would all go to the same experts.
+        padding = np.arange(self.largest - num_rows) % rows.num_tokens
+        self._wanted.copy_(self._to_host_memory(np.concatenate([rows.last_rows, padding])), non_blocking=True)
         hidden = self._replay(self._forward_tokens, self._compute_tokens, size)
         return hidden[:num_rows] if self._drops(size) else hidden.index_select(0, self._wanted[:num_rows])
 

@@ -252,7 +252,7 @@ class ModelRunner:
         return any(self._prompts.wants(item, self.batch.assignments) for item in batch.work)
 
     def _wanted_rows(self, batch: ScheduledBatch, inputs: StepInputs) -> torch.Tensor | None:
-        """The tokens whose states are asked for, at least one; None: all, or nobody's on this stage."""
+        """The tokens whose states are asked for, at least one; None: all, as on every stage but the last."""
         if not self.stage.is_last or len(inputs.sample_rows) == inputs.num_tokens:
             return None
         if self._pooling is not None:
@@ -436,11 +436,12 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def warm_up(self, num_tokens: int, num_decodes: int = 0) -> None:
+    def warm_up(self, num_tokens: int, num_decodes: int = 0, all_states: bool = False) -> None:
         """Run a step of `num_tokens` over the null block: libraries choose their kernels, memory peaks show.
 
         num_decodes: so many of the tokens, at most all but one, are sequences of their own with room for the longest
-        context, as decodes beside prompts are.
+        context, as decodes beside prompts are. all_states: of all tokens the states are asked for, not of each
+        sequence's last one alone.
         """
         num_tokens = min(num_tokens, self.config.max_num_batched_tokens)
         num_decodes = min(num_decodes, num_tokens - 1, self.config.max_num_seqs)
@@ -465,6 +466,9 @@ class ModelRunner:
         if not self.stage.is_first:
             size, dtype = self.config.model.hidden_size, getattr(torch, self.config.dtype)
             hidden = torch.zeros((num_tokens, size), dtype=dtype, device=self.device)
-        hidden = self.model.forward(token_ids, positions, self.kv_caches, metadata, None, hidden)
+        wanted = None
+        if self.stage.is_last and not all_states:
+            wanted = torch.tensor(lengths[: self.config.max_num_seqs], device=self.device).cumsum(0) - 1
+        hidden = self.model.forward(token_ids, positions, self.kv_caches, metadata, None, hidden, wanted)
         if self.sampling is not None:
             self.model.compute_logits(hidden[: self.config.max_num_seqs])

@@ -75,7 +75,7 @@ class SequencePooling:
         return collect
 
     def _pool(self, inputs: StepInputs, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, H] of the rows whose prompts end in this step."""
+        """[R, H] of the rows whose prompts end in this step; where there are none, anything."""
         if self._kept is None:
             return hidden
         is_mean = self._config.kind == "mean"

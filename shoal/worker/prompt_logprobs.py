@@ -47,9 +47,10 @@ class PromptLogprobs:
         self, inputs: StepInputs, hidden: torch.Tensor, assignments: Sequence[SlotAssignment | None]
     ) -> dict[int, list[TokenLogprobs]]:
         """Of the prompt tokens that follow the positions computed in this step, by slot. hidden [T, H], after the final
-        norm; others where nobody `wants` any."""
+        norm; where nobody `wants` any it is not looked at."""
         results = {}
         for rows in _rows_of(inputs, assignments):
+            assert hidden.shape[0] == inputs.num_tokens, "the states of all tokens"
             entries: list[TokenLogprobs] = []
             for start in range(0, len(rows.targets), _ROWS_AT_ONCE):
                 targets = rows.targets[start : start + _ROWS_AT_ONCE]

@@ -196,10 +196,13 @@ class Worker:
             runner.set_kv_caches(self._make_kv_caches(2))
             with compile_ahead(self._local_size):
                 runner.warm_up(self.config.max_num_batched_tokens)
-            runner.warm_up(self.config.max_num_batched_tokens)  # libraries set themselves up
+            # As most steps are, and as those are that take most memory. Libraries set themselves up.
+            for all_states in (False, True):
+                runner.warm_up(self.config.max_num_batched_tokens, all_states=all_states)
             if self.groups.tensor.large_reducer is not None:
                 # The largest step that is computed whole may take more than the largest in halves.
-                runner.warm_up(min(self._fewest_in_halves - 2, self.config.max_num_batched_tokens))
+                whole = min(self._fewest_in_halves - 2, self.config.max_num_batched_tokens)
+                runner.warm_up(whole, all_states=True)
             torch.cuda.synchronize(runner.device)
             started = time.monotonic()
             runner.warm_up(self.config.max_num_batched_tokens)

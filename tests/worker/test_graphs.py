@@ -87,6 +87,25 @@ def test_tokens_are_those_of_steps_without(tmp_path: Path, token_sizes: tuple[in
         assert [each.token_ids for each in requests] == [each.token_ids for each in expected]
 
 
+def test_the_last_layer_of_a_graph_has_as_many_rows_as_there_may_be_requests(tmp_path: Path) -> None:
+    """Of steps in which nobody samples as well; what pads them is not one token again and again."""
+    laid = Laid(
+        make_config(make_checkpoint(tmp_path, "qwen3", num_hidden_layers=2), 1, 1, deterministic=False), (4, 20)
+    )
+    runner, seen = laid.worker.runner, []
+    runner.model.layers[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    assigned = [SlotAssignment(0, "a", [*range(5, 17)], 12, SamplingParams(temperature=0.0))]
+    runner._change_slots(ScheduledBatch(0, 0, [], assigned, []))
+    for step_id, (start, count, blocks) in enumerate([(0, 3, [1]), (3, 8, [2, 3]), (11, 1, [])]):
+        batch = ScheduledBatch(step_id, 0, [], [], [SlotWork(0, start, count, blocks, start + count == 12)])
+        executed = runner._run_by_graph(batch)
+        assert executed is not None and executed.hidden is not None
+        assert executed.hidden.shape[0] == (step_id == 2)
+        if step_id == 1:
+            assert runner.graphs._wanted.tolist() == [*range(NUM_SLOTS)]  # type: ignore[union-attr]
+    assert seen == [4, NUM_SLOTS, 1]
+
+
 def make_outputs(num_rows: int, device: torch.device = CPU) -> dict[str, torch.Tensor]:
     kinds = {"token_ids": torch.int64, "positions": torch.int64, "slots": torch.int64, "slot_mapping": torch.int64}
     kinds |= {"table_rows": torch.int32, "seq_lens": torch.int32, "row_keys": torch.int32}
