@@ -44,17 +44,17 @@ def token_graph_sizes(config: ModelConfig, tensor_size: int, max_num_batched_tok
 def large_sum_bytes(config: ModelConfig, tensor_size: int, max_num_batched_tokens: int, itemsize: int) -> int:
     """Memory through which copy engines sum halves (`kernels/copied_sum.py`): for two, what comes of the ranks and the
     result."""
-    fewest = max(OVERLAP_TOKENS, tokens_in_halves(config, tensor_size, itemsize))
-    if tensor_size == 1 or max_num_batched_tokens < fewest:
+    if tensor_size == 1 or max_num_batched_tokens < tokens_in_halves(config, tensor_size, itemsize):
         return 0
     return min(2 * max_num_batched_tokens * config.hidden_size * itemsize, LARGE_SUM_BYTES)
 
 
 def tokens_in_halves(config: ModelConfig, tensor_size: int, itemsize: int) -> int:
-    """Tokens of a step, an even number, from which its ranks compute a layer in two halves for as long as Python
-    launches these, and whose halves are large enough for copies to be about as quick as NCCL's sums."""
-    launching = _LAUNCH_SECONDS * _FLOPS * tensor_size / (2 * _layer_weights(config))
-    return 2 * max(math.ceil(launching), -(-_SMALLEST_HALF // (config.hidden_size * itemsize)))
+    """Tokens of a step, an even number, from which copy engines sum its halves: OVERLAP_TOKENS at least, so many that
+    ranks compute a layer in two halves for as long as Python launches these, and that copies of a half are about as
+    quick as NCCL's sums."""
+    launching = math.ceil(_LAUNCH_SECONDS * _FLOPS * tensor_size / (2 * _layer_weights(config)))
+    return 2 * max(OVERLAP_TOKENS // 2, launching, -(-_SMALLEST_HALF // (config.hidden_size * itemsize)))
 
 
 def graph_bytes(config: ModelConfig, tensor_size: int, max_num_seqs: int, max_num_batched_tokens: int) -> int:

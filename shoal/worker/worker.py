@@ -14,7 +14,7 @@ from shoal.attention.base import AttentionBackend
 from shoal.attention.cache_dtype import cache_dtype
 from shoal.attention.registry import build_with_backend, create_attention_backend
 from shoal.config.engine_config import EngineConfig
-from shoal.config.graph_sizes import OVERLAP_TOKENS, tokens_in_halves
+from shoal.config.graph_sizes import tokens_in_halves
 from shoal.config.parallel import balance_layers
 from shoal.distributed.rendezvous import ParallelGroups, single_rank_groups
 from shoal.kernels.compile_ahead import CompileWatch, compile_ahead
@@ -128,7 +128,7 @@ class Worker:
         self._expert_load = ExpertLoad(model, device)
         # One rank may load for longer than a collective of the step that sizes the cache would wait for it.
         self.groups.meet("loaded")
-        if device.type == "cuda" and model.takes_halves and config.max_num_batched_tokens >= OVERLAP_TOKENS:
+        if device.type == "cuda" and model.takes_halves and config.max_num_batched_tokens >= self._fewest_in_halves:
             rows = (self._fewest_in_halves // 2, -(-config.max_num_batched_tokens // 2))
             large_sums = attach_large_reducer(
                 self.groups.tensor,
@@ -185,9 +185,8 @@ class Worker:
     @property
     def _fewest_in_halves(self) -> int:
         """Tokens of a step from which a large reducer sums its halves."""
-        config = self.config
-        fewest = tokens_in_halves(config.model, self.groups.dims.tensor_size, getattr(torch, config.dtype).itemsize)
-        return max(OVERLAP_TOKENS, fewest)
+        itemsize = getattr(torch, self.config.dtype).itemsize
+        return tokens_in_halves(self.config.model, self.groups.dims.tensor_size, itemsize)
 
     def _count_blocks(self, weight_bytes: int) -> int:
         """On CUDA a step of full size first shows how much memory activations take."""

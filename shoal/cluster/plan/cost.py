@@ -212,7 +212,7 @@ class CostModel:
     def _hides_sums(self, layout: Layout, tokens: int) -> bool:
         fewest = OVERLAP_TOKENS
         if layout.tensor_nodes == 1 and self._links.inside.name == "NVLink":
-            fewest = max(fewest, tokens_in_halves(self._shape.config, layout.tensor_size, self._load.itemsize))
+            fewest = tokens_in_halves(self._shape.config, layout.tensor_size, self._load.itemsize)
         return tokens >= fewest
 
     def _state_bytes(self, tokens: int) -> float:
