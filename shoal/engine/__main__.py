@@ -24,6 +24,7 @@ from shoal.engine.parent import end_with_parent
 from shoal.errors import EngineDeadError, ShoalError
 from shoal.executor.base import Executor
 from shoal.executor.registry import make_executor
+from shoal.garbage import spare_what_lives
 from shoal.log import configure, get_logger
 from shoal.messages import ClientMessage, CoreFailed, CoreMessage
 
@@ -112,7 +113,7 @@ def main(make: Callable[[EngineConfig], Executor] = make_executor) -> int:
         executor = make(config)
         executor.watch(channel.fail)
         core = EngineCore(config, executor, channel)
-        core.start()
+        core.start(spare_what_lives)
         core.run()
     except Exception as error:
         known = isinstance(error, ShoalError)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -85,8 +86,8 @@ class EngineCore:
         self._scheduler: Scheduler
         self._bubbles: BubbleMeter
 
-    def start(self) -> None:
-        """Bring the workers up and tell the client. Raises what the executor raises."""
+    def start(self, before_ready: Callable[[], None] = lambda: None) -> None:
+        """Bring the workers up and tell the client, after `before_ready`. Raises what the executor raises."""
         started = time.monotonic()
         info = self._executor.start(self._channel.send)
         num_blocks = info["num_blocks"]
@@ -95,6 +96,7 @@ class EngineCore:
         self._stall = StallWatch(limit, _MOST_SECONDS_A_LOOK, steps_take=step_allowance(full_step_seconds))
         self._scheduler = Scheduler(make_scheduler_config(self.config, num_blocks))
         self._bubbles = BubbleMeter(self._executor.stage_busy_seconds)
+        before_ready()
         info["startup_seconds"] = round(time.monotonic() - started, 2)
         self._channel.send(
             CoreReady(self.config.generation, self.config.max_model_len, num_blocks, self.config.block_size, info)

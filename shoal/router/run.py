@@ -15,6 +15,7 @@ import socket
 
 from shoal.config.router_settings import RouterSettings, SettingsSource
 from shoal.errors import ConfigError
+from shoal.garbage import spare_what_lives
 from shoal.log import get_logger
 from shoal.network import format_url, internal_secret, listen, port_of
 from shoal.network.http_server import Cors, HttpServer, check_tls, http_config, loop_factory
@@ -69,6 +70,7 @@ class RouterService:
         watching = asyncio.create_task(self._watch_file(router), name="config file")
         try:
             router.start()
+            spare_what_lives()
             self._announce()
             await self.stop.wait()
             await self._drain(router)

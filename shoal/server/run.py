@@ -25,6 +25,7 @@ from shoal.engine.restart_budget import RestartLimits
 from shoal.engine.tokenizer import Tokenizer, load_tokenizer
 from shoal.engine.watch import DEFAULT_PROGRESS_TIMEOUT
 from shoal.errors import ConfigError, EngineDeadError
+from shoal.garbage import spare_what_lives
 from shoal.log import get_logger
 from shoal.messages import CoreReady
 from shoal.network import format_url, internal_secret, listen, port_of
@@ -192,6 +193,7 @@ class _Service:
             chat_template=self.chat_template,
             internal_secret=self.internal_secret,
         )
+        spare_what_lives()
         self._announce(engine, ready, time.monotonic() - started)
         return engine
 

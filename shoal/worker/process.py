@@ -20,6 +20,7 @@ from typing import Any, Protocol
 from shoal import network
 from shoal.distributed.segment import host_identity
 from shoal.errors import ShoalError
+from shoal.garbage import spare_what_lives
 from shoal.log import get_logger
 from shoal.messages import (
     AllocateCache,
@@ -118,6 +119,7 @@ def _serve(link: ExecutorLink, generation: int, make_rank: MakeRank) -> None:
     num_blocks, facts = rank.load(link.report)
     link.send(WorkerLoaded(link.rank, num_blocks, facts))
     facts = rank.allocate(link.wait_for(AllocateCache).num_blocks, link.report)
+    spare_what_lives()
     link.send(WorkerReady(link.rank, facts, rank.status_address))
     _run_steps(link, rank)
     # In good order only. After a failure nothing comes before the report of it: a group with a lost peer may never
