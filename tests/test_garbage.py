@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import itertools
+import os
+import signal
 import subprocess
 import sys
+
+import pytest
 
 from shoal.engine.client import SubprocessClient
 from tests.executor.engines import make_config
@@ -15,7 +20,6 @@ class Node:
         self.me = self
 
 before, kept = weakref.ref(Node()), Node()
-assert before() is not None
 spare_what_lives()
 assert before() is None, "a cycle that was garbage already is gone"
 assert gc.get_freeze_count() > 1000 and not any(each is kept for each in gc.get_objects())
@@ -53,3 +57,45 @@ async def test_an_engine_core_spares_what_its_start_made(tmp_path):
     await client.close()
     num_frozen, num_others = map(int, (tmp_path / "frozen").read_text().split())
     assert num_frozen > 10_000 and num_others < num_frozen / 10
+
+
+_NOTE_FREEZES = """
+import gc, os, sys
+
+freeze = gc.freeze
+
+def note():
+    freeze()
+    with open(os.environ["FREEZES"], "a") as file:
+        file.write(" ".join(sys.orig_argv) + "\\n")
+
+gc.freeze = note
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "processes"),
+    [
+        (
+            ["serve", "--device", "cpu", "-tp", "2", "--kv-cache-memory", "128MiB"],
+            ["shoal.worker", "shoal.worker", "shoal.engine", "serve"],
+        ),
+        (["router", "--backend", "http://127.0.0.1:9"], ["router"]),
+    ],
+    ids=["serve", "router"],
+)
+def test_every_process_that_serves_spares_what_its_start_made(tmp_path, command, processes):
+    (tmp_path / "sitecustomize.py").write_text(_NOTE_FREEZES)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "FREEZES": str(tmp_path / "freezes")}
+    environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    whole = [sys.executable, "-m", "shoal.cli", *command, "--port", "0"]
+    with subprocess.Popen(whole, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            lines = list(itertools.takewhile(lambda line: "Ctrl-C" not in line, process.stdout))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0, lines
+        finally:
+            process.kill()
+    frozen = (tmp_path / "freezes").read_text().splitlines()
+    assert len(frozen) == len(processes), frozen
+    assert all(name in line for name, line in zip(processes, frozen, strict=True)), frozen

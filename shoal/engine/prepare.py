@@ -21,6 +21,7 @@ from shoal.errors import InvalidRequestError
 from shoal.protocol.errors import NOT_THIS_KIND
 from shoal.types.adapter import AdapterRef
 from shoal.types.pooling_params import PoolingParams
+from shoal.types.quoted import quoted
 from shoal.types.sampling_params import SamplingParams
 from shoal.types.seeds import derive_seed
 from shoal.types.token_ids import validate_token_ids
@@ -131,7 +132,7 @@ class RequestPreparer:
             self._check_generates()
         if type(priority) is not int or abs(priority) >= 2**63:
             raise InvalidRequestError(
-                f"priority must be an integer of at most 63 bits; got {priority!r:.50}", "priority"
+                f"priority must be an integer of at most 63 bits; got {quoted(priority, 50)}", "priority"
             )
         text, token_ids = self._tokenize(prompt, add_special_tokens)
         self._check_prompt(token_ids, num_output=1 if pooling is None else 0)
@@ -189,7 +190,7 @@ class RequestPreparer:
         found: Any = prompt.get("prompt_token_ids")
         if found is None:
             found = prompt.get("prompt")
-        unknown = sorted(set(prompt) - {"prompt", "prompt_token_ids"})
+        unknown = set(prompt) - {"prompt", "prompt_token_ids"}
         if found is None or unknown:
             raise InvalidRequestError(
                 'a prompt given as a dict has "prompt" (text) or "prompt_token_ids" (a list); got the keys '
@@ -205,7 +206,7 @@ class RequestPreparer:
         for token_id in token_ids:
             if type(token_id) is not int or not 0 <= token_id < self._vocab_size:
                 raise InvalidRequestError(
-                    f"the prompt holds {token_id!r}, which is not a token id of this model "
+                    f"the prompt holds {quoted(token_id, 50)}, which is not a token id of this model "
                     f"(integers from 0 to {self._vocab_size - 1})",
                     "prompt",
                 )

@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from shoal.errors import InvalidRequestError
+from shoal.types.quoted import quoted
 
 MAX_LOGPROBS = 20
 MAX_ANSWERS = 128
@@ -162,6 +163,4 @@ def _is_number(value: object) -> bool:
 
 def _check(condition: bool, field: str, found: object, wanted: str) -> None:
     if not condition:
-        shown = repr(found)
-        shown = shown if len(shown) <= 100 else f"{shown[:100]}…"
-        raise InvalidRequestError(f"{field} must be {wanted}; got {shown}", param=field)
+        raise InvalidRequestError(f"{field} must be {wanted}; got {quoted(found)}", param=field)

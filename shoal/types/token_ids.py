@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from shoal.errors import InvalidRequestError
+from shoal.types.quoted import quoted
 from shoal.types.sampling_params import SamplingParams
 
 
@@ -41,7 +42,8 @@ def _check_range(field: str, token_ids: Iterable[int], vocab_size: int) -> None:
     for token_id in token_ids:
         if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < vocab_size:
             raise InvalidRequestError(
-                f"{field} must hold token ids of this model, integers from 0 to {vocab_size - 1}; got {token_id!r}",
+                f"{field} must hold token ids of this model, integers from 0 to {vocab_size - 1}; "
+                f"got {quoted(token_id)}",
                 param=field,
             )
 

@@ -274,10 +274,12 @@ async def test_prompts_come_in_four_shapes() -> None:
         ([5, -1], {}, "-1, which is not a token id"),
         ([5, "6"], {}, "'6', which is not a token id"),
         ([True], {}, "True, which is not a token id"),
+        pytest.param([5, 10**5000], {}, "an integer of thousands of digits, which is not a token id", id="digits"),
         (17, {}, "must be a string, a list of token ids"),
         (b"bytes", {}, "got bytes"),
         ({"text": "x"}, {}, "got the keys 'text'"),
         ({"prompt": "x", "multi_modal_data": {}}, {}, "multi_modal_data"),
+        ({"prompt": "x", 1: 2, "z": 3}, {}, "got the keys 'prompt', 1, 'z'"),
         ([5] * 250, {"min_tokens": 10, "max_tokens": None}, "min_tokens is 10, .* only 6 fit"),
         ([5], {"stop": "x", "detokenize": False}, "need detokenize=True"),
         ([5], {"stop_token_ids": [600]}, "stop_token_ids must hold token ids of this model"),
@@ -291,7 +293,7 @@ async def test_bad_requests_are_refused_and_nothing_is_queued(prompt: Any, param
         assert not client.sent
 
 
-@pytest.mark.parametrize("priority", [2**63, -(10**30), 1.5, "high", True])
+@pytest.mark.parametrize("priority", [2**63, -(10**30), pytest.param(10**5000, id="digits"), 1.5, "high", True])
 async def test_a_priority_that_no_message_can_carry_is_refused(priority: Any) -> None:
     async with running() as (engine, client):
         with pytest.raises(InvalidRequestError, match="priority must be an integer"):
