@@ -17,7 +17,7 @@ from shoal.config.options import option
 class ConnectionOptions:
     """The server."""
 
-    url: str = option("http://127.0.0.1:8000", "Address of the server, with or without /v1.")
+    url: str = option("http://127.0.0.1:8000", "Address of the server, with or without /v1.", aliases=("base_url",))
     model_name: str | None = option(None, "Model to ask; default: the first that the server names.", aliases=("model",))
     api_key: str | None = option(None, "Key to present, where the server asks for one.")
 

@@ -29,6 +29,10 @@ def test_the_table_and_the_file(server, tmp_path, capsys):
     assert body["ignore_eos"] is True and body["max_tokens"] == 128 and 100 <= len(body["prompt"]) <= 500
 
 
+def test_the_address_has_the_name_that_vllm_gives_it_too(server):
+    assert main(["bench", "serve", "--base-url", server.url, "--requests", "1"]) == 0
+
+
 def test_a_file_of_conversations_goes_to_chat(server, tmp_path):
     path = tmp_path / "talks.jsonl"
     path.write_text(json.dumps({"messages": [{"role": "user", "content": "hi"}]}))
