@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from shoal import network
 from shoal.cluster.ports import NodePorts, Port
 from shoal.errors import StartupError
-from shoal.network import listen
 
 # OPEN: something listens, and packets go both ways. REFUSED: they do, but nothing listens (or a firewall says no).
 # DROPPED: no answer at all. UNREACHABLE: no way there: no route, or nobody has that address.
@@ -25,10 +24,9 @@ _NO_WAY = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EADDRNOTAVAIL)
 
 
 def probe(address: str, port: int, *, timeout: float = TIMEOUT_SECONDS, bind: str | None = None) -> str:
-    """One TCP connection to address:port, closed at once. bind: the address of this machine to come from."""
+    """A TCP connection to address:port, closed at once. bind: the address of this machine to come from."""
     try:
-        source = (bind, 0) if bind is not None else None
-        socket.create_connection((address, port), timeout=timeout, source_address=source).close()
+        network.connect(address, port, timeout=timeout, bind=bind).close()
         return OPEN
     except (ConnectionRefusedError, ConnectionResetError):
         return REFUSED
@@ -65,7 +63,7 @@ def refuse_taken(ports: NodePorts, address: str, *, is_head: bool, dashboard: bo
         if port.name != "head":
             way_out = f"it is this node's for {port.what} (docs/ports.md): end what holds it, or {way_out}"
         for where in (address, ANY_IPV6 if ":" in address else ANY_IPV4):
-            listen(where, port.first, way_out=way_out).close()
+            network.listen(where, port.first, way_out=way_out).close()
 
 
 @contextlib.contextmanager
@@ -74,7 +72,7 @@ def listening(host: str, numbers: Sequence[int]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for number in numbers:
             with contextlib.suppress(StartupError):
-                stack.enter_context(contextlib.closing(listen(host, number)))
+                stack.enter_context(contextlib.closing(network.listen(host, number)))
         yield
 
 

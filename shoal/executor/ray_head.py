@@ -11,7 +11,6 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import socket
 import subprocess
 import sys
 import threading
@@ -125,7 +124,7 @@ def check_versions(head: str, answer: Answer) -> None:
 def _check_reachable(head: str, endpoint: str) -> None:
     host, port = network.split_endpoint(endpoint)
     try:
-        socket.create_connection((host, port), timeout=_CONNECT_SECONDS).close()
+        network.connect(host, port, timeout=_CONNECT_SECONDS).close()
         return
     except ConnectionRefusedError as error:
         reason: Exception = error

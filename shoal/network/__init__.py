@@ -1,4 +1,4 @@
-"""Where this process listens, under which address others reach this host, and the token that lets them in."""
+"""Where this process listens, how it connects, under which address others reach it, and the token that lets them in."""
 
 from shoal.network.addresses import (
     Interface,
@@ -11,6 +11,7 @@ from shoal.network.addresses import (
     resolve_head,
     sends_from,
 )
+from shoal.network.connecting import connect
 from shoal.network.curve import admit_token, present_token
 from shoal.network.sockets import (
     format_endpoint,
@@ -26,6 +27,7 @@ from shoal.network.token import create_token, default_token_path, internal_secre
 __all__ = [
     "Interface",
     "admit_token",
+    "connect",
     "create_token",
     "default_token_path",
     "format_endpoint",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import socket
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,16 +13,28 @@ import zmq
 from zmq.utils.monitor import recv_monitor_message
 
 from shoal import network
-from shoal.cluster.daemon.wire import MAX_BYTES, WIRE_VERSION, Reply, Request, RequestType, ResponseType, Service
+from shoal.cluster.daemon.wire import (
+    HANDSHAKE_SECONDS,
+    MAX_BYTES,
+    WIRE_VERSION,
+    Reply,
+    Request,
+    RequestType,
+    ResponseType,
+    Service,
+)
 from shoal.errors import NodeError, ShoalError
 from shoal.version import __version__
 
-CONNECT_SECONDS = 3.0
+CONNECT_SECONDS = 5.0
+# ZeroMQ tries for ever; packets that are lost must not make it wait for TCP's next try.
+_RECONNECT_MILLISECONDS = 1000
+# Who takes no token ends the connection at once. After longer than this it is the daemon's patience with a connection
+# on which nothing comes (packets are lost), and ZeroMQ opens another.
+_REFUSAL_SECONDS = 0.8 * HANDSHAKE_SECONDS
 _NUM_THREADS = 64
-_REFUSED_EVENTS = (
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
-_EVENTS = _REFUSED_EVENTS | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
+_REFUSED_EVENTS = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+_EVENTS = _REFUSED_EVENTS | zmq.EVENT_CONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 _numbers = itertools.count(1)
 
 
@@ -50,6 +61,7 @@ def ask(
         dealer.linger = 0
         dealer.maxmsgsize = MAX_BYTES
         dealer.ipv6 = "[" in endpoint
+        dealer.connect_timeout = _RECONNECT_MILLISECONDS
         network.present_token(dealer, token)
         with dealer.get_monitor_socket(_EVENTS) as monitor:
             source = f"{network.format_endpoint(bind, 0)};" if bind is not None else ""
@@ -103,8 +115,7 @@ def _check_reachable(endpoint: str, timeout: float, bind: str | None) -> None:
     """A plain connection first: ZeroMQ tries for ever, and does not tell a refusal from a dropped packet."""
     host, port = network.split_endpoint(endpoint)
     try:
-        source = (bind, 0) if bind is not None else None
-        socket.create_connection((host, port), timeout=timeout, source_address=source).close()
+        network.connect(host, port, timeout=timeout, bind=bind).close()
     except ConnectionRefusedError as error:
         raise NodeError(
             f"nothing listens at {endpoint}: no node daemon runs there (`shoal node start` starts it)", reason="refused"
@@ -125,7 +136,7 @@ def _receive(
     poller = zmq.Poller()
     poller.register(dealer, zmq.POLLIN)
     poller.register(monitor, zmq.POLLIN)
-    is_admitted = False
+    is_admitted, connected_at = False, 0.0
     while (left := deadline - time.monotonic()) > 0:
         ready = dict(poller.poll(max(int(left * 1000), 1)))
         if dealer in ready:
@@ -133,17 +144,24 @@ def _receive(
         if monitor not in ready:
             continue
         event = int(recv_monitor_message(monitor)["event"])
+        if event & zmq.EVENT_CONNECTED:
+            connected_at = time.monotonic()
         is_admitted = is_admitted or bool(event & zmq.EVENT_HANDSHAKE_SUCCEEDED)
-        if event & (_REFUSED_EVENTS | zmq.EVENT_DISCONNECTED):
-            if is_admitted:
-                raise NodeError(f"the daemon at {endpoint} ended while it was asked for {service}", reason="silent")
+        if event & zmq.EVENT_DISCONNECTED and is_admitted:
+            raise NodeError(f"the daemon at {endpoint} ended while it was asked for {service}", reason="silent")
+        is_early = time.monotonic() - connected_at < _REFUSAL_SECONDS
+        if event & _REFUSED_EVENTS or (event & zmq.EVENT_DISCONNECTED and is_early):
             raise NodeError(
                 f"{endpoint} does not take the cluster token given here: it must be the same on all nodes "
                 "(SHOAL_CLUSTER_TOKEN, --token-file, or ~/.shoal/cluster-token). Or something else listens there",
                 reason="token",
             )
     text = f"the daemon at {endpoint} did not answer {service} in time"
-    raise NodeError(text if is_admitted else f"{endpoint} takes connections, but no daemon answers", reason="silent")
+    if not is_admitted:
+        text = (
+            f"{endpoint} takes connections, but no daemon answers: another program listens there, or packets are lost"
+        )
+    raise NodeError(text, reason="silent")
 
 
 def _open(data: bytes, endpoint: str, service: Service[RequestType, ResponseType]) -> ResponseType:

@@ -38,7 +38,7 @@ from shoal.log import get_logger
 # Of goodbyes, since a datagram may be lost.
 _NUM_GOODBYES = 3
 _GOODBYE_SECONDS = 0.05
-_ECHO_TRIES = 3
+_ECHO_TRIES = 8
 
 logger = get_logger(__name__)
 

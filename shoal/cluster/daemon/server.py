@@ -19,15 +19,13 @@ import msgspec
 import zmq
 
 from shoal import network
-from shoal.cluster.daemon.wire import MAX_BYTES, WIRE_VERSION, NodeView, Reply, Request, Service
+from shoal.cluster.daemon.wire import HANDSHAKE_SECONDS, MAX_BYTES, WIRE_VERSION, NodeView, Reply, Request, Service
 from shoal.errors import ShoalError, StartupError
 from shoal.log import get_logger
 from shoal.version import __version__
 
 _NUM_THREADS = 16
 _POLL_MILLISECONDS = 1000
-# A connection that was not opened in so long is none: strangers cannot hold many.
-_HANDSHAKE_MILLISECONDS = 3000
 _SEGMENT_BYTES = 1200
 _EMPTY = msgspec.Raw(msgspec.msgpack.encode(None))
 
@@ -62,7 +60,7 @@ class Server:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.ipv6 = "[" in self._endpoint
         self._socket.maxmsgsize = MAX_BYTES
-        self._socket.handshake_ivl = _HANDSHAKE_MILLISECONDS
+        self._socket.handshake_ivl = int(1000 * HANDSHAKE_SECONDS)
         network.admit_token(self._socket, self._node.token)
         self._socket.setsockopt(zmq.USE_FD, listener.detach())
         try:

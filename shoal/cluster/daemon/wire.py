@@ -16,6 +16,8 @@ from shoal.executor.ray_head import Answer
 
 # Of the envelopes. Nodes of another number do not understand each other at all; services say more when they differ.
 WIRE_VERSION = 1
+# A connection that was not opened in so long is none: strangers cannot hold many.
+HANDSHAKE_SECONDS = 3.0
 # Neither a question nor an answer is longer.
 MAX_BYTES = 64 << 20
 

@@ -234,13 +234,17 @@ class ClockFacts(msgspec.Struct, frozen=True):
     round_trip_seconds: float
 
 
+# In a link's error: large packets do not pass, or too few of any size.
+STALLS, LOST = "stalls", "lost on the way"
+
+
 class LinkFacts(msgspec.Struct, frozen=True):
     """What was measured from `source` to `target` (addresses).
 
     num_sent, num_arrived, num_answered: datagrams of a train, as counted at the sender, the target and, of their
     answers, the sender again. mtu: of the sender's interface. largest_packet: bytes of the largest IP packet that
-    arrived, of those that the interface sends whole. bandwidth 0: not measured
-    (quick), or nothing came through (error).
+    arrived, of those that the interface sends whole. bandwidth 0: not measured (quick), or nothing came through (error,
+    or packets are lost).
     """
 
     source: str

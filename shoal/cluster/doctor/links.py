@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 
-from shoal.cluster.doctor.facts import LinkFacts
+from shoal.cluster.doctor.facts import LOST, STALLS, LinkFacts
 from shoal.cluster.doctor.findings import Finding, Reporter
 
 GROUP = "links"
@@ -14,6 +14,10 @@ _FAIL_TRIP_SECONDS = 0.05
 _WARN_LOSS = 0.01
 _FAIL_LOSS = 0.025
 _WARN_BYTES_PER_S = 110e6  # what a gigabit carries
+_LOOK = (
+    "look at cable, port and switch: `ip -s link` and `ethtool -S` count errors and drops; `tc qdisc show` and "
+    "`nft list ruleset` what drops on purpose"
+)
 # A way that is so much slower than most has something wrong with it.
 _SLOW_SHARE = 1 / 3
 
@@ -30,18 +34,23 @@ def check(links: Sequence[LinkFacts], names: Mapping[str, str]) -> list[Finding]
         _check_packets(report, link, target)
         _check_bandwidth(report, link, usual)
         if link.error:
-            report.fail(
-                "link",
-                link.error,
-                f"let {target} take all ports from {source}: `sudo ufw allow from {link.source}`, or the like; ranks "
-                "meet at any free port"
-                if "stalls" not in link.error
-                else f"`sudo ip link set INTERFACE mtu {link.largest_packet or 1500}` on both ends",
-            )
+            report.fail("link", link.error, _mend(link, source, target))
         elif not report.findings:
             report.ok("link", _describe(link))
         findings += report.findings
     return findings
+
+
+def _mend(link: LinkFacts, source: str, target: str) -> str:
+    """Of a measurement that did not come to its end."""
+    if STALLS in link.error:
+        return f"`sudo ip link set INTERFACE mtu {link.largest_packet or 1500}` on both ends"
+    if LOST in link.error:
+        return _LOOK
+    return (
+        f"let {target} take all ports from {source}: `sudo ufw allow from {link.source}`, or the like; ranks meet at "
+        "any free port"
+    )
 
 
 def outliers(links: Sequence[LinkFacts]) -> list[LinkFacts]:
@@ -101,11 +110,7 @@ def _check_loss(report: Reporter, link: LinkFacts, target: str) -> None:
     seen = (
         f"{lost:.1%} of packets are lost ({link.num_sent - link.num_arrived} of {link.num_sent}): TCP slows to a crawl"
     )
-    mend = (
-        "look at cable, port and switch: `ip -s link` and `ethtool -S` count errors and drops; `tc qdisc show` and "
-        "`nft list ruleset` what drops on purpose"
-    )
-    (report.fail if lost >= _FAIL_LOSS else report.warn)("loss", seen, mend)
+    (report.fail if lost >= _FAIL_LOSS else report.warn)("loss", seen, _LOOK)
 
 
 def _check_packets(report: Reporter, link: LinkFacts, target: str) -> None:

@@ -6,9 +6,9 @@ Everything has a deadline, so that a way which swallows packets costs seconds an
 from __future__ import annotations
 
 import contextlib
+import errno
 import secrets
 import socket
-import statistics
 import struct
 import time
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ import psutil
 from msgspec.structs import replace
 
 from shoal import network
-from shoal.cluster.doctor.facts import LinkFacts
+from shoal.cluster.doctor.facts import LOST, STALLS, LinkFacts
 from shoal.cluster.doctor.responder import ASK_COUNT, COUNT, HEAD, PING, SINK, SINK_REPLY, SINK_REQUEST, receive
 
 _CONNECT_SECONDS = 3.0
@@ -28,7 +28,10 @@ _DATAGRAM_BYTES = 64
 _SMALLEST_PACKET = 576
 _LARGEST_PACKET = 65535
 _NUM_SIZES = 16
-_NUM_TRIES = 3
+# How often a size of packets is tried; where packets of all sizes are lost, more often.
+_NUM_TRIES, _NUM_LOSSY_TRIES = 3, 8
+# The share of datagrams without an answer from which on it is loss that makes a stream stall.
+_LOSSY = 0.05
 # linux/in.h, in6.h: send with "don't fragment", whatever is known of the path.
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
 _HEADERS = {socket.AF_INET: 28, socket.AF_INET6: 48}
@@ -50,10 +53,17 @@ def measure_link(source: str, target: str, port: int, nonce: bytes, *, seconds: 
             arrived = _count(source, target, port, nonce, train)
             facts = replace(facts, num_sent=sent, num_answered=answered, num_arrived=arrived)
             if arrived:
-                facts = replace(facts, largest_packet=_largest_packet(datagrams, nonce, trip, facts.mtu))
+                num_tries = _NUM_TRIES if answered == sent else _NUM_LOSSY_TRIES
+                facts = replace(facts, largest_packet=_largest_packet(datagrams, nonce, trip, facts.mtu, num_tries))
         return replace(facts, bandwidth_bytes_per_s=_bandwidth(source, target, port, nonce, seconds, trip))
     except OSError as error:
+        if isinstance(error, TimeoutError) and facts.largest_packet >= facts.mtu and _is_lossy(facts):
+            return facts  # the loss says all
         return replace(facts, error=_explain(error, target, port))
+
+
+def _is_lossy(facts: LinkFacts) -> bool:
+    return facts.num_answered < (1 - _LOSSY) * facts.num_sent
 
 
 def _explain(error: OSError, target: str, port: int) -> str:
@@ -61,13 +71,14 @@ def _explain(error: OSError, target: str, port: int) -> str:
     if isinstance(error, ConnectionRefusedError):
         return f"{where} refuses connections: a firewall rejects them"
     if isinstance(error, TimeoutError):
-        text = str(error)
-        return text if "stalls" in text else f"{where} does not answer: a firewall drops what comes to such ports"
+        if error.errno == errno.ETIMEDOUT:
+            return f"{where} does not answer: a firewall drops what comes to such ports"
+        return str(error) if STALLS in str(error) else f"{where} takes connections, but most of what is sent is {LOST}"
     return f"{where}: {error.strerror or error}"
 
 
 def _connect(source: str, target: str, port: int, nonce: bytes, command: bytes) -> socket.socket:
-    connection = socket.create_connection((target, port), timeout=_CONNECT_SECONDS, source_address=(source, 0))
+    connection = network.connect(target, port, timeout=_CONNECT_SECONDS, bind=source)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.settimeout(_ANSWER_SECONDS)
     connection.sendall(nonce + command)
@@ -75,19 +86,23 @@ def _connect(source: str, target: str, port: int, nonce: bytes, command: bytes) 
 
 
 def _round_trip(source: str, target: str, port: int, nonce: bytes) -> float:
-    """The median: of loss, one or two show as retransmissions."""
+    """The lower quartile: where packets are lost, the others show as retransmissions."""
     trips: list[float] = []
     with _connect(source, target, port, nonce, PING) as connection:
         deadline = time.monotonic() + 2 * _ANSWER_SECONDS
-        while len(trips) < _NUM_PINGS and time.monotonic() < deadline:
-            start = time.perf_counter()
-            connection.sendall(b"p")
-            receive(connection, 1)
-            trips.append(time.perf_counter() - start)
-            if sum(trips) > 1.0 and len(trips) >= 4:
-                break
+        try:
+            while len(trips) < _NUM_PINGS and time.monotonic() < deadline:
+                start = time.perf_counter()
+                connection.sendall(b"p")
+                receive(connection, 1)
+                trips.append(time.perf_counter() - start)
+                if sum(trips) > 2.0 and len(trips) >= 8:
+                    break
+        except TimeoutError:
+            if not trips:
+                raise
     # The first also waits for the other end's thread.
-    return statistics.median(trips[1:] or trips)
+    return sorted(trips[1:] or trips)[len(trips) // 4]
 
 
 def _datagrams(source: str, target: str, port: int) -> socket.socket:
@@ -135,16 +150,22 @@ def _collect(datagrams: socket.socket, train: int, answered: set[int], seconds: 
 
 
 def _count(source: str, target: str, port: int, nonce: bytes, train: int) -> int:
-    with _connect(source, target, port, nonce, ASK_COUNT) as connection:
-        connection.sendall(COUNT.pack(train))
-        return int(COUNT.unpack(receive(connection, COUNT.size))[0])
+    for tries_left in (1, 0):
+        try:
+            with _connect(source, target, port, nonce, ASK_COUNT) as connection:
+                connection.sendall(COUNT.pack(train))
+                return int(COUNT.unpack(receive(connection, COUNT.size))[0])
+        except TimeoutError:
+            if not tries_left:
+                raise
+    raise AssertionError("it returned or raised")
 
 
-def _largest_packet(datagrams: socket.socket, nonce: bytes, trip: float, mtu: int) -> int:
+def _largest_packet(datagrams: socket.socket, nonce: bytes, trip: float, mtu: int, num_tries: int) -> int:
     """Bytes of the largest IP packet that arrives whole, up to the interface's MTU: three rounds, each a ladder of
     sizes between the largest that was answered and the smallest that was not."""
     headers = _HEADERS[datagrams.family]
-    if _arriving(datagrams, nonce, [mtu], headers, trip):
+    if _arriving(datagrams, nonce, [mtu], headers, trip, num_tries):
         return mtu
     largest, smallest_lost = 0, mtu
     for _ in range(3):
@@ -153,16 +174,18 @@ def _largest_packet(datagrams: socket.socket, nonce: bytes, trip: float, mtu: in
         sizes = sorted({*range(low, smallest_lost, step), *(s for s in (1280, 1400, 1500) if low < s < smallest_lost)})
         if not sizes:
             break
-        arrived = _arriving(datagrams, nonce, sizes, headers, trip)
+        arrived = _arriving(datagrams, nonce, sizes, headers, trip, num_tries)
         largest = max([largest, *arrived])
         smallest_lost = min((size for size in sizes if size > largest), default=smallest_lost)
     return largest
 
 
-def _arriving(datagrams: socket.socket, nonce: bytes, sizes: Sequence[int], headers: int, trip: float) -> list[int]:
-    """Which sizes of IP packets were answered; each is tried until it is, a few times."""
+def _arriving(
+    datagrams: socket.socket, nonce: bytes, sizes: Sequence[int], headers: int, trip: float, num_tries: int
+) -> list[int]:
+    """Which sizes of IP packets were answered; each is tried until it is, `num_tries` times at most."""
     train, answered = secrets.randbits(32), set[int]()
-    for _ in range(_NUM_TRIES):
+    for _ in range(num_tries):
         for size in sizes:
             if size not in answered:
                 with contextlib.suppress(OSError):  # larger than the interface takes
@@ -198,7 +221,7 @@ def _bandwidth(source: str, target: str, port: int, nonce: bytes, seconds: float
 
 
 def _stalls(target: str) -> str:
-    return f"a stream to {target} stalls, though small packets arrive: large ones are lost on the way (MTU)"
+    return f"a stream to {target} {STALLS}, though small packets arrive: large ones are lost on the way (MTU)"
 
 
 def _mtu(address: str) -> int:

@@ -28,14 +28,15 @@ from shoal.cluster.doctor.gather.versions import gather_versions
 from shoal.cluster.doctor.render import refusal
 from shoal.cluster.doctor.services import GATHER, GatherRequest
 from shoal.cluster.ports import NodePorts
-from shoal.cluster.reach import OPEN, REFUSED
+from shoal.cluster.reach import DROPPED, OPEN, REFUSED
 from shoal.config.parallel import ParallelConfig
 from shoal.errors import ShoalError, StartupError
 from shoal.log import get_logger
 from shoal.network.node_record import read_record
 
-# A head that is silent costs this once, and so do peers.
+# A head that is silent costs this once, and so do peers. Before silence is a reason to refuse, it costs more.
 _WAY_SECONDS = 0.3
+_SURE_SECONDS = 3.0
 _PEER_SECONDS = 0.6
 
 logger = get_logger(__name__)
@@ -63,7 +64,7 @@ def check_before_serving(name: str, parallel: ParallelConfig, *, has_weights: bo
     path = str(given.absolute()) if given.is_dir() else name
     with ThreadPoolExecutor(2) as pool:
         there = pool.submit(_ask_peers, cluster, parallel, path if has_weights else None)
-        here = _gather(cluster, path if has_weights else None)
+        here = _gather(cluster, path if has_weights else None, uses_ray=parallel.backend == "ray")
         peers = there.result()
     findings = _examine(here, peers, uses_ray=parallel.backend == "ray")
     logger.debug("looked at this machine and %d others in %.2f s", len(peers), time.monotonic() - started)
@@ -90,8 +91,13 @@ def _find_cluster(parallel: ParallelConfig) -> _Cluster:
     return _Cluster(record.head, record.address, daemon)
 
 
-def _gather(cluster: _Cluster, name: str | None) -> NodeFacts:
+def _gather(cluster: _Cluster, name: str | None, *, uses_ray: bool) -> NodeFacts:
     way = gather_network(cluster.head, cluster.address, timeout=_WAY_SECONDS)
+    states = {each.address: each.state for each in way.ways}
+    answered = any(state in (OPEN, REFUSED) for state in states.values())
+    # A packet may have been lost.
+    if states.get(way.address) == DROPPED and (uses_ray or answered):
+        way = gather_network(cluster.head, cluster.address, timeout=_SURE_SECONDS)
     return NodeFacts(
         hostname=socket.gethostname(),
         address=way.address,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
 import time
@@ -18,7 +19,7 @@ from shoal.cluster.daemon.node_services import PEERS, PING, Pong
 from shoal.cluster.daemon.reports import NodeReport, PeerReport
 from shoal.cluster.daemon.server import Server
 from shoal.cluster.daemon.services import SERVICES
-from shoal.cluster.daemon.wire import WIRE_VERSION, Nothing, Reply, Request, Service
+from shoal.cluster.daemon.wire import HANDSHAKE_SECONDS, WIRE_VERSION, Nothing, Reply, Request, Service
 from shoal.errors import NodeError, StartupError
 from shoal.executor.ray_head import Answer
 from shoal.version import __version__
@@ -121,6 +122,27 @@ def test_why_there_is_no_answer(endpoint):
     assert "does not fit" in reason_of(endpoint, service=wrong)[1]
     with socket.create_server(("127.0.0.1", 0)) as mute:
         assert reason_of(f"127.0.0.1:{mute.getsockname()[1]}", timeout=1.0)[0] == "silent"
+
+
+def test_a_connection_on_which_nothing_comes_is_no_refused_token():
+    """As where packets are lost: the other end has enough of it after some seconds, and the next one is opened."""
+
+    def take() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection = listener.accept()[0]
+                threading.Timer(HANDSHAKE_SECONDS, connection.close).start()
+
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        reason, text = reason_of(f"127.0.0.1:{listener.getsockname()[1]}", timeout=HANDSHAKE_SECONDS + 1)
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+    assert reason == "silent" and "packets are lost" in text
 
 
 def test_a_daemon_of_another_version_is_named():

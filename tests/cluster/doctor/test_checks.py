@@ -328,6 +328,16 @@ def test_links(changes, check, status, seen):
     assert seen in found.seen and found.node == "a → b" and len(findings) == 1
 
 
+def test_what_mends_a_link_that_could_not_be_measured():
+    for error, mend in (
+        ("10.0.0.2:4711 does not answer: a firewall drops", "sudo ufw allow from 10.0.0.1"),
+        ("10.0.0.2:4711 takes connections, but most of what is sent is lost on the way", "ethtool -S"),
+        ("a stream to 10.0.0.2 stalls: large ones are lost on the way (MTU)", "mtu 1400"),
+    ):
+        link = msgspec.structs.replace(_LINK, largest_packet=1400, mtu=1400, error=error)
+        assert mend in only(links.check([link], {}), "link", "fail").mend
+
+
 def test_a_link_slower_than_the_others():
     slow = msgspec.structs.replace(_LINK, target="10.0.0.3", bandwidth_bytes_per_s=2e8)
     findings = links.check([_LINK, msgspec.structs.replace(_LINK, source="10.0.0.4"), slow], {})

@@ -44,6 +44,35 @@ def test_it_refuses_with_the_doctors_words(tmp_path):
     check_before_serving(str(directory), _TWO, has_weights=False)
 
 
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_a_head_that_is_silent_is_tried_for_longer_before_it_is_a_reason_to_refuse(monkeypatch, is_lost):
+    """Where packets are lost, the first is now and then."""
+    tried = []
+
+    def gather_network(head, address, *, timeout):
+        tried.append(timeout)
+        states = ["dropped", "open" if is_lost else "dropped"]
+        state = states[min(len(tried), 2) - 1]
+        way = WayFacts("10.0.0.1", "eth0", state)
+        return change(at("10.0.0.9:6379"), "network", address="10.0.0.1", ways=[way]).network
+
+    monkeypatch.setattr(preflight, "gather_network", gather_network)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.9:6379")
+    monkeypatch.setattr(preflight, "read_record", lambda: None)
+    ray = ParallelConfig(backend="ray", tensor_size=2)
+    if is_lost:
+        check_before_serving("m", ray, has_weights=False)
+    else:
+        with pytest.raises(StartupError, match="the head 10.0.0.9:6379 does not answer"):
+            check_before_serving("m", ray, has_weights=False)
+    assert len(tried) == 2 and tried[1] > 5 * tried[0]
+    # Without Ray machines come in any order: silence says nothing, and nobody waits for it.
+    tried.clear()
+    two = ParallelConfig(backend="mp", num_nodes=2, tensor_size=2, master_address="10.0.0.9")
+    check_before_serving("m", two, has_weights=False)
+    assert len(tried) == 1
+
+
 def at(head):
     return change(node(1), "network", head=head)
 
