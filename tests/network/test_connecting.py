@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -47,9 +50,11 @@ def test_a_refusal_is_told_at_once():
 
 
 def test_lost_packets_cost_less_than_tcp_waits():
-    """TCP itself would try again 1 and 3 s after the first packet."""
+    """TCP itself would try again 1 and 3 s after the first packet; Linux can be told to do so each second."""
     with connected_hosts(2) as network:
         here, there = network.hosts
+        setting = "/proc/sys/net/ipv4/tcp_syn_linear_timeouts"
+        here.run("sh", "-c", f"test ! -e {setting} || echo 0 > {setting}")
         with there.entered():
             listener = socket.create_server(("", 7001))
         with here.entered(), listener:
@@ -79,6 +84,55 @@ def test_nobody_said_for_seconds_who_has_the_address():
                 connect(there.address, 7001, timeout=20).close()
             finally:
                 healing.join()
+
+
+@pytest.mark.skipif(shutil.which("nft") is None, reason="nft is missing (Debian: apt-get install nftables)")
+@pytest.mark.parametrize("seconds", [0.0, 0.12])
+def test_a_firewall_that_says_no_is_no_silence(seconds):
+    """Its answers are few a second: not every attempt gets one. seconds: each way takes."""
+    with connected_hosts(2) as network:
+        here, there = network.hosts
+        if seconds:
+            network.impair(there, seconds=seconds)
+        there.run(
+            "nft",
+            "add table inet t; add chain inet t in { type filter hook input priority 0; };"
+            "add rule inet t in tcp dport 7000-7999 reject with icmp host-prohibited",
+        )
+
+        def ask(port: int) -> int | None:
+            with here.entered(), pytest.raises(OSError) as caught:
+                connect(there.address, port, timeout=4)
+            return caught.value.errno
+
+        with ThreadPoolExecutor(14) as pool:
+            found = list(pool.map(ask, range(7001, 7015)))
+        time.sleep(2)
+        start = time.monotonic()
+        assert ask(7000) == errno.EHOSTUNREACH
+        assert time.monotonic() - start < 3
+    assert set(found) <= {errno.EHOSTUNREACH, errno.ETIMEDOUT} and found.count(errno.EHOSTUNREACH) >= 3, found
+
+
+def test_many_at_once_open_few_files():
+    with connected_hosts(2) as network:
+        here, there = network.hosts
+        network.cut(there)
+        most = 0
+
+        def ask(port: int) -> None:
+            with here.entered(), pytest.raises(TimeoutError):
+                connect(there.address, port, timeout=2.5)
+
+        with ThreadPoolExecutor(32) as pool:
+            before = len(os.listdir("/proc/self/fd"))
+            asking = [pool.submit(ask, port) for port in range(7000, 7032)]
+            while not all(each.done() for each in asking):
+                most = max(most, len(os.listdir("/proc/self/fd")) - before)
+                time.sleep(0.05)
+            for each in asking:
+                each.result()
+    assert most <= 32 * 7  # besides attempts: a selector, and the two of `entered`
 
 
 def test_a_route_that_says_no_is_told_at_once():

@@ -28,7 +28,7 @@ from shoal.version import __version__
 
 CONNECT_SECONDS = 5.0
 # ZeroMQ tries for ever; packets that are lost must not make it wait for TCP's next try.
-_RECONNECT_MILLISECONDS = 1000
+_RECONNECT_MILLISECONDS = 2000
 # Who takes no token ends the connection at once. After longer than this it is the daemon's patience with a connection
 # on which nothing comes (packets are lost), and ZeroMQ opens another.
 _REFUSAL_SECONDS = 0.8 * HANDSHAKE_SECONDS
@@ -136,7 +136,7 @@ def _receive(
     poller = zmq.Poller()
     poller.register(dealer, zmq.POLLIN)
     poller.register(monitor, zmq.POLLIN)
-    is_admitted, connected_at = False, 0.0
+    is_admitted, was_ended, connected_at = False, False, 0.0
     while (left := deadline - time.monotonic()) > 0:
         ready = dict(poller.poll(max(int(left * 1000), 1)))
         if dealer in ready:
@@ -149,6 +149,7 @@ def _receive(
         is_admitted = is_admitted or bool(event & zmq.EVENT_HANDSHAKE_SUCCEEDED)
         if event & zmq.EVENT_DISCONNECTED and is_admitted:
             raise NodeError(f"the daemon at {endpoint} ended while it was asked for {service}", reason="silent")
+        was_ended = was_ended or bool(event & zmq.EVENT_DISCONNECTED)
         is_early = time.monotonic() - connected_at < _REFUSAL_SECONDS
         if event & _REFUSED_EVENTS or (event & zmq.EVENT_DISCONNECTED and is_early):
             raise NodeError(
@@ -161,6 +162,7 @@ def _receive(
         text = (
             f"{endpoint} takes connections, but no daemon answers: another program listens there, or packets are lost"
         )
+        text += ", or it does not take the cluster token given here" if was_ended else ""
     raise NodeError(text, reason="silent")
 
 

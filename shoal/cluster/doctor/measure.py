@@ -30,7 +30,7 @@ _LARGEST_PACKET = 65535
 _NUM_SIZES = 16
 # How often a size of packets is tried; where packets of all sizes are lost, more often.
 _NUM_TRIES, _NUM_LOSSY_TRIES = 3, 8
-# The share of datagrams without an answer from which on it is loss that makes a stream stall.
+# The share of datagrams from which on it is loss that makes a stream stall.
 _LOSSY = 0.05
 # linux/in.h, in6.h: send with "don't fragment", whatever is known of the path.
 _IP_MTU_DISCOVER, _IPV6_MTU_DISCOVER, _PMTUDISC_PROBE = 10, 23, 3
@@ -57,13 +57,14 @@ def measure_link(source: str, target: str, port: int, nonce: bytes, *, seconds: 
                 facts = replace(facts, largest_packet=_largest_packet(datagrams, nonce, trip, facts.mtu, num_tries))
         return replace(facts, bandwidth_bytes_per_s=_bandwidth(source, target, port, nonce, seconds, trip))
     except OSError as error:
-        if isinstance(error, TimeoutError) and facts.largest_packet >= facts.mtu and _is_lossy(facts):
-            return facts  # the loss says all
+        if isinstance(error, TimeoutError) and facts.largest_packet >= facts.mtu:
+            # Packets of all sizes pass, so it is no MTU, and no firewall.
+            enough = (1 - _LOSSY) * facts.num_sent
+            if facts.num_arrived < enough:
+                return facts  # the loss says all
+            if facts.num_answered < enough:
+                return replace(facts, error=f"much of what comes back from {target} is {LOST}")
         return replace(facts, error=_explain(error, target, port))
-
-
-def _is_lossy(facts: LinkFacts) -> bool:
-    return facts.num_answered < (1 - _LOSSY) * facts.num_sent
 
 
 def _explain(error: OSError, target: str, port: int) -> str:
