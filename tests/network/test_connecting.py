@@ -8,12 +8,14 @@ import shutil
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
 from shoal.network import connect
-from tests.namespaces import connected_hosts
+from tests.namespaces import Host, Network, connected_hosts
 
 
 def test_it_connects_and_waits_for_ever_on_reads():
@@ -49,41 +51,46 @@ def test_a_refusal_is_told_at_once():
     assert time.monotonic() - start < 15
 
 
-def test_lost_packets_cost_less_than_tcp_waits():
-    """TCP itself would try again 1 and 3 s after the first packet; Linux can be told to do so each second."""
+@contextmanager
+def listening_host() -> Iterator[tuple[Network, Host]]:
+    """A host that listens on port 7001, and its network. In the block this thread is on another host."""
     with connected_hosts(2) as network:
         here, there = network.hosts
-        setting = "/proc/sys/net/ipv4/tcp_syn_linear_timeouts"
+        setting = "/proc/sys/net/ipv4/tcp_syn_linear_timeouts"  # Linux can be told to try again each second
         here.run("sh", "-c", f"test ! -e {setting} || echo 0 > {setting}")
         with there.entered():
             listener = socket.create_server(("", 7001))
         with here.entered(), listener:
-            connect(there.address, 7001, timeout=5).close()  # who has the address is known from here on
-            network.cut(there)
-            healing = threading.Timer(1.4, network.heal, (there,))
-            healing.start()
-            try:
-                connect(there.address, 7001, timeout=2.8).close()
-            finally:
-                healing.join()
+            yield network, there
+
+
+@contextmanager
+def healed_after(seconds: float, network: Network, host: Host) -> Iterator[None]:
+    healing = threading.Timer(seconds, network.heal, (host,))
+    healing.start()
+    try:
+        yield
+    finally:
+        healing.join()
+
+
+def test_lost_packets_cost_less_than_tcp_waits():
+    """TCP itself tries again 1 and 3 s after the first packet."""
+    with listening_host() as (network, there):
+        connect(there.address, 7001, timeout=5).close()  # who has the address is known from here on
+        network.cut(there)
+        with healed_after(1.4, network, there):
+            connect(there.address, 7001, timeout=2.8).close()
 
 
 def test_nobody_said_for_seconds_who_has_the_address():
     """The system gives the question up after 3 s, and every connection with it."""
-    with connected_hosts(2) as network:
-        here, there = network.hosts
-        with there.entered():
-            listener = socket.create_server(("", 7001))
+    with listening_host() as (network, there):
         network.cut(there)
-        with here.entered(), listener:
-            with pytest.raises(TimeoutError, match="no answer within 0.6 s"):
-                connect(there.address, 7001, timeout=0.6)
-            healing = threading.Timer(3.5, network.heal, (there,))
-            healing.start()
-            try:
-                connect(there.address, 7001, timeout=20).close()
-            finally:
-                healing.join()
+        with pytest.raises(TimeoutError, match="no answer within 0.6 s"):
+            connect(there.address, 7001, timeout=0.6)
+        with healed_after(3.5, network, there):
+            connect(there.address, 7001, timeout=20).close()
 
 
 @pytest.mark.skipif(shutil.which("nft") is None, reason="nft is missing (Debian: apt-get install nftables)")
